@@ -1,0 +1,30 @@
+"""GLM-5, 5.1 and 5.2 (`glm_moe_dsa`) and GLM-4.7-Flash (`glm4_moe_lite`) in MLX.
+
+Axes, as written behind array-producing lines:
+  B batch   S query positions   T key positions   H heads   D head width   R latent width
+  E experts   K selected keys   V vocabulary   Q query latent width
+"""
+
+from .cache import LayerCache
+from .config import ConfigError, Convention, ModelArgs
+from .load import CheckpointError, load
+from .model import Model
+from .mtp import Draft, draft
+from .version import __version__
+from .weights import TensorSpec, WeightsError, inventory
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Convention",
+    "Draft",
+    "LayerCache",
+    "Model",
+    "ModelArgs",
+    "TensorSpec",
+    "WeightsError",
+    "__version__",
+    "draft",
+    "inventory",
+    "load",
+]

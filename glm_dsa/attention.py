@@ -1,0 +1,165 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1). It is handed a selection, and never makes one.
+
+    q = W_uq norm(W_dq x) = [q_nope | q_rope],   c = norm(W_dkv x),   k_rope = RoPE(W_kr x)
+    k = [W_uk c | k_rope],   v = W_uv c,   out = W_o softmax(q . k / sqrt(d)) v
+
+Three forms of the same equation, chosen by cost:
+  expanded   keys and values rebuilt from the latent: many queries
+  absorbed   W_uk moved onto the query and W_uv behind the sum, so that the latent itself is key and value: few queries
+  gathered   absorbed, over the selected latents only: work set by the selection, not by the context
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import LayerCache
+from .config import ModelArgs
+from .indexer import Indexer
+from .linear import MultiLinear
+from .rope import Rotation, rotate, softmax_scale
+from .trace import tap
+
+EXPANDED, ABSORBED, GATHERED = "expanded", "absorbed", "gathered"
+GATHER_ELEMENTS = 1 << 26  # gathered latents held at once
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA with an optional indexer as its child (the checkpoints' place for it; the decoder layer is who asks it)."""
+
+    def __init__(self, args: ModelArgs, with_indexer: bool) -> None:
+        super().__init__()
+        self.heads = args.num_attention_heads
+        self.nope, self.rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+        self.latent, self.value = args.kv_lora_rank, args.v_head_dim
+        self.layout, self.scale = args.main_rope, softmax_scale(args)
+        bias = args.attention_bias
+
+        self.q_a_proj = nn.Linear(args.hidden_size, args.q_lora_rank, bias=bias)
+        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=args.latent_norm_eps)
+        self.q_b_proj = nn.Linear(args.q_lora_rank, self.heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(args.hidden_size, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=args.latent_norm_eps)
+        self.embed_q = MultiLinear(self.heads, self.latent, self.nope)  # W_uk, transposed: [H, R, nope]
+        self.unembed_out = MultiLinear(self.heads, self.value, self.latent)  # W_uv: [H, value, R]
+        self.o_proj = nn.Linear(self.heads * self.value, args.hidden_size, bias=bias)
+        if with_indexer:
+            self.indexer = Indexer(args)
+
+    def query_latent(self, x: mx.array) -> mx.array:
+        """[B, S, hidden] -> [B, S, Q]: shared by the heads' queries and the indexer's."""
+        return tap(self, "q_latent", self.q_a_layernorm(self.q_a_proj(x)))
+
+    def __call__(
+        self,
+        x: mx.array,
+        q_latent: mx.array,
+        rotation: Rotation,
+        mask: mx.array | None,
+        cache: LayerCache | None,
+        selection: mx.array | None,
+    ) -> mx.array:
+        """x [B, S, hidden], mask bool [1 or B, 1, S, T], selection int [B, S, K] or None for every key -> [B, S, hidden]."""
+        batch, length, _ = x.shape
+        selection = tap(self, "selection", selection)
+
+        q = self.q_b_proj(q_latent).reshape(batch, length, self.heads, self.nope + self.rope)
+        q_nope, q_rope = mx.split(q, [self.nope], axis=-1)
+        q_nope = q_nope.swapaxes(1, 2)  # [B, H, S, nope]
+        q_rope = tap(self, "q_rope", rotate(q_rope, rotation, self.layout)).swapaxes(1, 2)  # [B, H, S, rope]
+
+        latent, k_rope = mx.split(self.kv_a_proj_with_mqa(x), [self.latent], axis=-1)
+        latent = tap(self, "kv_latent", self.kv_a_layernorm(latent))  # [B, S, R]
+        k_rope = tap(self, "k_rope", rotate(k_rope[:, :, None], rotation, self.layout)[:, :, 0])  # [B, S, rope]
+        if cache is not None:
+            latent, k_rope = cache.append(latent, k_rope)  # [B, T, ..]
+
+        form = self.cheapest_form(length, latent.shape[1], None if selection is None else selection.shape[-1])
+        if form == GATHERED:
+            assert selection is not None
+            heads = self.attend_gathered(q_nope, q_rope, latent, k_rope, selection, mask)
+        else:
+            if selection is not None:
+                mask = selection_mask(selection, latent.shape[1], mask)
+            attend = self.attend_expanded if form == EXPANDED else self.attend_absorbed
+            heads = attend(q_nope, q_rope, latent, k_rope, mask)  # [B, H, S, value]
+        heads = tap(self, "heads", heads.swapaxes(1, 2).reshape(batch, length, -1))
+        return tap(self, "output", self.o_proj(heads))
+
+    def cheapest_form(self, queries: int, keys: int, selected: int | None) -> str:
+        """The form with the fewest multiplications in the part where they differ; per head, for one row of a batch."""
+        up = self.latent * (self.nope + self.value)  # one token through W_uk and W_uv
+        pair_in_latent = 2 * self.latent + self.rope  # one query-key pair, scored and summed in the latent
+        cost = {
+            EXPANDED: keys * up + queries * keys * (self.nope + self.rope + self.value),
+            ABSORBED: queries * up + queries * keys * pair_in_latent,
+        }
+        if selected is not None:
+            cost[GATHERED] = queries * up + queries * selected * pair_in_latent
+        return min(cost, key=lambda form: cost[form])
+
+    def attend_expanded(
+        self, q_nope: mx.array, q_rope: mx.array, latent: mx.array, k_rope: mx.array, mask: mx.array | None
+    ) -> mx.array:
+        """q [B, H, S, ..], latent [B, T, R], k_rope [B, T, rope] -> [B, H, S, value]."""
+        k_nope = self.embed_q(latent[:, None], transpose=False)  # [B, H, T, nope]
+        k_rope = mx.broadcast_to(k_rope[:, None], (*k_nope.shape[:-1], self.rope))
+        return mx.fast.scaled_dot_product_attention(
+            mx.concatenate([q_nope, q_rope], axis=-1),
+            mx.concatenate([k_nope, k_rope], axis=-1),
+            self.unembed_out(latent[:, None]),  # [B, H, T, value]
+            scale=self.scale,
+            mask=mask,
+        )
+
+    def attend_absorbed(
+        self, q_nope: mx.array, q_rope: mx.array, latent: mx.array, k_rope: mx.array, mask: mx.array | None
+    ) -> mx.array:
+        """The same, with the latent as the one key and value of all heads."""
+        summed = mx.fast.scaled_dot_product_attention(
+            mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1),  # [B, H, S, R + rope]
+            mx.concatenate([latent, k_rope], axis=-1)[:, None],  # [B, 1, T, R + rope]
+            latent[:, None],
+            scale=self.scale,
+            mask=mask,
+        )
+        return self.unembed_out(summed)
+
+    def attend_gathered(
+        self,
+        q_nope: mx.array,
+        q_rope: mx.array,
+        latent: mx.array,
+        k_rope: mx.array,
+        selection: mx.array,
+        mask: mx.array | None,
+    ) -> mx.array:
+        """The absorbed form over selection [B, S, K], in blocks of queries. Nothing here has T times S elements."""
+        batch, length, chosen = selection.shape
+        queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1).swapaxes(1, 2)  # [B, S, H, R + rope]
+        block = max(1, GATHER_ELEMENTS // (batch * chosen * (self.latent + self.rope)))
+        summed = []
+        for start in range(0, length, block):
+            rows = slice(start, start + block)
+            picked = selection[:, rows]  # [B, s, K]
+            flat = picked.reshape(batch, -1, 1)
+            keys = [
+                mx.take_along_axis(part, flat, axis=1).reshape(*picked.shape, part.shape[-1]) for part in (latent, k_rope)
+            ]
+            scores = (queries[:, rows] * self.scale) @ mx.concatenate(keys, axis=-1).swapaxes(-1, -2)  # [B, s, H, K]
+            if mask is not None:
+                allowed = mx.broadcast_to(mask[:, 0, rows], (*picked.shape[:2], mask.shape[-1]))
+                allowed = mx.take_along_axis(allowed, picked, axis=-1)[:, :, None]
+                scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
+            summed.append(mx.softmax(scores, axis=-1, precise=True) @ keys[0])  # [B, s, H, R]
+            if length > block:
+                mx.eval(summed[-1])
+        return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
+
+
+def selection_mask(selection: mx.array, keys: int, mask: mx.array | None) -> mx.array:
+    """selection int [B, S, K] -> bool [B, 1, S, T]: selected, and not masked."""
+    chosen = mx.zeros((*selection.shape[:2], keys), dtype=mx.bool_)
+    chosen = mx.put_along_axis(chosen, selection, mx.array(True), axis=-1)[:, None]
+    return chosen if mask is None else chosen & mask

@@ -1,0 +1,53 @@
+"""The decoder layer. It carries the selection from full layers to shared ones (IndexShare, arXiv 2603.12201)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import MultiHeadLatentAttention
+from .cache import LayerCache
+from .config import ModelArgs
+from .moe import MLP, MixtureOfExperts
+from .rope import Rotation
+from .trace import tap
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm x), then + feed-forward(norm x)."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.self_attn = MultiHeadLatentAttention(args, with_indexer=args.runs_indexer(layer))
+        self.mlp: nn.Module = (
+            MixtureOfExperts(args) if args.is_sparse(layer) else MLP(args.hidden_size, args.intermediate_size)
+        )
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    @property
+    def runs_indexer(self) -> bool:
+        return "indexer" in self.self_attn
+
+    def __call__(
+        self,
+        x: mx.array,
+        rotation: Rotation,
+        mask: mx.array | None = None,
+        cache: LayerCache | None = None,
+        selection: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """x [B, S, hidden], and the selection of the layer below -> (x, the selection used here).
+
+        A full layer ignores the selection it is handed and makes its own; a shared layer uses it.
+        """
+        normed = tap(self, "input_layernorm", self.input_layernorm(x))
+        q_latent = self.self_attn.query_latent(normed)
+        if self.runs_indexer:
+            selection = self.self_attn.indexer(normed, q_latent, rotation, mask, cache)
+        x = x + self.self_attn(normed, q_latent, rotation, mask, cache, selection)
+        return self.feed_forward(x), selection
+
+    def feed_forward(self, x: mx.array) -> mx.array:
+        normed = tap(self, "post_attention_layernorm", self.post_attention_layernorm(x))
+        return tap(self, "output", x + tap(self, "mlp_output", self.mlp(normed)))

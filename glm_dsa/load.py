@@ -1,0 +1,216 @@
+"""Checkpoint folders: headers read and checked before any data, then tensors into a `Model`.
+
+safetensors only: 8 bytes of header length, a JSON header, then the data. Nothing is executed, nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import weights
+from .config import ConfigError, ModelArgs, read_json
+from .model import Model
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100 << 20
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "U8": 1}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: one line naming file and tensor, what was expected and what to do."""
+
+
+class Stored(NamedTuple):
+    """A tensor as a file's header describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def load(
+    path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any
+) -> Model:
+    """A checkpoint folder -> a `Model` with its weights evaluated.
+
+    HF layout (bf16, fp16, fp32, FP8 blocks, one file or shards) or mlx-lm's (quantized or not, bits per module).
+    `dtype` casts the floating-point tensors that are not quantized (the correction bias stays float32);
+    `overrides` are conventions, as in `ModelArgs.from_dict`. Raises `CheckpointError`.
+    """
+    path = Path(path)
+    try:
+        config = read_json(path / "config.json") if path.is_dir() else None
+        if config is None:
+            raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
+        args = ModelArgs.from_dict(config, **overrides)
+    except ConfigError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path / 'config.json'}: {error}") from None
+    stored = read_headers(path)
+    try:
+        check(args, stored)
+        tensors = read_tensors(stored, check_finite)
+        model = Model(args)
+        tensors = model.sanitize(tensors)
+        quantize_as_stored(model, tensors, config)
+        if dtype is not None:
+            tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
+        due = {name: value.shape for name, value in tree_flatten(model.parameters())}
+        weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
+    except weights.WeightsError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    model.load_weights(list(tensors.items()), strict=True)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def check(args: ModelArgs, stored: dict[str, Stored]) -> None:
+    """Holds the headers of an HF-layout checkpoint to the inventory, before data is read. Raises `WeightsError`."""
+    if weights.is_hf_layout(stored):
+        weights.check_names(args, {name: s.shape for name, s in stored.items()})
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """{tensor: Stored} of all shards of a checkpoint folder. Raises `CheckpointError`."""
+    files, index = _shards(folder)
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in stored:
+                raise CheckpointError(f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard")
+            stored[name] = tensor
+    if index is not None:
+        for name, file in index.items():
+            if name not in stored or stored[name].file.name != file:
+                raise CheckpointError(f"{folder / file}: {name} is not in it, though {INDEX} says so; download the shard again")
+        for name, tensor in stored.items():
+            if name not in index:
+                raise CheckpointError(f"{tensor.file}: {name} is not listed in {INDEX}; do index and shards belong together?")
+    return stored
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    if not (folder / INDEX).exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder}: no model*.safetensors and no {INDEX}; safetensors is the only format read")
+        return files, None
+    try:
+        index = read_json(folder / INDEX).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
+    files = []
+    for file in sorted(set(index.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: {file!r} is not the name of a .safetensors file inside the folder")
+        if not (folder / file).is_file():
+            tensor = next(n for n, f in index.items() if f == file)
+            raise CheckpointError(f"{folder / file}: missing, though {INDEX} puts {tensor} there; download the shard")
+        files.append(folder / file)
+    return files, index
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The header of one safetensors file, checked against the file's size. Raises `CheckpointError`."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            first = stream.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{file}: not a safetensors file, or cut short in its header ({size} bytes)")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: the header is not valid JSON; not a safetensors file?") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is no JSON object; not a safetensors file?")
+    header.pop("__metadata__", None)
+    stored: dict[str, Stored] = {}
+    spans = []
+    for name, entry in header.items():
+        stored[name], span = _entry(file, name, entry)
+        if 8 + length + span[1] > size:
+            raise CheckpointError(f"{file}: cut short: {name} ends at byte {8 + length + span[1]}, the file at {size}; download it again")
+        spans.append((*span, name))
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise CheckpointError(f"{file}: {name} begins at data byte {begin}, {end} is due; the header is damaged")
+        end = stop
+    if 8 + length + end != size:
+        raise CheckpointError(f"{file}: {size - 8 - length - end} bytes after the last tensor; the header is damaged")
+    return stored
+
+
+def _entry(file: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{file}: {name} has no dtype, shape and data_offsets; the header is damaged") from None
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+    if not whole or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(f"{file}: {name}, {dtype} {list(shape)}, does not fill bytes {begin} to {end}; the header is damaged")
+    return Stored(file, dtype, shape), (begin, end)
+
+
+def read_tensors(stored: dict[str, Stored], check_finite: bool) -> dict[str, mx.array]:
+    """Tensors by name (lazy unless checked). Raises `CheckpointError` on NaN or infinity."""
+    tensors: dict[str, mx.array] = {}
+    for file in sorted({s.file for s in stored.values()}):
+        try:
+            tensors |= mx.load(str(file))  # type: ignore[arg-type, operator]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
+    if check_finite:
+        for name, tensor in tensors.items():
+            values = tensor
+            if stored[name].dtype == "F8_E4M3":
+                values = mx.from_fp8(tensor, dtype=mx.float32)
+            elif not mx.issubdtype(tensor.dtype, mx.floating):
+                continue
+            if not mx.isfinite(values).all().item():
+                raise CheckpointError(f"{stored[name].file}: {name} holds NaN or infinity; the checkpoint is damaged")
+    return tensors
+
+
+def quantize_as_stored(model: Model, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
+    """Turns the modules whose weights are stored packed into quantized ones, with each one's own bits."""
+    default = config.get("quantization") or config.get("quantization_config") or {}
+
+    def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
+            return False
+        own = default.get(path) if isinstance(default.get(path), dict) else {}
+        weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
+        width = module.weight.shape[-1]
+        return {
+            "group_size": width // scales.shape[-1],
+            "bits": weight.shape[-1] * 32 // width,
+            "mode": own.get("mode", default.get("mode", "affine")) if scales.dtype == mx.uint8 else "affine",
+        }
+
+    if any(name.endswith(".scales") for name in tensors):
+        nn.quantize(model, class_predicate=packing)
+
+
+def _cast(name: str, tensor: mx.array, tensors: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
+    packed = name.rsplit(".", 1)[0] + ".scales" in tensors
+    if packed or not mx.issubdtype(tensor.dtype, mx.floating) or name.endswith("e_score_correction_bias"):
+        return tensor
+    return tensor.astype(dtype)

@@ -1,0 +1,129 @@
+"""The backbone and the head, with the interface that mlx-lm expects of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import weights
+from .block import DecoderLayer
+from .cache import LayerCache, causal_mask
+from .config import ModelArgs
+from .mtp import MtpLayer
+from .rope import RotaryEmbedding
+from .trace import tap
+
+
+class Backbone(nn.Module):
+    """Embedding, decoder layers, final norm. `layers` ends with the MTP layer, as in the checkpoints' numbering."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.depth = args.num_hidden_layers
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers: list[DecoderLayer] = [DecoderLayer(args, i) for i in range(self.depth)]
+        if args.num_nextn_predict_layers:
+            self.layers.append(MtpLayer(args, self.depth))
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._rotary = RotaryEmbedding(args)
+
+    def __call__(
+        self, tokens: mx.array, cache: list[LayerCache] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """int [B, S] -> hidden after the final norm, [B, S, hidden]."""
+        x = tap(self, "embed", self.embed_tokens(tokens) if input_embeddings is None else input_embeddings)
+        caches = cache or [None] * self.depth
+        rotation, mask = self.rotation_and_mask(x.shape[1], caches[0])
+        selection = None
+        for layer, layer_cache in zip(self.layers[: self.depth], caches, strict=True):
+            x, selection = layer(x, rotation, mask, layer_cache, selection)
+        return tap(self, "norm", self.norm(x))
+
+    def rotation_and_mask(self, length: int, cache: LayerCache | None):
+        """For the next `length` tokens after what the cache holds."""
+        if cache is None:
+            return self._rotary(mx.arange(length)), causal_mask(length, 0)
+        return self._rotary(positions(length, cache)), cache.make_mask(length)
+
+
+class Model(nn.Module):
+    """GLM-5.x (`glm_moe_dsa`) or GLM-4.7-Flash (`glm4_moe_lite`)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Backbone(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[LayerCache] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """tokens int [B, S] -> logits [B, S, V]. With `input_embeddings` [B, S, hidden] the tokens are not looked up."""
+        return self.logits(self.model(inputs, cache, input_embeddings))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The head, on hidden after the final norm."""
+        head = self.model.embed_tokens.as_linear if self.args.tie_word_embeddings else self.lm_head
+        return tap(self, "logits", head(hidden))
+
+    # -- multi-token prediction (driven by mtp.draft)
+
+    @property
+    def mtp(self) -> MtpLayer | None:
+        layers = self.model.layers[self.args.num_hidden_layers :]
+        return layers[0] if layers else None  # type: ignore[return-value]
+
+    def mtp_step(
+        self, hidden: mx.array, tokens: mx.array, cache: LayerCache | None, reuse: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """One step of the MTP layer over hidden [B, S, hidden] and tokens int [B, S]; see `MtpLayer.step`."""
+        assert self.mtp is not None
+        embed = self.mtp.embed_tokens if self.args.mtp_owns_embeddings else self.model.embed_tokens
+        embeddings = embed(tokens)
+        if self.args.mtp_zero_first_embedding:
+            at = mx.arange(tokens.shape[1]) if cache is None else positions(tokens.shape[1], cache)
+            embeddings = mx.where((at == 0)[..., None], 0, embeddings)
+        rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)
+        return self.mtp.step(hidden, embeddings, rotation, mask, cache, reuse)
+
+    def mtp_logits(self, hidden: mx.array) -> mx.array:
+        """The draft's head, on hidden after the shared-head norm."""
+        assert self.mtp is not None
+        return self.mtp.shared_head.head(hidden) if self.args.mtp_owns_embeddings else self.logits(hidden)
+
+    def make_mtp_cache(self, left_padding: list[int] | None = None, start: int = 0) -> LayerCache:
+        """The MTP layer's cache. Kept apart from `make_cache`, whose length mlx-lm holds to that of `layers`."""
+        return LayerCache(self.args.has_indexer, left_padding, start)
+
+    # -- what mlx-lm asks for
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers[: self.args.num_hidden_layers]
+
+    def make_cache(self, left_padding: list[int] | None = None, start: int = 0) -> list[LayerCache]:
+        """One empty cache for each layer of `layers`. Indexer keys are kept on full layers only."""
+        return [LayerCache(layer.runs_indexer, left_padding, start) for layer in self.layers]
+
+    def sanitize(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it."""
+        if not weights.has_mtp(self.args, tensors):
+            self.model.layers = self.layers
+        return weights.to_modules(self.args, tensors)
+
+    @property
+    def cast_predicate(self):
+        return lambda name: "e_score_correction_bias" not in name
+
+    def __repr__(self) -> str:
+        return f"Model({self.model_type}, {len(self.layers)} layers, {'with' if self.mtp else 'no'} MTP)"
+
+
+def positions(length: int, cache: LayerCache) -> mx.array:
+    """Positions of the next `length` tokens: [S], or [B, S] for a left-padded batch."""
+    offset: Any = cache.offset
+    return mx.arange(offset, offset + length) if isinstance(offset, int) else offset[:, None] + mx.arange(length)

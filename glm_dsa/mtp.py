@@ -1,0 +1,128 @@
+"""Multi-token prediction (DeepSeek-V3, section 2.2): one more decoder layer that drafts the token after the next.
+
+    h'_t = layer(W_eh [norm(embed(token_{t+1})) | norm(h_t)]),   draft logits_t = head(norm(h'_t)) predict token_{t+2}
+
+h is the main model's hidden after its final norm. Later draft steps feed the layer its own output after the
+shared-head norm; token t+1 is fed at the position of token t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .block import DecoderLayer
+from .cache import LayerCache
+from .config import ModelArgs
+from .rope import Rotation
+from .trace import tap
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class SharedHead(nn.Module):
+    """The norm before the head; GLM-4.7-Flash keeps a head of its own here too."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        if args.mtp_owns_embeddings:
+            self.head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+
+class MtpLayer(DecoderLayer):
+    """The checkpoint's layer `num_hidden_layers`: a full decoder layer, and what joins token and hidden before it."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__(args, layer)
+        self.enorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=False)
+        self.shared_head = SharedHead(args)
+        if args.mtp_owns_embeddings:
+            self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+
+    def step(
+        self,
+        hidden: mx.array,
+        embeddings: mx.array,
+        rotation: Rotation,
+        mask: mx.array | None,
+        cache: LayerCache | None,
+        reuse: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """hidden, embeddings [B, S, hidden] -> (hidden after the shared-head norm, the selection used).
+
+        With `reuse`, the selection is not made anew, but the indexer's key is still written: a later first step
+        will look for it.
+        """
+        joined = mx.concatenate([self.enorm(embeddings), self.hnorm(hidden)], axis=-1)
+        x = tap(self, "eh_proj", self.eh_proj(joined))
+        if reuse is None:
+            x, selection = self(x, rotation, mask, cache)
+        else:
+            selection = reuse
+            normed = tap(self, "input_layernorm", self.input_layernorm(x))
+            if cache is not None and cache.has_indexer:
+                cache.append_index_keys(self.self_attn.indexer.keys(normed, rotation))
+            q_latent = self.self_attn.query_latent(normed)
+            x = self.feed_forward(x + self.self_attn(normed, q_latent, rotation, mask, cache, selection))
+        return tap(self, "shared_head", self.shared_head.norm(x)), selection
+
+
+class Draft(NamedTuple):
+    """One draft step: logits [B, S, V], hidden after the shared-head norm [B, S, hidden], the tokens fed [B, S]."""
+
+    logits: mx.array
+    hidden: mx.array
+    tokens: mx.array
+
+
+def draft(
+    model: Model,
+    hidden: mx.array,
+    next_tokens: mx.array,
+    cache: LayerCache,
+    steps: int,
+    choose: Callable[[int, mx.array], mx.array] | None = None,
+) -> list[Draft]:
+    """Runs `steps` chained draft steps.
+
+    hidden [B, S, hidden]: the main model's, after its final norm, of S tokens that the MTP cache has not seen yet.
+    next_tokens int [B, S]: the token after each of them. The first step runs over all S, each later one over the
+    single token that `choose(step, logits [B, V])` picks from the step before (greedy by default).
+    cache: `model.make_mtp_cache()`. It ends `S + steps - 1` tokens longer; rewind what was not accepted with `trim`.
+
+    With `mtp_reuses_selection`, later steps use the first step's selection for the last token as it stands: they see
+    neither their own key nor those of earlier drafts. Otherwise each step selects for itself.
+
+    Raises ValueError where the model has no MTP layer.
+    """
+    if model.mtp is None:
+        raise ValueError("this model has no MTP layer (num_nextn_predict_layers = 0, or a checkpoint without its tensors)")
+    if steps < 1:
+        raise ValueError(f"steps = {steps}: at least 1 draft step")
+    choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))
+    drafts: list[Draft] = []
+    tokens, reuse = next_tokens, None
+    for index in range(steps):
+        out, selection = model.mtp_step(hidden, tokens, cache, reuse)
+        logits = model.mtp_logits(out)
+        drafts.append(Draft(logits, out, tokens))
+        if reuse is None and model.args.mtp_reuses_selection:
+            reuse = last_selection(selection, cache)
+        hidden = out[:, -1:]
+        tokens = choose(index, logits[:, -1])[:, None]
+    return drafts
+
+
+def last_selection(selection: mx.array | None, cache: LayerCache) -> mx.array:
+    """The last query's selection, [B, 1, K]; where every key was selected, their indices written out."""
+    if selection is not None:
+        return selection[:, -1:]
+    assert cache.latent is not None
+    return mx.broadcast_to(mx.arange(cache.length), (cache.latent.shape[0], 1, cache.length))

@@ -1,0 +1,222 @@
+"""Which tensors a checkpoint must hold, and how its names and formats become the model's.
+
+`inventory` is the one source of names and shapes: it counts, it checks, and loading is held to it.
+
+    HF layout (zai-org, transformers)              modules (and mlx-lm's checkpoints)
+    self_attn.kv_b_proj [H (nope + v), R]          self_attn.embed_q [H, R, nope], self_attn.unembed_out [H, v, R]
+    mlp.experts.E.gate_proj (up, down)             mlp.switch_mlp.gate_proj [E, out, in]
+    *.weight (FP8) + *.weight_scale_inv            *.weight
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .config import ModelArgs
+
+FP8_BLOCK = 128
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PACKED = ("weight", "scales", "biases")  # the parts of a quantized matrix in MLX
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)", re.DOTALL)
+
+
+class TensorSpec(NamedTuple):
+    """A tensor as HF checkpoints hold it. `component` groups tensors as people talk about them."""
+
+    name: str
+    shape: tuple[int, ...]
+    component: str
+
+
+class WeightsError(ValueError):
+    """Tensors that do not make this model: names them, says what is due and what to do."""
+
+
+def inventory(args: ModelArgs) -> Iterator[TensorSpec]:
+    """Every tensor of the model in HF layout, in order. No weights are touched."""
+    hidden, vocabulary = args.hidden_size, args.vocab_size
+    yield TensorSpec("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
+    for layer in range(args.num_hidden_layers + args.num_nextn_predict_layers):
+        prefix = f"model.layers.{layer}."
+        is_mtp = layer >= args.num_hidden_layers
+        for name, shape, component in _layer(args, layer, is_mtp):
+            yield TensorSpec(prefix + name, shape, "mtp" if is_mtp else component)
+    yield TensorSpec("model.norm.weight", (hidden,), "norms")
+    if not args.tie_word_embeddings:
+        yield TensorSpec("lm_head.weight", (vocabulary, hidden), "head")
+
+
+def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
+    hidden, heads, latent = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
+    rows = latent + args.qk_rope_head_dim
+    yield TensorSpec("input_layernorm.weight", (hidden,), "norms")
+    yield TensorSpec("post_attention_layernorm.weight", (hidden,), "norms")
+    attention = {
+        "q_a_proj.weight": (args.q_lora_rank, hidden),
+        "q_a_layernorm.weight": (args.q_lora_rank,),
+        "q_b_proj.weight": (heads * args.qk_head_dim, args.q_lora_rank),
+        "kv_a_proj_with_mqa.weight": (rows, hidden),
+        "kv_a_layernorm.weight": (latent,),
+        "kv_b_proj.weight": (heads * (args.qk_nope_head_dim + args.v_head_dim), latent),
+        "o_proj.weight": (hidden, heads * args.v_head_dim),
+    }
+    if args.attention_bias:
+        attention |= {"q_a_proj.bias": (args.q_lora_rank,), "kv_a_proj_with_mqa.bias": (rows,), "o_proj.bias": (hidden,)}
+    for name, shape in attention.items():
+        yield TensorSpec(f"self_attn.{name}", shape, "attention")
+    if args.runs_indexer(layer):
+        for name, shape in {
+            "wq_b.weight": (args.index_n_heads * args.index_head_dim, args.q_lora_rank),
+            "wk.weight": (args.index_head_dim, hidden),
+            "k_norm.weight": (args.index_head_dim,),
+            "k_norm.bias": (args.index_head_dim,),
+            "weights_proj.weight": (args.index_n_heads, hidden),
+        }.items():
+            yield TensorSpec(f"self_attn.indexer.{name}", shape, "indexer")
+    if args.is_sparse(layer):
+        inner = args.moe_intermediate_size
+        yield TensorSpec("mlp.gate.weight", (args.n_routed_experts, hidden), "router")
+        yield TensorSpec("mlp.gate.e_score_correction_bias", (args.n_routed_experts,), "router")
+        for expert in range(args.n_routed_experts):
+            yield from _swiglu(f"mlp.experts.{expert}", hidden, inner, "experts")
+        yield from _swiglu("mlp.shared_experts", hidden, inner * args.n_shared_experts, "shared experts")
+    else:
+        yield from _swiglu("mlp", hidden, args.intermediate_size, "dense mlp")
+    if is_mtp:
+        yield TensorSpec("eh_proj.weight", (hidden, 2 * hidden), "mtp")
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield TensorSpec(f"{norm}.weight", (hidden,), "mtp")
+        if args.mtp_owns_embeddings:
+            yield TensorSpec("embed_tokens.weight", (args.vocab_size, hidden), "mtp")
+            yield TensorSpec("shared_head.head.weight", (args.vocab_size, hidden), "mtp")
+
+
+def _swiglu(prefix: str, hidden: int, inner: int, component: str) -> Iterator[TensorSpec]:
+    for name in PROJECTIONS:
+        yield TensorSpec(f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component)
+
+
+def is_ignorable(args: ModelArgs, name: str) -> bool:
+    """Tensors that some builds carry for nothing: indexers on shared layers, RoPE tables."""
+    match = LAYER.fullmatch(name)
+    if match is None:
+        return False
+    layer, rest = int(match[1]), match[2]
+    shared = layer < args.num_hidden_layers and args.has_indexer and not args.runs_indexer(layer)
+    return rest.endswith("rotary_emb.inv_freq") or (shared and rest.startswith("self_attn.indexer."))
+
+
+def is_mtp(args: ModelArgs, name: str) -> bool:
+    match = LAYER.fullmatch(name)
+    return match is not None and int(match[1]) >= args.num_hidden_layers
+
+
+def has_mtp(args: ModelArgs, names: Iterable[str]) -> bool:
+    return args.num_nextn_predict_layers > 0 and any(is_mtp(args, name) for name in names)
+
+
+def is_hf_layout(names: Iterable[str]) -> bool:
+    """True for HF's names; False for mlx-lm's. A quantized `kv_b_proj` (early MLX builds) counts as mlx-lm's."""
+    names = set(names)
+    return any(
+        ".mlp.experts." in n or (n.endswith("kv_b_proj.weight") and n.replace("weight", "scales") not in names) for n in names
+    )
+
+
+def check_names(args: ModelArgs, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds an HF-layout checkpoint's {name: shape} to the inventory, strictly in both directions.
+
+    Ignorable tensors may be there, and the MTP layer may be absent as a whole. Raises `WeightsError`.
+    """
+    with_mtp = has_mtp(args, found)
+    due = {spec.name: spec.shape for spec in inventory(args) if with_mtp or not is_mtp(args, spec.name)}
+    found = {n: s for n, s in found.items() if not is_ignorable(args, n) and not n.endswith("_scale_inv")}
+    report_differences(due, found)
+
+
+def report_differences(due: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `WeightsError` naming what is missing, what is not expected, and what has another shape."""
+    missing = [n for n in due if n not in found]
+    unexpected = [n for n in found if n not in due]
+    misshapen = [f"{n} is {list(found[n])}, {list(due[n])} is due" for n in due if n in found and found[n] != due[n]]
+    parts = [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("not expected", unexpected), ("of the wrong shape", misshapen))
+        if names
+    ]
+    if parts:
+        raise WeightsError("the tensors do not make this model: " + "; ".join(parts) + ". Does config.json belong to these weights?")
+
+
+def to_modules(args: ModelArgs, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A checkpoint's tensors, in either layout, FP8 or not, under the model's parameter names. Idempotent."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_ignorable(args, name)}
+    if not args.num_nextn_predict_layers:
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_mtp(args, name)}
+    if args.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    _dequantize_fp8(tensors)
+    for layer in range(args.num_hidden_layers + args.num_nextn_predict_layers):
+        _stack_experts(args, tensors, f"model.layers.{layer}.mlp")
+        _split_kv_b(args, tensors, f"model.layers.{layer}.self_attn")
+    return tensors
+
+
+def _dequantize_fp8(tensors: dict[str, mx.array]) -> None:
+    for name in [n for n in tensors if n.endswith(".weight_scale_inv")]:
+        weight = name.removesuffix("_scale_inv")
+        if weight not in tensors:
+            raise WeightsError(f"{name}: a block scale without its weight {weight}")
+        tensors[weight] = dequantize_fp8(tensors[weight], tensors.pop(name), weight)
+    for name, tensor in tensors.items():
+        if tensor.dtype == mx.uint8 and name.endswith(".weight"):
+            raise WeightsError(f"{name}: FP8 without {name}_scale_inv; casting it without its scale would be wrong")
+
+
+def dequantize_fp8(weight: mx.array, scale: mx.array, name: str = "weight") -> mx.array:
+    """e4m3 bytes [M, N] times float32 block scales [ceil(M/128), ceil(N/128)] -> bfloat16 [M, N], rounded once."""
+    if weight.dtype != mx.uint8:
+        raise WeightsError(f"{name}: {weight.dtype} beside a block scale; FP8 (e4m3) is due")
+    rows, columns = weight.shape
+    due = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    if scale.shape != due:
+        raise WeightsError(f"{name}_scale_inv is {list(scale.shape)}, {list(due)} is due for {rows} x {columns} in blocks of 128")
+    scale = mx.repeat(mx.repeat(scale.astype(mx.float32), FP8_BLOCK, 0)[:rows], FP8_BLOCK, 1)[:, :columns]
+    return (mx.from_fp8(weight, dtype=mx.float32) * scale).astype(mx.bfloat16)
+
+
+def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> None:
+    for projection in PROJECTIONS:
+        for part in PACKED:
+            names = [f"{mlp}.experts.{e}.{projection}.{part}" for e in range(args.n_routed_experts)]
+            present = [n for n in names if n in tensors]
+            if not present:
+                continue
+            if len(present) < len(names):
+                absent = next(n for n in names if n not in tensors)
+                raise WeightsError(f"{absent}: missing, though {present[0]} is there; a shard may be missing")
+            tensors[f"{mlp}.switch_mlp.{projection}.{part}"] = mx.stack([tensors.pop(n) for n in names])
+
+
+def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -> None:
+    """kv_b_proj = [W_uk; W_uv] per head. Its first half is transposed, so a quantized one is quantized anew."""
+    name = f"{attention}.kv_b_proj"
+    if f"{name}.weight" not in tensors:
+        return
+    weight, packing = tensors.pop(f"{name}.weight"), None
+    if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
+        scales, biases = tensors.pop(f"{name}.scales"), tensors.pop(f"{name}.biases")
+        packing = {"bits": weight.shape[-1] * 32 // args.kv_lora_rank, "group_size": args.kv_lora_rank // scales.shape[-1]}
+        weight = mx.dequantize(weight, scales, biases, **packing)
+    heads = (args.num_attention_heads, args.qk_nope_head_dim + args.v_head_dim, args.kv_lora_rank)
+    if weight.shape != (heads[0] * heads[1], heads[2]):
+        raise WeightsError(f"{name}.weight is {list(weight.shape)}, {[heads[0] * heads[1], heads[2]]} is due")
+    w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)
+    for target, part in (("embed_q", w_uk.swapaxes(-1, -2)), ("unembed_out", w_uv)):
+        parts = (mx.contiguous(part),) if packing is None else mx.quantize(part, **packing)
+        for suffix, tensor in zip(PACKED, parts, strict=False):
+            tensors[f"{attention}.{target}.{suffix}"] = tensor

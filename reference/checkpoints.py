@@ -1,0 +1,204 @@
+"""Writes HF checkpoints, with HF's own `save_pretrained`, in several shards; and reads tensors back for the oracles.
+
+Random weights hide faults that trained ones show. These have what trained ones have: norm weights away from 1, a
+k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps counts), and
+attention that is not flat.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import hf
+
+INDEX = "model.safetensors.index.json"
+
+# zai-org's keys, at widths that a CPU runs in a blink. 16 index heads: fewer make exact ties at score 0 (ReLU).
+TINY = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": [1, 2],
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "index_head_dim": 24,
+    "index_n_heads": 16,
+    "index_topk": 16,
+    "indexer_rope_interleave": True,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "kv_lora_rank": 32,
+    "max_position_embeddings": 1048576,
+    "moe_intermediate_size": 32,
+    "moe_layer_freq": 1,
+    "moe_router_dtype": "float32",
+    "n_group": 1,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": 48,
+    "qk_head_dim": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "use_cache": True,
+    "v_head_dim": 20,
+    "vocab_size": 160,
+}
+
+ONLY_INDEXER = ("index_head_dim", "index_n_heads", "index_topk", "indexer_rope_interleave")
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A tiny GLM-5.x config; a change to None removes the key."""
+    return {k: v for k, v in (TINY | changes).items() if v is not None}
+
+
+def glm_5_2(**changes: Any) -> dict[str, Any]:
+    """GLM-5.2's shape of things: IndexShare of freq 4, offset 3, and MTP that reuses its selection."""
+    return tiny(**{"index_topk_freq": 4, "index_skip_topk_offset": 3, "index_share_for_mtp_iteration": True} | changes)
+
+
+def glm_4_7(**changes: Any) -> dict[str, Any]:
+    """GLM-4.7-Flash's: the same MLA, experts and MTP, no indexer; rope_theta at the top level."""
+    lite = {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "first_k_dense_replace": 1,
+        "partial_rotary_factor": 1.0, "rope_scaling": None, "rope_parameters": None, "rope_theta": 1000000,
+        "rms_norm_eps": 1e-5, "qk_head_dim": None, "moe_router_dtype": None, "scoring_func": None, "num_hidden_layers": 4,
+        "routed_scaling_factor": 1.8,
+    }  # fmt: skip
+    config = tiny(**lite | changes)
+    return {k: v for k, v in config.items() if k not in ONLY_INDEXER}
+
+
+def write(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_size: str = "300KB",
+    bias_mean: float = 0.0,
+) -> Path:
+    """Writes a checkpoint in HF layout, MTP layer included, config.json with exactly the keys of `config`."""
+    folder = Path(folder)
+    has_mtp = bool(config.get("num_nextn_predict_layers"))
+    with hf.quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = hf.build(config, with_mtp=has_mtp)
+        trained_like(model, bias_mean)
+        model.to(dtype)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # the one float32 tensor of a published checkpoint
+                buffer.data = buffer.data.float()
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        if has_mtp:
+            _add_mtp_tensors(folder, config, dtype)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+@torch.no_grad()
+def trained_like(model: torch.nn.Module, bias_mean: float = 0.0) -> None:
+    """Draws all weights anew; gains are those on inputs of unit variance."""
+    gains = {
+        "q_a_proj": 0.03,  # a small query latent: q_a_layernorm's eps counts
+        "q_b_proj": 1.6,
+        "wk": 0.01,  # small keys: k_norm's eps counts
+        "wq_b": 1.0,
+        "weights_proj": 1.0,
+        "embed_tokens": None,
+    }
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        owner, _, kind = name.rpartition(".")
+        module = owner.rsplit(".", 1)[-1]
+        if kind == "e_score_correction_bias":
+            parameter.normal_(bias_mean, 0.15)
+        elif kind == "bias":
+            parameter.normal_(0, 0.3)
+        elif "norm" in module:
+            parameter.uniform_(0.6, 1.4)
+        elif module == "embed_tokens":
+            parameter.normal_(0, 1)
+        elif parameter.dim() >= 2:
+            parameter.normal_(0, gains.get(module, 1.0) * parameter.shape[-1] ** -0.5)
+            if module == "kv_a_proj_with_mqa":  # a small latent beside a rotary key of unit variance
+                latent = parameter.shape[0] - model.config.qk_rope_head_dim
+                parameter[:latent] *= 0.03
+
+
+def _add_mtp_tensors(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """One shard more, with what joins the MTP layer to the model; HF wrote its decoder layer already."""
+    hidden, prefix = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
+    tensors = {prefix + "eh_proj.weight": torch.randn(hidden, 2 * hidden) * (2 * hidden) ** -0.5}
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{prefix}{norm}.weight"] = torch.rand(hidden) * 0.8 + 0.6
+    if config["model_type"] == "glm4_moe_lite":
+        tensors[prefix + "embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden)
+        tensors[prefix + "shared_head.head.weight"] = torch.randn(config["vocab_size"], hidden) * hidden**-0.5
+    add_shard(folder, "model-mtp.safetensors", {k: v.to(dtype) for k, v in tensors.items()})
+
+
+def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Adds (or replaces) tensors of a checkpoint in a shard of their own."""
+    index_file = folder / INDEX
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
+    else:
+        names = read_tensors(folder).names
+        index = {"metadata": {}, "weight_map": {n: f.name for n, f in names.items()}}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / file, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(tensors, file)
+    index_file.write_text(json.dumps(index, indent=2))
+
+
+class read_tensors:  # noqa: N801
+    """Checkpoint tensors by name: float64 NumPy arrays for the equations, or torch tensors of a given dtype."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.names: dict[str, Path] = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, "pt") as shard:
+                self.names |= dict.fromkeys(shard.keys(), file)
+
+    def __call__(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        with safe_open(self.names[name], "pt") as shard:
+            tensor = shard.get_tensor(name)
+        return tensor.to(dtype) if dtype is not None else tensor.to(torch.float64).numpy()
+
+
+def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:
+    """`read_tensors` that keeps what it read: for checkpoints that fit in memory in float64."""
+    read, kept = read_tensors(folder), {}
+
+    def get(name: str) -> np.ndarray:
+        if name not in kept:
+            kept[name] = read(name)
+        return kept[name]
+
+    return get

@@ -1,0 +1,122 @@
+"""HF's own modules, built from a config and weights, whole or one layer, under either convention. float32, eager, CPU.
+
+Eager attention and float32 on the CPU are HF's truest form: its sdpa path was wrong with explicit masks in some
+versions. A layer more than `num_hidden_layers` holds the MTP layer's decoder part, which HF otherwise drops on load.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
+
+from .equations import Conventions
+
+INDEXERS = {"half-split": DeepseekV32Indexer, "interleaved": GlmMoeDsaIndexer}
+
+
+def config_for(config: Mapping[str, Any], with_mtp: bool = False) -> Any:
+    """An HF config object; `with_mtp` adds one full, sparse layer behind the last."""
+    config = copy.deepcopy(dict(config))
+    config.pop("quantization_config", None)
+    config.pop("quantization", None)
+    config.pop("dtype", None)
+    built = AutoConfig.for_model(**config)
+    if with_mtp:
+        built.num_hidden_layers += 1
+        built.mlp_layer_types = [*built.mlp_layer_types[: built.num_hidden_layers - 1], "sparse"]
+        if getattr(built, "indexer_types", None):
+            built.indexer_types = [*built.indexer_types[: built.num_hidden_layers - 1], "full"]
+            built.layer_types = ["indexed_attention"] * built.num_hidden_layers
+    built._attn_implementation = "eager"
+    built._experts_implementation = "eager"
+    return built
+
+
+def build(config: Mapping[str, Any], with_mtp: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM with HF's own initial weights (see checkpoints.py for trained-like ones)."""
+    return AutoModelForCausalLM.from_config(config_for(config, with_mtp), dtype=dtype, attn_implementation="eager").eval()
+
+
+def load(
+    folder: str | Path, conventions: Conventions | None = None, with_mtp: bool = False, dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
+    """HF's own loading of a checkpoint in its layout. `changes` are config keys to replace."""
+    config = json.loads((Path(folder) / "config.json").read_text()) | changes
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config_for(config, with_mtp), dtype=dtype, attn_implementation="eager", use_safetensors=True
+        ).eval()
+    return apply(model, conventions) if conventions else model
+
+
+def apply(model: Any, conventions: Conventions) -> Any:
+    """Puts a convention in force: the indexer's class decides its RoPE layout, since both have the same parameters."""
+    if conventions.main_rope != "interleaved":
+        raise ValueError("HF turns interleaved pairs in its main attention, in every version since 5.11; use the equations")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_a_layernorm.variance_epsilon = conventions.latent_norm_eps
+        attention.kv_a_layernorm.variance_epsilon = conventions.latent_norm_eps
+        if getattr(attention, "indexer", None) is not None:
+            attention.indexer.__class__ = INDEXERS[conventions.indexer_rope]
+            attention.indexer.k_norm.eps = conventions.indexer_norm_eps
+    return model
+
+
+@torch.no_grad()
+def forward(model: Any, tokens: Any, positions: Any = None, cache: Any = None) -> torch.Tensor:
+    """tokens int [B, S] -> logits [B, S, V]."""
+    return model(
+        input_ids=torch.as_tensor(tokens), position_ids=None if positions is None else torch.as_tensor(positions),
+        past_key_values=cache, use_cache=cache is not None,
+    ).logits  # fmt: skip
+
+
+@torch.no_grad()
+def run_layer(model: Any, layer: int, x: Any, selection: Any = None, positions: Any = None) -> None:
+    """One decoder layer on x [B, S, hidden], uncached; see it with `capture`. A shared layer needs a `selection`."""
+    x = torch.as_tensor(x)
+    batch, length = x.shape[:2]
+    positions = torch.arange(length)[None] if positions is None else torch.as_tensor(positions)
+    kwargs = {} if selection is None else {"prev_topk_indices": torch.as_tensor(selection).int()}
+    model.model.layers[layer](
+        x,
+        attention_mask=additive_causal_mask(batch, length, length, x.dtype),
+        position_ids=positions,
+        position_embeddings=model.model.rotary_emb(x, position_ids=positions),
+        **kwargs,
+    )
+
+
+def additive_causal_mask(batch: int, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a query may look, the dtype's lowest number elsewhere, as HF's eager path expects it. [B, 1, S, T]"""
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype).expand(batch, 1, queries, keys)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without HF's progress bars and its warning about the MTP tensors that it drops."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

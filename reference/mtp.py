@@ -1,0 +1,106 @@
+"""Multi-token prediction in HF's own modules: `MtpLayer`, the glue, around HF's own decoder layer.
+
+HF's `MtpModel` refuses this architecture (its mask key, its layer types, and a decoder layer that returns a tuple), so
+the three lines that it would add stand here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.modeling_layers import MtpLayer
+
+from .checkpoints import read_tensors
+from .hf import additive_causal_mask
+
+
+class _FirstOutput(torch.nn.Module):
+    """HF's decoder layer returns (hidden, selection); MtpLayer wants the hidden. The selection is kept here."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selection: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = self.layer(x, **kwargs)
+        if isinstance(out, tuple):
+            out, self.selection = out
+        return out
+
+
+class _ReuseSelection(torch.nn.Module):
+    """Stands in for the indexer on later draft steps: writes its key, then answers with the selection it is given."""
+
+    def __init__(self, indexer: torch.nn.Module, selection: torch.Tensor) -> None:
+        super().__init__()
+        self.indexer, self.selection = indexer, selection
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.indexer(*args, **kwargs)
+        return self.selection
+
+
+class Mtp:
+    """The MTP layer of a checkpoint. `model`: loaded by `hf.load(folder, with_mtp=True)`."""
+
+    def __init__(self, model: Any, folder: str | Path, reuse: bool, zero_first: bool = False) -> None:
+        self.model, self.reuse, self.zero_first = model, reuse, zero_first
+        layer = model.model.layers[-1]
+        norm = type(model.model.norm)
+        with torch.device("meta"):
+            self.mtp = MtpLayer(model.config, lambda *_: torch.nn.Identity(), norm, len(model.model.layers) - 1)
+        tensors = read_tensors(folder)
+        prefix = f"model.layers.{len(model.model.layers) - 1}."
+        own = {
+            "enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
+            "post_norm.weight": "shared_head.norm.weight",
+        }  # fmt: skip
+        self.mtp.load_state_dict(
+            {ours: tensors(prefix + theirs, torch.float32) for ours, theirs in own.items()}, strict=True, assign=True
+        )
+        self.block = _FirstOutput(layer)
+        self.mtp.mtp_block = self.block
+        owns = prefix + "embed_tokens.weight" in tensors.names
+        self.embed = tensors(prefix + "embed_tokens.weight", torch.float32) if owns else model.model.embed_tokens.weight
+        self.head = tensors(prefix + "shared_head.head.weight", torch.float32) if owns else model.lm_head.weight
+        self.mtp.eval()
+
+    @torch.no_grad()
+    def draft(self, hidden: np.ndarray, tokens: list[np.ndarray], steps: int) -> list[tuple[np.ndarray, np.ndarray, Any]]:
+        """As `Equations.draft`, cached as HF caches: [(logits, hidden, selection)] of each step."""
+        cache = DynamicCache(config=self.model.config)
+        index = self.model.config.num_hidden_layers - 1
+        previous, out = torch.as_tensor(hidden), []
+        attention = self.block.layer.self_attn
+        indexer = getattr(attention, "indexer", None)
+        for step in range(steps):
+            fed = torch.as_tensor(tokens[step])
+            embedded = torch.nn.functional.embedding(fed, self.embed)
+            past = cache.get_seq_length(index)
+            positions = torch.arange(past, past + fed.shape[1])[None]
+            if self.zero_first and past == 0:
+                embedded = embedded.clone()
+                embedded[:, 0] = 0
+            if step > 0 and self.reuse and indexer is not None:
+                assert self.block.selection is not None
+                attention.indexer = _ReuseSelection(indexer, self.block.selection[:, -1:])
+            try:
+                x = self.mtp(
+                    embedded, previous,
+                    position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
+                    attention_mask=additive_causal_mask(fed.shape[0], fed.shape[1], past + fed.shape[1], embedded.dtype),
+                    position_ids=positions, past_key_values=cache,
+                )  # fmt: skip
+            finally:
+                if indexer is not None:
+                    attention.indexer = indexer
+            logits = torch.nn.functional.linear(x, self.head)
+            selection = None if self.block.selection is None else self.block.selection.numpy().copy()
+            out.append((logits.numpy(), x.numpy(), selection))
+            previous = x[:, -1:]
+        return out
