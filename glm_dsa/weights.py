@@ -217,6 +217,8 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
         raise WeightsError(f"{name}.weight is {list(weight.shape)}, {[heads[0] * heads[1], heads[2]]} is due")
     w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)
     for target, part in (("embed_q", w_uk.swapaxes(-1, -2)), ("unembed_out", w_uv)):
-        parts = (mx.contiguous(part),) if packing is None else mx.quantize(part, **packing)
+        # W_uk is packed along `nope`, which the group size of kv_b_proj need not divide: then it stays unpacked
+        fits = packing is not None and part.shape[-1] % packing["group_size"] == 0
+        parts = mx.quantize(part, **packing) if fits else (mx.contiguous(part),)
         for suffix, tensor in zip(PACKED, parts, strict=False):
             tensors[f"{attention}.{target}.{suffix}"] = tensor

@@ -202,3 +202,37 @@ def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:
         return kept[name]
 
     return get
+
+
+# Kept in bf16 by GLM-5.2-FP8; all other matrices of a layer are FP8.
+NOT_FP8 = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj", "eh_proj", "shared_head")
+BLOCK = 128
+
+
+def write_fp8(source: str | Path, packed: str | Path, plain: str | Path) -> None:
+    """Rewrites a bf16 checkpoint twice: as e4m3 blocks with float32 scales (as GLM-5.2-FP8 is stored), and as bf16
+    holding exactly what those blocks mean. HF itself refuses 576 rows in 5 blocks, so torch's float8 is the oracle.
+    """
+    read = read_tensors(source)
+    stored, meant = {}, {}
+    for name in read.names:
+        weight = read(name, torch.float32)
+        if weight.dim() != 2 or any(part in name for part in NOT_FP8):
+            dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+            stored[name] = meant[name] = weight.to(dtype)
+            continue
+        rows, columns = weight.shape
+        grid = (-(-rows // BLOCK), -(-columns // BLOCK))
+        padded = torch.zeros(grid[0] * BLOCK, grid[1] * BLOCK)
+        padded[:rows, :columns] = weight
+        scale = padded.view(grid[0], BLOCK, grid[1], BLOCK).abs().amax((1, 3)).clamp_min(1e-12) / 448
+        spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+        stored[name] = (weight / spread).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+        meant[name] = (stored[name].float() * spread).to(torch.bfloat16)
+    config = json.loads((Path(source) / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    for folder, tensors, extra in ((packed, stored, {"quantization_config": quantization}), (plain, meant, {})):
+        Path(folder).mkdir(parents=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        (Path(folder) / "config.json").write_text(json.dumps(config | extra))

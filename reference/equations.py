@@ -1,5 +1,7 @@
 """GLM-5.x in NumPy float64, one function per equation: the second oracle, independent of HF and of any speed.
 
+Everything computes in the dtype of the weights. float64 is truth; the same code in float32 shows what float32 explains.
+
 Written from the papers (DeepSeek-V2 for MLA, DeepSeek-V3 for routing and MTP, DeepSeek-V3.2 for the indexer,
 arXiv 2603.12201 for IndexShare) and from the published configs. Nothing here calls HF. There is no cache: a cached run
 is judged against the uncached truth. Rotary outputs keep the layout of their inputs.
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
-Weights = Callable[[str], Array]  # checkpoint name in HF layout -> float64
+Weights = Callable[[str], Array]  # checkpoint name in HF layout -> float64 (or float32)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def rope(x: Array, positions: Array, config: Mapping[str, Any], layout: str) -> Array:
     """Turns pairs of x [B, S, H, D] at positions [B, S]."""
     frequencies, magnitude = rope_frequencies(config)
-    angles = (positions[..., None] * frequencies)[:, :, None]  # [B, S, 1, D/2]
+    angles = (positions[..., None].astype(x.dtype) * frequencies.astype(x.dtype))[:, :, None]  # [B, S, 1, D/2]
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     out = np.empty_like(x)
     half = x.shape[-1] // 2
@@ -245,7 +247,7 @@ class Equations:
         scores += np.einsum("bshd,btd->bhst", q_rope, k_rope, optimize=True)
         scores *= self._softmax_scale()
         # A padded row sees nothing: it attends evenly, to whatever; nobody reads it.
-        scores = np.where(allowed[:, None], scores, -np.finfo(np.float64).max)
+        scores = np.where(allowed[:, None], scores, -np.finfo(scores.dtype).max)
         out = np.einsum("bhst,bthd->bshd", softmax(scores), kv[..., nope:], optimize=True).reshape(batch, length, -1)
         out = self.record(f"{stage}.heads", out)
         return self.record(f"{stage}.output", self._linear(w, "o_proj", out)), selection
@@ -296,7 +298,7 @@ class Equations:
         embed = w("embed_tokens.weight") if self.config["model_type"] == "glm4_moe_lite" else self.weights("model.embed_tokens.weight")
         head = w("shared_head.head.weight") if self.config["model_type"] == "glm4_moe_lite" else self.head()
         first = hidden.shape[1]
-        inputs, reuse, out = np.zeros((*hidden.shape[:1], 0, hidden.shape[2])), None, []
+        inputs, reuse, out = np.zeros((*hidden.shape[:1], 0, hidden.shape[2]), hidden.dtype), None, []
         for step in range(steps):
             embedded = embed[tokens[step]]
             if self.conventions.mtp_zero_first_embedding and step == 0:

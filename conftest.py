@@ -1,0 +1,17 @@
+"""Shared by the gate and the tests: two threads at most, and property tests that are repeatable."""
+
+import warnings
+
+import hypothesis
+
+with warnings.catch_warnings():  # a library's own deprecations at import are not ours to fail on
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers  # noqa: F401
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+hypothesis.settings.load_profile("repeatable")

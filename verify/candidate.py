@@ -1,0 +1,54 @@
+"""What is on trial. Today: `glm_dsa` on a checkpoint, whole, one layer, or from a cache.
+
+The only place where mlx arrays become numpy ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import glm_dsa
+from glm_dsa import trace
+
+Stages = dict[str, Any]
+
+
+def to_numpy(array: mx.array | None) -> np.ndarray | None:
+    if array is None:
+        return None
+    return np.array(array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array)
+
+
+class Ours:
+    """Our definition, in float32, on a checkpoint folder."""
+
+    def __init__(self, folder: str | Path, **overrides: Any) -> None:
+        self.model = glm_dsa.load(folder, dtype=mx.float32, **overrides)
+
+    @property
+    def args(self) -> glm_dsa.ModelArgs:
+        return self.model.args
+
+    def forward(self, tokens: np.ndarray, cache: Any = None, replace: Mapping[str, np.ndarray] | None = None) -> Stages:
+        """Runs int [B, S]; returns the stages seen. `replace` injects indices (selections, routings) by stage."""
+        with self.captured(replace) as seen:
+            self.model(mx.array(tokens), cache)
+        return {stage: to_numpy(value) for stage, value in seen.items()}
+
+    def layer(
+        self, index: int, x: np.ndarray, selection: np.ndarray | None = None, replace: Mapping[str, np.ndarray] | None = None
+    ) -> Stages:
+        """One decoder layer on x [B, S, hidden]; a shared layer is handed the selection of the layer below."""
+        rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)
+        with self.captured(replace) as seen:
+            handed = None if selection is None else mx.array(selection)
+            self.model.model.layers[index](mx.array(x), rotation, mask, None, handed)
+        return {stage: to_numpy(value) for stage, value in seen.items()}
+
+    def captured(self, replace: Mapping[str, np.ndarray] | None = None) -> Any:
+        return trace.capture(self.model, {k: mx.array(v) for k, v in (replace or {}).items()})

@@ -1,0 +1,196 @@
+"""The checkpoints that the gate runs on, each written by HF itself, and what the oracles say of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_dsa import ModelArgs
+from glm_dsa.config import read_json
+from reference import checkpoints, hf
+from reference.capture import capture
+from reference.equations import Conventions, Equations, causal
+
+from . import stages, tolerances
+from .candidate import Ours
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to write, and the conventions to hold it to."""
+
+    name: str
+    config: Mapping[str, Any] = field(hash=False)
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    bias_mean: float = 0.0
+    folder: Path | None = None  # a checkpoint that is there already
+
+    @property
+    def args(self) -> ModelArgs:
+        source = self.config if self.folder is None else read_json(self.folder / "config.json")
+        return ModelArgs.from_dict(source, **self.overrides)
+
+    @property
+    def has(self) -> set[str]:
+        """What a test can need: an indexer, shared layers, MTP."""
+        args = self.args
+        parts = {"indexer": args.has_indexer, "shared": "shared" in args.indexer_types, "mtp": args.num_nextn_predict_layers > 0}
+        return {part for part, there in parts.items() if there}
+
+
+def default_specs() -> list[Spec]:
+    """Each architecture under both indexer layouts; conventions, groups, biases and schedules varied among them."""
+    grouped = checkpoints.tiny(
+        indexer_types=["full", "shared", "full", "shared", "shared"], num_hidden_layers=5, first_k_dense_replace=1,
+        n_group=4, topk_group=2, norm_topk_prob=False, attention_bias=True, n_shared_experts=2,
+    )  # fmt: skip
+    bases: list[tuple[str, Mapping[str, Any], float, dict[str, Any]]] = [
+        ("glm-5.2", checkpoints.glm_5_2(), 0.0, {}),
+        ("glm-5.1", checkpoints.tiny(num_hidden_layers=3, first_k_dense_replace=1), 0.0, {"latent_norm_eps": 1e-5}),
+        ("grouped", grouped, -1.2, {}),  # every biased score negative: a losing group filled with 0 would win
+    ]
+    specs = [
+        Spec(f"{name}-{layout}", config, {"indexer_rope": layout, **overrides}, bias)
+        for name, config, bias, overrides in bases
+        for layout in ("interleaved", "half-split")
+    ]
+    return [*specs, Spec("glm-4.7", checkpoints.glm_4_7())]
+
+
+class Case:
+    """A checkpoint on disk with its candidate and its oracles, each built once."""
+
+    def __init__(self, spec: Spec, scratch: Path, seed: int) -> None:
+        self.spec, self.name, self.seed = spec, spec.name, seed
+        self.folder = spec.folder or scratch / spec.name
+        if spec.folder is None and not (self.folder / "config.json").exists():
+            checkpoints.write(self.folder, spec.config, seed=seed, bias_mean=spec.bias_mean)
+        self.config = read_json(self.folder / "config.json")
+        if "index_topk" in spec.overrides:
+            self.config["index_topk"] = spec.overrides["index_topk"]
+        self.args = spec.args
+        self._references: dict[bytes, Reference] = {}
+
+    @property
+    def conventions(self) -> Conventions:
+        a = self.args
+        return Conventions(
+            a.indexer_rope, a.main_rope, a.indexer_norm_eps, a.latent_norm_eps, a.mtp_reuses_selection, a.mtp_zero_first_embedding
+        )
+
+    @cached_property
+    def ours(self) -> Ours:
+        return Ours(self.folder, **self.spec.overrides)
+
+    @cached_property
+    def hf(self) -> Any:
+        return hf.load(self.folder, self.conventions, with_mtp=False, **self._changes)
+
+    @cached_property
+    def hf_with_mtp(self) -> Any:
+        return hf.load(self.folder, self.conventions, with_mtp=True, **self._changes)
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        return {"index_topk": self.config["index_topk"]} if "index_topk" in self.config else {}
+
+    @cached_property
+    def weights(self) -> Any:
+        return checkpoints.weights_of(self.folder)
+
+    @property
+    def longest(self) -> int:
+        """The longest reduction inside the model, for tolerances.primitive_ratio."""
+        a = self.args
+        return max(a.hidden_size, a.intermediate_size, a.q_lora_rank, a.num_attention_heads * a.v_head_dim)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt lengths: within index_topk, and at 5 times it. Without an indexer one will do."""
+        topk = self.args.index_topk
+        return [topk - 2, 5 * topk] if topk else [48]
+
+    def tokens(self, length: int, batch: int = 1) -> Array:
+        random = np.random.default_rng([self.seed, length, batch, zlib.crc32(self.spec.name.encode())])
+        return random.integers(3, self.args.vocab_size, (batch, length))
+
+    def equations(self, given: Mapping[str, Array] | None = None, single: bool = False) -> Equations:
+        """The oracle in float64; `single`: the same code in float32, which shows what float32 explains."""
+        weights = (lambda name: self.weights(name).astype(np.float32)) if single else self.weights
+        return Equations(self.config, weights, self.conventions, given)
+
+    def reference(self, length: int) -> Reference:
+        key = length.to_bytes(8, "big")
+        if key not in self._references:
+            self._references[key] = Reference(self, self.tokens(length))
+        return self._references[key]
+
+
+class Reference:
+    """HF's stages on a prompt, and how far each lies from the float64 equations under HF's own choices.
+
+    `local` errors: each layer's truth is computed on HF's input of that layer. `accumulated`: from the tokens on.
+    """
+
+    def __init__(self, case: Case, tokens: Array) -> None:
+        self.case, self.tokens = case, tokens
+        with capture(case.hf) as self.hf:
+            hf.forward(case.hf, tokens)
+        self.given = {s: v for s, v in self.hf.items() if s.endswith(".topk")}
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def is_sparse(self) -> bool:
+        return 0 < self.case.args.index_topk < self.length
+
+    @property
+    def injections(self) -> dict[str, Array]:
+        """The reference's choices, for the candidate. Where every key is selected there is nothing to inject."""
+        return {s: v for s, v in self.given.items() if self.is_sparse or s.endswith(stages.ROUTING)}
+
+    @cached_property
+    def truth(self) -> dict[str, Array]:
+        equations = self.case.equations(self.given)
+        equations.forward(self.tokens)
+        return equations.stages
+
+    @cached_property
+    def local_truth(self) -> dict[str, Array]:
+        equations, config = self.case.equations(self.given), self.case.config
+        shape = self.tokens.shape
+        positions = np.broadcast_to(np.arange(shape[1]), shape)
+        selection = None
+        for layer in range(config["num_hidden_layers"]):
+            x = self.layer_input(layer).astype(np.float64)
+            _, selection = equations.layer(layer, x, positions, causal(shape, None), selection)
+        return equations.stages
+
+    def layer_input(self, layer: int) -> Array:
+        return self.hf["embed" if layer == 0 else f"layers.{layer - 1}.output"]
+
+    def layer_selection(self, layer: int) -> Array | None:
+        """The selection of the layer below, as the candidate is to be handed it."""
+        return self.hf.get(f"layers.{layer - 1}.self_attn.selection") if self.is_sparse and layer else None
+
+    @cached_property
+    def accumulated(self) -> dict[str, float]:
+        return tolerances.reference_errors(self.hf, self.truth)
+
+    @cached_property
+    def local(self) -> dict[str, float]:
+        return tolerances.reference_errors(self.hf, self.local_truth)
+
+    def bound(self, stage: str, local: bool) -> tolerances.Bound:
+        errors = self.local if local else self.accumulated
+        return tolerances.bound(errors[stage], self.hf[stage], max(self.case.longest, self.length))

@@ -1,0 +1,119 @@
+"""Values, selections, distributions: what differs between *ours* and *ref*, by how much, and where. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class ValueDifference:
+    """error: the largest difference in units of the reference's rms. `problem` says what made comparing pointless."""
+
+    error: float
+    where: str = ""
+    problem: str = ""
+
+
+def values(ours: Array, ref: Array) -> ValueDifference:
+    """Shape first, then which entries are infinite or NaN, then the error."""
+    ours, ref = np.asarray(ours, np.float64), np.asarray(ref, np.float64)
+    if ours.shape != ref.shape:
+        return ValueDifference(np.inf, problem=f"shape {list(ours.shape)}, the reference has {list(ref.shape)}")
+    if ref.size == 0:
+        return ValueDifference(np.inf, problem="nothing to compare: the reference is empty")
+    # HF masks with float32's lowest number where others write -inf
+    ref = np.where(ref < -1e38, -np.inf, ref)
+    ours = np.where(ours < -1e38, -np.inf, ours)
+    finite = np.isfinite(ref)
+    for name, mine, theirs in (("NaN", np.isnan(ours), np.isnan(ref)), ("infinite", np.isinf(ours), np.isinf(ref))):
+        if (mine != theirs).any():
+            at = tuple(int(i) for i in np.argwhere(mine != theirs)[0])
+            return ValueDifference(np.inf, problem=f"{int((mine != theirs).sum())} entries are {name} on one side only, first at {at}")
+    if not finite.any():
+        return ValueDifference(0.0)
+    gap = np.where(finite, np.abs(np.where(finite, ours, 0) - np.where(finite, ref, 0)), 0)
+    scale = float(np.sqrt(np.mean(ref[finite] ** 2)))
+    at = tuple(int(i) for i in np.unravel_index(np.argmax(gap), gap.shape))
+    error = float(gap.max() / scale) if scale else (0.0 if gap.max() == 0 else np.inf)
+    return ValueDifference(error, where=f"at {at}: {ours[at]:.6g}, ref {ref[at]:.6g}")
+
+
+@dataclass(frozen=True)
+class SelectionDifference:
+    """How two selections differ as sets. A *tie* swaps keys that all lie within the noise of the boundary."""
+
+    queries: int
+    differing: int
+    ties: int
+    first: str = ""
+
+    @property
+    def faults(self) -> int:
+        return self.differing - self.ties
+
+
+def as_sets(selection: Array, size: int) -> Array:
+    """Indices [.., K] -> membership bool [.., size]."""
+    chosen = np.zeros((*selection.shape[:-1], size), dtype=bool)
+    np.put_along_axis(chosen, selection.astype(np.int64), True, axis=-1)
+    return chosen
+
+
+def selections(ours: Array | None, ref: Array, scores: Array, topk: int, noise: float) -> SelectionDifference:
+    """ours, ref: indices [B, S, K] (ours None: every key); scores: the reference's, [B, S, T], -inf (or lower than -1e38)
+    on keys that a query may not see; noise: how far a score may be off, absolutely.
+
+    Masked keys are dropped before sets are compared, and rows that see nothing (pads) with them.
+    """
+    scores = np.where(np.asarray(scores, np.float64) < -1e38, -np.inf, scores)
+    size = scores.shape[-1]
+    valid = np.isfinite(scores)
+    mine = valid if ours is None else as_sets(ours, size) & valid
+    theirs = as_sets(ref, size) & valid
+    rows = valid.any(-1)
+    swapped = (mine != theirs) & rows[..., None]
+    differing = swapped.any(-1)
+    ties, first = 0, ""
+    for at in np.argwhere(differing):
+        at = tuple(at)
+        finite = np.sort(scores[at][valid[at]])
+        boundary = finite[-min(topk, len(finite))]
+        distance = np.abs(scores[at][swapped[at]] - boundary)
+        if len(finite) > topk and mine[at].sum() == theirs[at].sum() and (distance <= 2 * noise).all():
+            ties += 1
+        elif not first:
+            extra, lost = np.flatnonzero(mine[at] & ~theirs[at]), np.flatnonzero(theirs[at] & ~mine[at])
+            parts = [f"query {int(at[1])}" + (f" of row {int(at[0])}" if scores.shape[0] > 1 else "")]
+            if extra.size:
+                parts.append(f"picks {int(extra[0])} (score {scores[at][extra[0]]:.6g})")
+            if lost.size:
+                parts.append(f"ref picks {int(lost[0])} (score {scores[at][lost[0]]:.6g})")
+            first = ", ".join(parts) + f"; boundary {boundary:.6g}, {extra.size} keys too many, {lost.size} missing"
+    return SelectionDifference(int(rows.sum()), int(differing.sum()), ties, first)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """KL(ref || ours) over positions, in nats, and how often the most likely token is the same."""
+
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    top1: float
+
+
+def distributions(ours: Array, ref: Array) -> Distributions:
+    """Logits [.., V] -> how far apart the distributions are."""
+    p, q = _log_softmax(np.asarray(ref, np.float64)), _log_softmax(np.asarray(ours, np.float64))
+    kl = np.maximum((np.exp(p) * (p - q)).sum(-1).reshape(-1), 0)
+    same = (np.argmax(ours, -1) == np.argmax(ref, -1)).mean()
+    return Distributions(float(kl.mean()), float(np.percentile(kl, 95)), float(kl.max()), float(same))
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -1,0 +1,192 @@
+"""Options of the gate, its fixtures, and the hooks that turn a pytest run into a verdict."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_dsa import CheckpointError, ConfigError
+
+from . import cases, report
+from .judge import Judge
+
+REPORT = pytest.StashKey[report.Report]()
+REAL_SHAPE = "one layer at GLM-5.2's true widths"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("glm-dsa gate")
+    group.addoption("--checkpoint", metavar="DIR", help="judge this checkpoint (HF layout, small enough for float32 in memory)")
+    group.addoption("--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it")
+    group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
+    group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
+    group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
+    group.addoption("--real-shape", action="store_true", help=f"also judge {REAL_SHAPE} (minutes, 9 GiB)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        layers = _layers(config.getoption("--layers"))
+        specs = _specs(config.getoption("--checkpoint"), config.getoption("--index-topk"))
+        target = config.getoption("--report")
+        if target and Path(target).exists() and not Path(target).is_dir():
+            raise ValueError(f"--report {target}: a file is there; the name of a folder is due")
+    except (CheckpointError, ConfigError, ValueError) as error:
+        pytest.exit(str(error), returncode=1)
+    out = report.Report(Path(target) if target else None)
+    out.header = {
+        "versions": report.versions(), "seed": config.getoption("--seed"), "dtype": "float32", "device": "cpu",
+        "command": "pytest " + shlex.join(config.invocation_params.args), "cases": [s.name for s in specs],
+    }  # fmt: skip
+    out.not_verified["16 bit, and Metal or CUDA"] = "the verdict is given in float32 on the CPU"
+    config.stash[REPORT] = out
+    config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
+
+
+def _layers(text: str | None) -> set[int] | None:
+    if text is None:
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"--layers {text}: numbers and ranges such as 0-3,6 are due")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return chosen
+
+
+def _specs(checkpoint: str | None, index_topk: int | None) -> list[cases.Spec]:
+    if checkpoint is None:
+        if index_topk is not None:
+            raise ValueError("--index-topk belongs to --checkpoint")
+        return cases.default_specs()
+    from glm_dsa import load, weights
+    from glm_dsa.config import ModelArgs
+    from glm_dsa.load import read_headers
+
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint {checkpoint}: no such folder")
+    overrides = {} if index_topk is None else {"index_topk": index_topk}
+    args, stored = ModelArgs.from_file(folder, **overrides), read_headers(folder)
+    if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
+        raise ValueError(f"--checkpoint {checkpoint}: HF loads bf16, fp16 or fp32 in HF layout only; this one is packed")
+    parameters = sum(_product(s.shape) for s in stored.values())
+    if parameters * 4 > 2 << 30:
+        raise ValueError(f"--checkpoint {checkpoint}: {parameters / 1e9:.1f} billion parameters; at most 0.5 fit here in float32, twice")
+    if args.index_topk and args.index_topk > 64:
+        raise ValueError(f"--checkpoint {checkpoint}: index_topk = {args.index_topk} needs prompts beyond it; add --index-topk 16")
+    load(folder)  # reads every tensor: damage is reported here, in one line
+    return [cases.Spec(folder.name, {}, overrides, folder=folder.resolve())]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+# -- fixtures
+
+
+@pytest.fixture(scope="session")
+def gate(request: pytest.FixtureRequest) -> report.Report:
+    return request.config.stash[REPORT]
+
+
+_built: dict[str, cases.Case] = {}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gate: report.Report) -> cases.Case:
+    spec: cases.Spec = request.param
+    if spec.name not in _built:
+        scratch = tmp_path_factory.getbasetemp() / "checkpoints"
+        _built[spec.name] = built = cases.Case(spec, scratch, request.config.getoption("--seed"))
+        for convention in built.args.conventions:
+            line = str(convention)
+            gate.conventions[line] = f"{gate.conventions[line]}, {spec.name}" if line in gate.conventions else spec.name
+    return _built[spec.name]
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
+    name = request.node.name
+    file = Path(str(request.node.path)).name
+    seed = request.config.getoption("--seed")
+    again = f"pytest verify/{file} -k {shlex.quote(name.replace('[', ' and ').replace(']', '').strip())}" + (f" --seed {seed}" if seed else "")
+    return Judge(gate, request.module.CLAIM, again, seed, request.config.glm_layers)  # type: ignore[attr-defined]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"."""
+    if "case" not in metafunc.fixturenames:
+        return
+    needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
+    specs = [s for s in metafunc.config.glm_specs if needs <= s.has]  # type: ignore[attr-defined]
+    metafunc.parametrize("case", specs, ids=[s.name for s in specs], indirect=True)
+
+
+# -- from outcomes to a verdict
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    out = config.stash[REPORT]
+    ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
+    for item in ours:
+        out.claims.setdefault(item.module.CLAIM, Counter())  # type: ignore[attr-defined]
+    # The references judge first: nothing else counts until they agree.
+    items.sort(key=lambda item: getattr(getattr(item, "module", None), "ORDER", 1))
+    if ours:
+        out.open()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if hasattr(getattr(item, "module", None), "CLAIM"):
+            out = item.config.stash[REPORT]
+            claim = item.module.CLAIM  # type: ignore[attr-defined]
+            out.claims.setdefault(claim, Counter())["deselected"] += 1
+            out.not_verified[f"{claim}: tests left out"] = f"{out.claims[claim]['deselected']} deselected on the command line"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    result = yield
+    claim = getattr(getattr(item, "module", None), "CLAIM", None)
+    if claim is not None and (result.when == "call" or result.outcome != "passed"):
+        out = item.config.stash[REPORT]
+        outcome = "failed" if result.outcome == "failed" else result.outcome
+        out.claims.setdefault(claim, Counter())[outcome] += 1
+        if outcome == "skipped":
+            reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
+            out.not_verified[f"{claim}: {item.name}"] = reason.removeprefix("Skipped: ")
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    out = session.config.stash.get(REPORT, None)
+    if out is None or not out.claims:
+        return
+    out.finish()
+    empty = [c for c in out.claims if out.claims[c]["passed"] and out.verdict_of(c) == report.NOT_VERIFIED]
+    if empty and session.exitstatus == 0:
+        session.exitstatus = 1  # a claim whose tests passed without comparing anything is no pass
+    if session.config.glm_layers is not None:  # type: ignore[attr-defined]
+        out.not_verified["stages of other layers"] = f"--layers {session.config.getoption('--layers')}"
+    out.header["exit_status"] = int(session.exitstatus)
+    out.close(int(session.exitstatus))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last lines of a run, after pytest's own."""
+    out = config.stash.get(REPORT, None)
+    if out is not None and out.comparisons and "exit_status" in out.header:
+        sys.stdout.write("\n" + "\n".join(out.lines(out.header["exit_status"])) + "\n")
+        sys.stdout.flush()

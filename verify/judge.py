@@ -1,0 +1,174 @@
+"""Holds stages against the reference, in the order in which they are computed, and stops at the first that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from . import compare, stages
+from .cases import Case, Reference
+from .report import AGREES, FAULT, Comparison, Report
+from .tolerances import Bound
+
+Array = np.ndarray
+SKIPPED_WHEN_DENSE = ("self_attn.indexer.q", "self_attn.indexer.weights", "self_attn.indexer.scores")
+
+
+@dataclass
+class Judge:
+    """One test's hand on the report. Every check records a comparison; a failed one fails the test with its message."""
+
+    report: Report
+    claim: str
+    again: str
+    seed: int
+    layers: set[int] | None = None
+
+    def values(self, case: str, stage: str, ours: Array | None, ref: Array, bound: Bound | float) -> None:
+        """Largest difference over the reference's rms, against a bound."""
+        limit = bound if isinstance(bound, float) else bound.value
+        why = "exact" if isinstance(bound, float) else bound.derivation
+        if ours is None:
+            self._fault(case, stage, "the candidate has no such stage")
+        difference = compare.values(ours, ref)  # type: ignore[arg-type]
+        if difference.problem:
+            self._fault(case, stage, difference.problem)
+        if not difference.error <= limit:
+            times = f"{difference.error / limit:.3g} times its bound" if limit else "where not a bit may differ"
+            self._fault(
+                case, stage, f"error {difference.error:.3g}, {times} ({why})", f"worst {difference.where}",
+                error=difference.error, bound=limit,
+            )  # fmt: skip
+        self.report.add(Comparison(self.claim, case, stage, AGREES, difference.error, limit, note=why))
+
+    def selection(
+        self, case: str, stage: str, ours: Array | None, ref: Array, scores: Array, topk: int, noise: float, what: str = "keys"
+    ) -> int:
+        """Sets of indices; returns the number of ties."""
+        difference = compare.selections(ours, ref, scores, topk, noise)
+        if difference.queries == 0:
+            self._fault(case, stage, "nothing to compare: no query sees any key")
+        if difference.faults:
+            self._fault(
+                case, stage,
+                f"{difference.differing} of {difference.queries} queries select other {what} than the reference; "
+                f"{difference.ties} are ties (score noise {noise:.2g})",
+                f"first: {difference.first}",
+            )  # fmt: skip
+        self.report.add(Comparison(self.claim, case, stage, AGREES, ties=difference.ties, note="sets"))
+        return difference.ties
+
+    def holds(self, case: str, stage: str, condition: bool, expected: str) -> None:
+        """An exact statement."""
+        if not condition:
+            self._fault(case, stage, f"does not hold: {expected}")
+        self.report.add(Comparison(self.claim, case, stage, AGREES, note=expected))
+
+    def stages(
+        self, ours: Mapping[str, Any], reference: Reference, local: bool, replaced: Mapping[str, Array] | None = None,
+        prefix: str = "",
+    ) -> int:
+        """Every stage in `ours` that the reference has, in order. Returns the number of ties met.
+
+        local: the candidate's layer ran on the reference's input. replaced: choices that were injected, so that what
+        follows a tie is judged under the reference's. Where a tie was met and nothing was injected, what follows is
+        not comparable: that is left to the injected run, which must be judged too.
+        """
+        case, replaced, ties = reference.case, replaced or {}, 0
+        mine = [s for s in stages.in_order(reference.hf) if self._wanted(s, ours, local)]
+        if not mine:
+            self._fault(case.name, "-", "the candidate shows none of the reference's stages")
+        for stage in mine:
+            kind, ref = stages.kind(stage), reference.hf[stage]
+            if kind in stages.SELECTIONS:
+                ties += self._selection_stage(stage, ours, reference, local)
+            elif kind == stages.ROUTING:
+                ties += self._routing_stage(stage, ours, reference, local)
+            elif kind == "mlp.gate.weights":
+                topk = stage.replace("weights", "topk")
+                experts = case.args.n_routed_experts
+                used = replaced.get(topk, ours[topk])
+                self.values(
+                    case.name, prefix + stage, scatter(ours[stage], used, experts),
+                    scatter(ref, reference.hf[topk], experts), reference.bound(stage, local),
+                )  # fmt: skip
+            else:
+                self.values(case.name, prefix + stage, ours[stage], ref, reference.bound(stage, local))
+            if ties and not replaced:
+                return ties
+        return ties
+
+    def _wanted(self, stage: str, ours: Mapping[str, Any], local: bool) -> bool:
+        layer = stages.layer_of(stage)
+        if self.layers is not None and layer is not None and layer not in self.layers:
+            return False
+        return stage in ours
+
+    def missing(self, ours: Mapping[str, Any], reference: Reference) -> None:
+        """The candidate shows every stage of the reference, but those of an indexer that has nothing to select from."""
+        absent = [
+            s for s in stages.in_order(reference.hf)
+            if s not in ours and (reference.is_sparse or stages.kind(s) not in SKIPPED_WHEN_DENSE)
+        ]  # fmt: skip
+        extra = [s for s in stages.in_order(ours) if s not in reference.hf and ours[s] is not None]
+        self.holds(reference.case.name, "all stages", not absent, f"the candidate shows every stage (absent: {absent[:4]})")
+        self.holds(reference.case.name, "all stages", not extra, f"no stage that the reference has not (extra: {extra[:4]})")
+
+    def _selection_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
+        case = reference.case
+        if stages.kind(stage) == "self_attn.selection":
+            full = max(i for i in range((stages.layer_of(stage) or 0) + 1) if case.args.runs_indexer(i))
+            scores_stage = f"layers.{full}.self_attn.indexer.scores"
+        else:
+            scores_stage = stage.replace("topk", "scores")
+        scores = reference.hf[scores_stage]
+        finite = scores[scores > -1e38].astype(np.float64)
+        noise = reference.bound(scores_stage, local).value * float(np.sqrt(np.mean(finite**2)))
+        return self.selection(case.name, stage, ours[stage], reference.hf[stage], scores, case.args.index_topk, noise)
+
+    def _routing_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
+        case, layer = reference.case, stages.layer_of(stage)
+        logits = reference.hf[stage.replace("topk", "logits")]
+        bias = case.weights(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        rms = float(np.sqrt(np.mean(logits.astype(np.float64) ** 2)))
+        noise = reference.bound(stage.replace("topk", "logits"), local).value * rms / 4  # sigmoid' <= 1/4
+        scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
+        return self.selection(
+            case.name, stage, ours[stage], reference.hf[stage], scores, case.args.num_experts_per_tok, noise, "experts"
+        )
+
+    def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
+        before = [c for c in self.report.comparisons if c.claim == self.claim and c.case == case and c.bound]
+        worst = max(before, key=lambda c: c.share, default=None)
+        agreed = f"stages before it agree (worst: {worst.stage}, {worst.share:.2g} of its bound)" if worst else ""
+        self.report.add(Comparison(self.claim, case, stage, FAULT, error, bound, note=lines[0]))
+        text = [f"{stage}   FAULT   [case {case}, seed {self.seed}]", *lines, agreed, f"again: {self.again}"]
+        pytest.fail("\n  ".join(line for line in text if line), pytrace=False)
+
+
+def scatter(weights: Array, experts: Array, count: int) -> Array:
+    """Routing weights [.., k] at experts [.., k] -> [.., E]: comparable whatever the order."""
+    dense = np.zeros((*weights.shape[:-1], count))
+    np.put_along_axis(dense, experts.astype(np.int64), weights, axis=-1)
+    return dense
+
+
+def biased_scores(logits: Array, bias: Array, groups: int, top_groups: int) -> Array:
+    """sigmoid + bias, -inf in groups that lost: what routing chooses by."""
+    scores = 1 / (1 + np.exp(-logits.astype(np.float64))) + bias
+    if groups == 1:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], groups, -1)
+    best = np.sort(grouped, -1)[..., -2:].sum(-1)
+    threshold = np.sort(best, -1)[..., -top_groups, None]
+    return np.where((best >= threshold)[..., None], grouped, -np.inf).reshape(scores.shape)
+
+
+def make_bound(case: Case, reference_error: float, ref: Array, length: int = 0) -> Bound:
+    from .tolerances import bound
+
+    return bound(reference_error, ref, max(case.longest, length))

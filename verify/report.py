@@ -1,0 +1,131 @@
+"""What a run says: a record for each comparison, a table of claims, what was not verified, versions and conventions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
+AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One stage of one case held against its reference."""
+
+    claim: str
+    case: str
+    stage: str
+    verdict: str
+    error: float = 0.0
+    bound: float = 0.0
+    ties: int = 0
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        """Error over bound; exact checks count as 0 or, failed, as infinite."""
+        if self.bound:
+            return self.error / self.bound
+        return 0.0 if self.verdict != FAULT else float("inf")
+
+
+@dataclass
+class Report:
+    """Collects as the run goes. With a folder, writes report.jsonl: header, comparisons, footer.
+
+    A file without its footer is of a run that did not end: reject it.
+    """
+
+    folder: Path | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    claims: dict[str, Counter] = field(default_factory=dict)  # claim -> outcomes of its tests
+    not_verified: dict[str, str] = field(default_factory=dict)  # what -> why
+    conventions: dict[str, str] = field(default_factory=dict)  # line -> case it was first seen in
+    started: float = field(default_factory=time.time)
+
+    def open(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "report.jsonl").write_text("")
+            self._write({"type": "header", **self.header})
+
+    def add(self, comparison: Comparison) -> None:
+        self.comparisons.append(comparison)
+        self._write({"type": "comparison", **asdict(comparison)})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.folder is not None:
+            with (self.folder / "report.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record, default=str).replace("Infinity", '"Infinity"') + "\n")
+
+    def verdict_of(self, claim: str) -> str:
+        outcomes = self.claims[claim]
+        if outcomes["failed"]:
+            return FAULT
+        if not outcomes["passed"] or not any(c.claim == claim for c in self.comparisons):
+            return NOT_VERIFIED
+        return AGREES if set(outcomes) <= {"passed"} else "agrees in part"
+
+    def finish(self) -> None:
+        """Turns what did not run into lines of its own."""
+        for claim, outcomes in self.claims.items():
+            if self.verdict_of(claim) == NOT_VERIFIED and not any(w.startswith(claim) for w in self.not_verified):
+                why = "its tests ran, but compared nothing" if outcomes["passed"] else "none of its tests ran"
+                self.not_verified[claim] = why
+
+    def footer(self, exit_status: int) -> dict[str, Any]:
+        verdicts = {claim: self.verdict_of(claim) for claim in self.claims}
+        return {
+            "type": "footer", "claims": verdicts, "comparisons": len(self.comparisons),
+            "ties": sum(c.ties for c in self.comparisons), "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
+            "exit_status": exit_status, "seconds": round(time.time() - self.started, 1),
+        }  # fmt: skip
+
+    def close(self, exit_status: int) -> None:
+        self._write(self.footer(exit_status))
+
+    def verdict(self, exit_status: int) -> str:
+        """The final line. It never reads as a pass where something was not looked at."""
+        faults = [claim for claim in self.claims if self.verdict_of(claim) == FAULT]
+        if faults:
+            return f"FAULT in {len(faults)} of {len(self.claims)} claims: {'; '.join(faults)}"
+        if exit_status or not self.comparisons:
+            return f"NO VERDICT: the run did not end as it should (exit status {exit_status})"
+        agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
+        line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {len(self.comparisons)} comparisons"
+        return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")
+
+    def lines(self, exit_status: int) -> list[str]:
+        rows = [("claim", "compared", "worst error / bound, and where", "ties", "verdict")]
+        for claim in self.claims:
+            mine = [c for c in self.comparisons if c.claim == claim]
+            measured = [c for c in mine if c.bound]
+            worst = max(measured, key=lambda c: c.share, default=None)
+            where = f"{worst.share:.2f}  {worst.stage} [{worst.case}]" if worst else ("exact" if mine else "-")
+            rows.append((claim, str(len(mine)), where, str(sum(c.ties for c in mine)), self.verdict_of(claim)))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        out.insert(1, "  ".join("-" * width for width in widths))
+        out += ["", "not verified"] + [f"  {what}: {why}" for what, why in self.not_verified.items()] if self.not_verified else []
+        out += ["", "conventions in force"] + [f"  {line}  [{cases}]" for line, cases in self.conventions.items()]
+        out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
+        out += [self.header.get("command", ""), "", f"verdict: {self.verdict(exit_status)}"]
+        return out

@@ -1,0 +1,59 @@
+"""Stage names, in the order in which the model computes them. One spelling: trace key, report key, command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+LAYER = re.compile(r"layers\.(\d+)\.(.*)")
+
+IN_LAYER = (
+    "eh_proj",
+    "input_layernorm",
+    "self_attn.q_latent",
+    "self_attn.indexer.k",
+    "self_attn.indexer.q",
+    "self_attn.indexer.weights",
+    "self_attn.indexer.scores",
+    "self_attn.indexer.topk",
+    "self_attn.selection",
+    "self_attn.q_rope",
+    "self_attn.kv_latent",
+    "self_attn.k_rope",
+    "self_attn.heads",
+    "self_attn.output",
+    "post_attention_layernorm",
+    "mlp.gate.logits",
+    "mlp.gate.topk",
+    "mlp.gate.weights",
+    "mlp.experts",
+    "mlp.shared_experts",
+    "mlp.output",
+    "mlp_output",
+    "output",
+    "shared_head",
+)
+SELECTIONS = ("self_attn.indexer.topk", "self_attn.selection")
+ROUTING = "mlp.gate.topk"
+
+
+def layer_of(stage: str) -> int | None:
+    match = LAYER.fullmatch(stage)
+    return int(match[1]) if match else None
+
+
+def kind(stage: str) -> str:
+    """The stage without its layer: `self_attn.indexer.scores`."""
+    match = LAYER.fullmatch(stage)
+    return match[2] if match else stage
+
+
+def order(stage: str) -> tuple[int, int]:
+    match = LAYER.fullmatch(stage)
+    if match is None:
+        return {"embed": (-1, 0), "norm": (1 << 20, 0), "logits": (1 << 20, 1)}[stage]
+    return int(match[1]), IN_LAYER.index(match[2])
+
+
+def in_order(stages: Iterable[str]) -> list[str]:
+    return sorted(stages, key=order)

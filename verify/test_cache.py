@@ -1,0 +1,59 @@
+"""Chunked prefill, decode, rewind and left-padded batches give what the uncached run gives."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from verify.candidate import to_numpy
+from verify.cases import Case
+
+CLAIM = "caches: chunks, decode, rewind, padding"
+
+# Chunks of one, odd ones, and one that crosses index_topk = 16 in its middle; the tail is decoded token by token.
+CUTS = {"chunks": [1, 12, 7, 31, 1, 28], "decode": [61] + [1] * 19, "decode from the first token": [1] * 24 + [56]}
+
+
+def run_in_chunks(case: Case, tokens, cuts, cache):
+    out, start = [], 0
+    for cut in cuts:
+        out.append(case.ours.model(mx.array(tokens[:, start : start + cut]), cache))
+        mx.eval(out[-1])
+        start += cut
+    assert start == tokens.shape[1], "the cuts must cover the prompt"
+    return to_numpy(mx.concatenate(out, axis=1))
+
+
+@pytest.fixture
+def reference(case: Case):
+    return case.reference(80)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts(case: Case, judge, reference, name):
+    logits = run_in_chunks(case, reference.tokens, CUTS[name], case.ours.model.make_cache())
+    judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
+
+
+def test_rewind(case: Case, judge, reference):
+    """What was trimmed leaves no trace, in the latent, the rotary keys or the indexer's keys."""
+    cache = case.ours.model.make_cache()
+    head = run_in_chunks(case, reference.tokens[:, :50], [50], cache)
+    run_in_chunks(case, case.tokens(13), [6, 1, 6], cache)
+    trimmed = [c.trim(13) for c in cache]
+    judge.holds(case.name, "trim", trimmed == [13] * len(cache), "every layer trims 13 tokens")
+    rest = run_in_chunks(case, reference.tokens[:, 50:], [1, 29], cache)
+    logits = np.concatenate([head, rest], axis=1)
+    judge.values(case.name, "logits (rewind)", logits, reference.hf["logits"], reference.bound("logits", local=False))
+
+
+@pytest.mark.parametrize("cuts", [[80], [33, 40, 1, 1, 1, 1, 1, 1, 1]], ids=["prefill", "chunks and decode"])
+def test_left_padded_batch(case: Case, judge, cuts):
+    """Rows of 80, 67, 21 and 9 tokens in one batch: the pads must neither be attended to nor be selected."""
+    rows = [case.reference(n) for n in (80, 67, 21, 9)]
+    padding = [80 - r.length for r in rows]
+    tokens = np.concatenate([np.pad(r.tokens, ((0, 0), (p, 0))) for r, p in zip(rows, padding, strict=True)])
+    logits = run_in_chunks(case, tokens, cuts, case.ours.model.make_cache(left_padding=padding))
+    for row, (reference, pad) in enumerate(zip(rows, padding, strict=True)):
+        bound = reference.bound("logits", local=False)
+        stage = f"logits (row of {reference.length} in a padded batch)"
+        judge.values(case.name, stage, logits[row : row + 1, pad:], reference.hf["logits"], bound)

@@ -1,0 +1,122 @@
+"""The indexer on its own: scores and selections, against HF's two indexer classes, on inputs where mistakes show."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from reference.capture import capture
+from reference.equations import causal
+from verify import stages, tolerances
+from verify.candidate import to_numpy
+from verify.cases import Case
+
+CLAIM = "indexer scores and selections"
+STAGES = ("q", "k", "weights", "scores")
+# x of unit variance, and so small that var(k) is about 1e-6: there k_norm's eps is as large as the variance
+SCALES = {"unit": 1.0, "small variance": 0.1}
+
+
+def first(case: Case):
+    """(HF's indexer of the first full layer, ours)."""
+    return case.hf.model.layers[0].self_attn.indexer, case.ours.model.layers[0].self_attn.indexer
+
+
+def inputs(case: Case, length, scale, batch=1):
+    random = np.random.default_rng([case.seed, length, batch])
+    x = random.standard_normal((batch, length, case.args.hidden_size)) * scale
+    q_latent = random.standard_normal((batch, length, case.args.q_lora_rank))
+    return x.astype(np.float32), q_latent.astype(np.float32)
+
+
+def oracles(case: Case, x, q_latent, positions, allowed):
+    """({stage: HF's array}, {stage: truth}) of HF's module and the equations, under HF's selection."""
+    model, prefix = case.hf, "layers.0.self_attn.indexer."
+    rotary = model.model.rotary_emb(torch.from_numpy(x), torch.from_numpy(positions))
+    mask = torch.where(torch.from_numpy(allowed), 0.0, torch.finfo(torch.float32).min)
+    with capture(model) as seen:
+        first(case)[0](torch.from_numpy(x), torch.from_numpy(q_latent), rotary, mask, torch.from_numpy(positions))
+    equations = case.equations()
+    equations.selection(0, x.astype(np.float64), q_latent.astype(np.float64), positions, allowed)
+    return ({s.removeprefix(prefix): v for s, v in seen.items()}, {s.removeprefix(prefix): v for s, v in equations.stages.items()})
+
+
+@pytest.mark.needs("indexer")
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("length", ["T = 4 index_topk", "T = 9 index_topk"])
+def test_scores_and_selection(case: Case, judge, length, scale):
+    topk = case.args.index_topk
+    count = int(length.split()[2]) * topk
+    x, q_latent = inputs(case, count, SCALES[scale])
+    positions = np.arange(count)[None]
+    allowed = causal((1, count), None)
+    seen, truth = oracles(case, x, q_latent, positions, allowed)
+
+    model, indexer = case.ours.model, first(case)[1]
+    rotation, mask = model.model.rotation_and_mask(count, None)
+    with case.ours.captured() as ours:
+        indexer(mx.array(x), mx.array(q_latent), rotation, mask, None)
+    ours = {stages.kind(s).rsplit(".", 1)[-1]: to_numpy(v) for s, v in ours.items()}
+    name = f"{case.name}, {scale}, T = {count}"
+    bounds = {s: tolerances.bound(_error(seen[s], truth[s]), seen[s], max(case.longest, count)) for s in STAGES}
+    for stage in STAGES:
+        judge.values(name, f"self_attn.indexer.{stage}", ours[stage], seen[stage], bounds[stage])
+    finite = seen["scores"][allowed]
+    noise = bounds["scores"].value * float(np.sqrt(np.mean(finite.astype(np.float64) ** 2)))
+    judge.selection(name, "self_attn.indexer.topk", ours["topk"], seen["topk"], seen["scores"], topk, noise)
+
+
+@pytest.mark.needs("indexer")
+def test_within_index_topk_every_key_is_selected(case: Case, judge):
+    """T <= index_topk: HF's top-k is all of them, ours says so by selecting nothing; T = index_topk + 1 is the first to choose."""
+    topk = case.args.index_topk
+    model, indexer = case.ours.model, first(case)[1]
+    for count, chooses in ((1, False), (topk, False), (topk + 1, True)):
+        x, q_latent = inputs(case, count, 1.0)
+        allowed = causal((1, count), None)
+        seen, _ = oracles(case, x, q_latent, np.arange(count)[None], allowed)
+        rotation, mask = model.model.rotation_and_mask(count, None)
+        ours = to_numpy(indexer(mx.array(x), mx.array(q_latent), rotation, mask, None))
+        judge.holds(case.name, f"self_attn.indexer.topk, T = {count}", (ours is not None) == chooses, f"a selection {'is' if chooses else 'is not'} made")
+        judge.selection(case.name, f"self_attn.indexer.topk, T = {count}", ours, seen["topk"], seen["scores"], topk, 1e-6)
+
+
+@pytest.mark.needs("indexer")
+def test_padded_rows(case: Case, judge):
+    """Left-padded rows: a pad is never selected before every real key is, and positions start after the pads."""
+    topk, count = case.args.index_topk, 4 * case.args.index_topk
+    pads = [0, 5, count - topk // 2]
+    x, q_latent = inputs(case, count, 1.0, batch=len(pads))
+    model, indexer = case.ours.model, first(case)[1]
+    cache = model.make_cache(left_padding=pads)[0]
+    rotation, mask = model.model.rotation_and_mask(count, cache)
+    ours = to_numpy(indexer(mx.array(x), mx.array(q_latent), rotation, mask, cache))
+    valid = np.arange(count)[None] >= np.array(pads)[:, None]
+    positions = np.maximum(np.arange(count)[None] - np.array(pads)[:, None], 0)
+    allowed = causal((len(pads), count), valid)
+    seen, truth = oracles(case, x, q_latent, positions, allowed)
+    rms = float(np.sqrt(np.mean(seen["scores"][allowed].astype(np.float64) ** 2)))
+    noise = tolerances.bound(_error(seen["scores"], truth["scores"]), seen["scores"], count).value * rms
+    judge.selection(case.name, "self_attn.indexer.topk (padded)", ours, seen["topk"], seen["scores"], topk, noise)
+
+
+@pytest.mark.needs("indexer")
+def test_blocks_of_queries_select_the_same(case: Case, judge, monkeypatch):
+    """The block size bounds memory; it must not change a single choice."""
+    from glm_dsa import indexer as module
+
+    count = 4 * case.args.index_topk
+    x, q_latent = inputs(case, count, 1.0)
+    model, indexer = case.ours.model, first(case)[1]
+    rotation, mask = model.model.rotation_and_mask(count, None)
+    whole = to_numpy(indexer(mx.array(x), mx.array(q_latent), rotation, mask, None))
+    monkeypatch.setattr(module, "SCORE_ELEMENTS", 7 * case.args.index_n_heads * count)
+    blocks = to_numpy(indexer(mx.array(x), mx.array(q_latent), rotation, mask, None))
+    same = np.array_equal(np.sort(whole, -1)[:, 16:], np.sort(blocks, -1)[:, 16:])
+    judge.holds(case.name, "self_attn.indexer.topk", same, "blocks of 7 queries select what one block selects")
+
+
+def _error(seen, truth):
+    from verify import compare
+
+    return compare.values(seen, truth).error

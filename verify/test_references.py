@@ -1,0 +1,52 @@
+"""Three references agree before anything is judged: HF in float32, HF in float64, and the float64 equations."""
+
+import pytest
+import torch
+
+from reference import hf
+from reference.capture import capture
+from verify import stages, tolerances
+from verify.cases import Case
+
+CLAIM = "the references agree"
+ORDER = 0
+
+
+@pytest.fixture
+def stop_when_they_disagree(request, gate):
+    """Nothing is judged by references that contradict each other."""
+    yield
+    if gate.claims[CLAIM]["failed"]:
+        pytest.exit("the references disagree by more than float32 explains: nothing can be judged by them", returncode=1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("regime", ["short", "long"])
+@pytest.mark.usefixtures("stop_when_they_disagree")
+def test_hf_agrees_with_the_equations(case: Case, judge, regime, precision):
+    """The yardstick for float32 is the equations themselves run in float32. HF keeps float32 islands under float64."""
+    reference = case.reference(case.lengths[0 if regime == "short" else -1])
+    seen = reference.hf
+    if precision == "float64":
+        model = hf.load(case.folder, case.conventions, dtype=torch.float64, **case._changes)
+        with capture(model) as seen:
+            hf.forward(model, reference.tokens)
+    single = case.equations(reference.given, single=True)
+    single.forward(reference.tokens)
+    explained = tolerances.reference_errors(single.stages, reference.truth)
+    for stage in stages.in_order(reference.truth):
+        kind = stages.kind(stage)
+        if kind in stages.SELECTIONS or kind == stages.ROUTING:
+            continue
+        bound = tolerances.bound(explained[stage], reference.truth[stage], 16)
+        judge.values(case.name, stage, seen[stage], reference.truth[stage], bound)
+
+
+@pytest.mark.usefixtures("stop_when_they_disagree")
+def test_hf_selects_what_the_equations_select(case: Case, judge):
+    reference = case.reference(case.lengths[-1])
+    for stage in stages.in_order(reference.given):
+        if stages.kind(stage) == stages.ROUTING:
+            judge._routing_stage(stage, reference.truth, reference, local=False)
+        elif reference.is_sparse:
+            judge._selection_stage(stage, reference.truth, reference, local=False)

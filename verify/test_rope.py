@@ -1,0 +1,84 @@
+"""Rotary embedding: both layouts, near and far positions, and the scalings, against HF's functions and float64."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as half_split
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as interleaved
+
+from glm_dsa import ModelArgs
+from glm_dsa.rope import RotaryEmbedding, rotate, softmax_scale
+from reference import checkpoints, equations, hf
+from reference.capture import _reinterleave
+from verify import compare, tolerances
+from verify.candidate import to_numpy
+
+CLAIM = "rope, both layouts"
+POSITIONS = np.array([[0, 1, 2, 17, 2_047, 32_768, 202_751, 999_999, 1_048_575]])
+YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+SCALINGS = {
+    "theta 1e6": {"rope_theta": 1000000, "rope_type": "default"},
+    "theta 8e6": {"rope_theta": 8000000, "rope_type": "default"},
+    "linear": {"rope_theta": 1000000, "rope_type": "linear", "factor": 4.0},
+    "yarn": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0},
+    "yarn with mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+}
+
+
+def config_of(scaling: str) -> dict:
+    return checkpoints.tiny(rope_parameters=dict(SCALINGS[scaling]), qk_rope_head_dim=64, qk_head_dim=76, index_head_dim=128)
+
+
+@pytest.mark.parametrize("position", range(POSITIONS.shape[1]), ids=lambda i: str(POSITIONS[0, i]))
+@pytest.mark.parametrize("layout", ["interleaved", "half-split"])
+@pytest.mark.parametrize("theta", ["theta 1e6", "theta 8e6"])
+def test_rotation(judge, theta, layout, position):
+    """Each position on its own, so that a bound that is wide at 1M does not cover a fault at 17."""
+    config = config_of(theta)
+    random = np.random.default_rng(position)
+    x = random.standard_normal((1, 1, 4, 64)).astype(np.float32)
+    at = POSITIONS[:, position : position + 1]
+    truth = equations.rope(x.astype(np.float64), at, config, layout)
+
+    rotary = interleaved.GlmMoeDsaRotaryEmbedding(hf.config_for(config))
+    cos, sin = rotary(torch.from_numpy(x), torch.from_numpy(at))
+    q = torch.from_numpy(x)
+    if layout == "interleaved":
+        theirs, _ = interleaved.apply_rotary_pos_emb_interleave(q, q, cos, sin, unsqueeze_dim=2)
+        ref = _reinterleave(theirs.numpy(), 64)
+    else:
+        ref = half_split.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0].numpy()
+
+    args = ModelArgs.from_dict(config)
+    ours = to_numpy(rotate(mx.array(x), RotaryEmbedding(args)(mx.array(at)), layout))
+    # An angle p * f in float32 is off by up to 2 ulp of f and half an ulp of the product; entries are bounded by |x|.
+    angle = 2.5 * 2.0**-23 * float(at[0, 0])
+    explained = max(compare.values(ref, truth).error, 2.0**-24 * 4)
+    judge.holds(
+        f"{theta} {layout}", f"position {at[0, 0]}", compare.values(ref, truth).error <= 4 * (angle + 2.0**-22) * 4,
+        "HF and the equations agree as far as float32 angles allow",
+    )  # fmt: skip
+    judge.values(f"{theta} {layout}", f"position {at[0, 0]}", ours, ref, tolerances.bound(max(explained, angle), ref, 16))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_frequencies(judge, scaling):
+    config = config_of(scaling)
+    built = hf.config_for(config)
+    rope_type = built.rope_parameters["rope_type"]
+    if rope_type == "default":
+        theirs, magnitude = interleaved.GlmMoeDsaRotaryEmbedding.compute_default_rope_parameters(built)
+    else:
+        theirs, magnitude = ROPE_INIT_FUNCTIONS[rope_type](built, torch.device("cpu"))
+    args = ModelArgs.from_dict(config)
+    ours = RotaryEmbedding(args)
+    truth, true_magnitude = equations.rope_frequencies(config)
+    judge.holds(scaling, "magnitude", abs(ours.magnitude - magnitude) < 1e-6 and abs(true_magnitude - magnitude) < 1e-6, f"factor on cos and sin {magnitude:.6g}")
+    relative = np.abs(to_numpy(ours.frequencies) / truth - 1).max()
+    judge.holds(scaling, "frequencies", relative <= 2.0**-23, f"exact to the last bit of float32 ({relative:.1e})")
+    hf_relative = np.abs(theirs.double().numpy() / truth - 1).max()
+    judge.holds(scaling, "frequencies", hf_relative <= 2.0**-20, f"HF and the equations agree ({hf_relative:.1e})")
+    scale = interleaved.yarn_apply_mscale(built.rope_parameters, args.qk_head_dim**-0.5)
+    judge.holds(scaling, "softmax scale", abs(softmax_scale(args) / scale - 1) < 1e-12, f"{scale:.6g}, mscale included")

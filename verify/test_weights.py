@@ -1,0 +1,174 @@
+"""Weights: every tensor of a checkpoint arrives, bit for bit, from every layout; anything odd is refused by name."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+import glm_dsa
+from glm_dsa import weights
+from reference import checkpoints
+from verify.candidate import Ours, to_numpy
+from verify.cases import Case
+
+CLAIM = "weights and formats"
+
+
+def parameters(model) -> dict:
+    return dict(tree_flatten(model.parameters()))
+
+
+def save_mlx(model, folder, config) -> None:
+    """As mlx-lm saves: parameters under their module names, quantization in config.json."""
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), parameters(model), metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[n].dtype == theirs[n].dtype and mx.array_equal(ours[n], theirs[n]).item() for n in ours
+    )
+
+
+def test_every_tensor_arrives(case: Case, judge):
+    """HF layout -> modules, against the tensors read by the safetensors library and split by numpy."""
+    read, args = checkpoints.weights_of(case.folder), case.args
+    ours = parameters(glm_dsa.load(case.folder, **case.spec.overrides))
+    due: dict[str, np.ndarray] = {}
+    for name in checkpoints.read_tensors(case.folder).names:
+        tensor = read(name)
+        if name.endswith("kv_b_proj.weight"):
+            heads = tensor.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
+            stem = name.removesuffix("kv_b_proj.weight")
+            due[stem + "embed_q.weight"] = heads[:, : args.qk_nope_head_dim].transpose(0, 2, 1)
+            due[stem + "unembed_out.weight"] = heads[:, args.qk_nope_head_dim :]
+        elif ".mlp.experts." in name:
+            stem, rest = name.split(".experts.")
+            expert, projection = rest.split(".", 1)
+            stack = f"{stem}.switch_mlp.{projection}"
+            due.setdefault(stack, np.zeros((args.n_routed_experts, *tensor.shape)))[int(expert)] = tensor
+        else:
+            due[name] = tensor
+    judge.holds(case.name, "names", ours.keys() == due.keys(), f"{len(due)} parameters (differing: {sorted(ours.keys() ^ due.keys())[:3]})")
+    for name, tensor in due.items():
+        judge.values(case.name, name, to_numpy(ours[name]), tensor, 0.0)
+
+
+def test_mlx_layout_round_trip(case: Case, judge, tmp_path):
+    """A checkpoint in mlx-lm's layout, bf16, loads to the same bits; so does one without MTP tensors."""
+    model = glm_dsa.load(case.folder)
+    save_mlx(model, tmp_path / "mlx", case.config)
+    again = glm_dsa.load(tmp_path / "mlx")
+    judge.holds(case.name, "mlx layout", same(parameters(again), parameters(model)), "the same bits after a round trip")
+    main = {n: t for n, t in parameters(model).items() if not weights.is_mtp(case.args, n)}
+    shutil.copytree(tmp_path / "mlx", tmp_path / "bare")
+    mx.save_safetensors(str(tmp_path / "bare" / "model.safetensors"), main)
+    bare = glm_dsa.load(tmp_path / "bare")
+    judge.holds(case.name, "no mtp", bare.mtp is None and same(parameters(bare), main), "without MTP tensors there is no MTP layer")
+
+
+def test_quantized_per_module(case: Case, judge, tmp_path):
+    """Mixed bits and an unquantized rest load as stored, packed, and run as the dequantized weights do."""
+    model = glm_dsa.load(case.folder, dtype=mx.float32)
+    quantization: dict = {"group_size": 32, "bits": 4, "mode": "affine"}
+
+    def predicate(path: str, module: nn.Module):
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
+            return False
+        if "down_proj" in path or "unembed_out" in path:
+            return {"group_size": 32, "bits": 8, "mode": "affine"}
+        return "lm_head" not in path and "indexer" not in path
+
+    quantized = {p for p, m in model.named_modules() if predicate(p, m)}
+    dense = {n: v for n, v in parameters(model).items()}
+    nn.quantize(model, group_size=32, bits=4, class_predicate=predicate)
+    packed = parameters(model)
+    save_mlx(model, tmp_path / "q", {**case.config, "quantization": quantization})
+    again = glm_dsa.load(tmp_path / "q")
+    judge.holds(case.name, "packed", same(parameters(again), packed), f"{len(quantized)} modules load packed, bit for bit")
+    for path in quantized:
+        bits = 8 if "down_proj" in path or "unembed_out" in path else 4
+        dense[f"{path}.weight"] = mx.dequantize(
+            packed[f"{path}.weight"], packed[f"{path}.scales"], packed[f"{path}.biases"], group_size=32, bits=bits
+        )
+    plain = glm_dsa.load(case.folder, dtype=mx.float32)
+    plain.load_weights(list(dense.items()))
+    tokens = mx.array(case.tokens(12))
+    reference = case.reference(case.lengths[0])
+    bound = reference.bound("logits", local=False)
+    judge.values(case.name, "logits (packed, and dequantized)", to_numpy(again(tokens)), to_numpy(plain(tokens)), bound)
+
+
+def test_early_mlx_builds(case: Case, judge):
+    """Builds from before `embed_q` keep a quantized kv_b_proj: it is split, and packed anew with its own bits."""
+    read, attention = checkpoints.read_tensors(case.folder), "model.layers.0.self_attn"
+    kv_b = mx.array(read(f"{attention}.kv_b_proj.weight", torch.float32).numpy())
+    packed = dict(zip(weights.PACKED, mx.quantize(kv_b, 32, 8), strict=True))
+    split = weights.to_modules(case.args, {f"{attention}.kv_b_proj.{part}": t for part, t in packed.items()})
+    again = mx.dequantize(*(split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED), group_size=32, bits=8)
+    meant = mx.dequantize(*packed.values(), group_size=32, bits=8)
+    w_uk, w_uv = mx.split(meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1]), [case.args.qk_nope_head_dim], axis=1)
+    step = float(mx.abs(split[f"{attention}.unembed_out.scales"]).max())
+    gap = float(mx.abs(again - w_uv).max())
+    judge.holds(case.name, "unembed_out", gap <= step, f"packing anew moves a weight by at most one step ({gap:.2g} <= {step:.2g})")
+    embed_q = split[f"{attention}.embed_q.weight"]  # 12 wide: no group of 32 fits, so it is not packed again
+    judge.values(case.name, "embed_q", to_numpy(embed_q), to_numpy(w_uk.swapaxes(-1, -2)), 0.0)
+
+
+@pytest.mark.needs("shared")
+def test_shared_layers_may_carry_dead_indexers(case: Case, judge, tmp_path):
+    shared = next(i for i in range(case.args.num_hidden_layers) if not case.args.runs_indexer(i))
+    folder = tmp_path / "dead"
+    shutil.copytree(case.folder, folder)
+    read = checkpoints.read_tensors(folder)
+    extra = {n.replace("layers.0.", f"layers.{shared}."): read(n, torch.bfloat16) for n in read.names if "layers.0.self_attn.indexer" in n}
+    checkpoints.add_shard(folder, "model-extra.safetensors", extra)
+    ours = parameters(glm_dsa.load(folder))
+    judge.holds(case.name, "extra indexers", same(ours, parameters(glm_dsa.load(case.folder))), f"{len(extra)} dead tensors change nothing")
+
+
+@pytest.mark.parametrize("shape", [(576, 256), (128, 128), (130, 257), (48, 64)], ids=str)
+def test_fp8_blocks(judge, shape):
+    """e4m3 bytes with block scales, shapes that are no multiple of 128 included, against torch's own float8."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    rows, columns = shape
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 0.1 + 1e-3
+    packed = (torch.randn(shape, generator=generator) * 100).to(torch.float8_e4m3fn)
+    spread = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    due = (packed.float() * spread).to(torch.bfloat16).float().numpy()
+    ours = weights.dequantize_fp8(mx.array(packed.view(torch.uint8).numpy()), mx.array(scale.numpy()))
+    judge.values("fp8", f"weight {list(shape)}", to_numpy(ours), due, 0.0)
+
+
+def test_fp8_checkpoint(case: Case, judge, tmp_path):
+    """A checkpoint as GLM-5.2-FP8 is stored runs as the one with its dequantized weights does."""
+    fp8, plain = tmp_path / "fp8", tmp_path / "plain"
+    checkpoints.write_fp8(case.folder, fp8, plain)
+    tokens = case.tokens(12)
+    ours = Ours(fp8, **case.spec.overrides).forward(tokens)["logits"]
+    judge.values(case.name, "logits (fp8)", ours, Ours(plain, **case.spec.overrides).forward(tokens)["logits"], 0.0)
+    dense = Ours(case.folder, **case.spec.overrides).forward(tokens)["logits"]
+    judge.holds(case.name, "logits (fp8)", np.abs(ours - dense).max() > 1e-3, "fp8 really was read: it differs from bf16")
+
+
+def test_mlx_lm_loads_it_through_its_own_loader(case: Case, judge):
+    """mlx-lm's `load_model`, strict, handed these classes: sanitize, then strict loading, then a run."""
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(case.folder, strict=True, get_model_classes=lambda config: (glm_dsa.Model, glm_dsa.ModelArgs))
+    ours = parameters(glm_dsa.load(case.folder))
+    judge.holds(case.name, "mlx-lm", same(parameters(model), ours), "the same parameters as through glm_dsa.load")
+    judge.holds(case.name, "mlx-lm", len(model.make_cache()) == len(model.layers), "one cache for each layer")
+
+
+def test_files_are_not_touched(case: Case, judge):
+    before = {f.name: f.stat().st_mtime_ns for f in case.folder.iterdir()}
+    glm_dsa.load(case.folder)
+    after = {f.name: f.stat().st_mtime_ns for f in case.folder.iterdir()}
+    judge.holds(case.name, "folder", before == after, "loading writes nothing")

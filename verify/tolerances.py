@@ -1,0 +1,105 @@
+"""Bounds, derived and not guessed. No flag and no environment variable loosens one.
+
+An error is the largest difference in units of the reference's rms (compare.values). At each stage
+
+    bound = 4 * max(a, floor) * r,   r = max(1, min(8, mlx's primitive error / torch's primitive error))
+
+a      what HF in float32 errs at this stage against the float64 equations, on the same inputs and choices; the largest
+       over this kind of stage up to this layer, since one layer's luck is no yardstick.
+floor  what rounding the result to float32 alone costs: half an ulp of the largest entry.
+r      how much less exact the bare mlx primitives (matmul, RMSNorm, softmax) are than torch's at the longest reduction
+       of the case, both against float64, measured in this process, outside glm_dsa. mlx on a CPU sums in one
+       accumulator: 5 to 12 times torch's error at a few thousand entries, about 1 at a few dozen.
+4      ours and HF may err in opposite directions, and the largest of a sample varies with the sample.
+
+So no bound is above 32 times a, but where a lies below rounding itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import torch
+
+from . import stages
+from .compare import values
+
+SAFETY = 4.0
+MOST_RATIO = 8.0
+HALF_ULP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on an error, with what it is made of."""
+
+    value: float
+    reference_error: float
+    floor: float
+    ratio: float
+
+    @property
+    def derivation(self) -> str:
+        return (
+            f"{SAFETY:g} x max(reference's own error {self.reference_error:.2e}, rounding {self.floor:.2e}) "
+            f"x mlx/torch primitive error {self.ratio:.2f}"
+        )
+
+
+def bound(reference_error: float, ref: np.ndarray, longest: int) -> Bound:
+    """From HF's error at a stage, its values there, and the longest reduction on the way."""
+    finite = np.abs(ref[np.isfinite(ref) & (ref > -1e38)]).astype(np.float64)
+    rms = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+    floor = HALF_ULP * float(finite.max()) / rms if rms else 0.0
+    ratio = primitive_ratio(longest)
+    return Bound(SAFETY * max(reference_error, floor) * ratio, reference_error, floor, ratio)
+
+
+def reference_errors(hf: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """HF's error at each stage, as the largest of its kind up to that layer."""
+    errors: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    for stage in stages.in_order(s for s in hf if s in truth):
+        kind = stages.kind(stage)
+        if kind in stages.SELECTIONS or kind == stages.ROUTING:
+            continue
+        if kind == "mlp.gate.weights":  # compared as dense vectors over the experts elsewhere; order is free here
+            error = values(np.sort(hf[stage], -1), np.sort(truth[stage], -1)).error
+        else:
+            error = values(hf[stage], truth[stage]).error
+        worst[kind] = max(worst.get(kind, 0.0), error)
+        errors[stage] = worst[kind]
+    return errors
+
+
+@cache
+def primitive_ratio(length: int) -> float:
+    """How much less exact mlx is than torch on this machine, in reductions of `length`; 1 to 8."""
+    length = max(length, 16)
+    random = np.random.default_rng(length)
+    rows = 64
+    x = random.standard_normal((rows, length)).astype(np.float32)
+    w = random.standard_normal((rows, length)).astype(np.float32)
+    exact, flat = x.astype(np.float64), 3 * x.astype(np.float64)
+    norm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    soft = np.exp(flat - flat.max(-1, keepdims=True))
+    soft /= soft.sum(-1, keepdims=True)
+    mx_x, mx_w, pt_x, pt_w = mx.array(x), mx.array(w), torch.from_numpy(x), torch.from_numpy(w)
+    pairs: list[tuple[np.ndarray, Callable, Callable]] = [
+        (exact @ w.astype(np.float64).T, lambda: mx_x @ mx_w.T, lambda: pt_x @ pt_w.T),
+        (
+            norm,
+            lambda: mx.fast.rms_norm(mx_x, None, 1e-6),
+            lambda: pt_x * torch.rsqrt(pt_x.pow(2).mean(-1, keepdim=True) + 1e-6),
+        ),
+        (soft, lambda: mx.softmax(3 * mx_x, axis=-1, precise=True), lambda: torch.softmax(3 * pt_x, -1)),
+    ]
+    ratios = [
+        values(np.array(ours()), truth).error / max(values(theirs().numpy(), truth).error, HALF_ULP)
+        for truth, ours, theirs in pairs
+    ]
+    return float(min(MOST_RATIO, max(1.0, *ratios)))
