@@ -6,8 +6,8 @@ Axes, as written behind array-producing lines:
 """
 
 from .cache import LayerCache
+from .checkpoint import CheckpointError, load
 from .config import ConfigError, Convention, ModelArgs
-from .load import CheckpointError, load
 from .model import Model
 from .mtp import Draft, draft
 from .version import __version__

@@ -145,7 +145,8 @@ class MultiHeadLatentAttention(nn.Module):
             picked = selection[:, rows]  # [B, s, K]
             flat = picked.reshape(batch, -1, 1)
             keys = [
-                mx.take_along_axis(part, flat, axis=1).reshape(*picked.shape, part.shape[-1]) for part in (latent, k_rope)
+                mx.take_along_axis(part, flat, axis=1).reshape(*picked.shape, part.shape[-1])
+                for part in (latent, k_rope)
             ]
             scores = (queries[:, rows] * self.scale) @ mx.concatenate(keys, axis=-1).swapaxes(-1, -2)  # [B, s, H, K]
             if mask is not None:

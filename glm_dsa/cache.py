@@ -50,7 +50,9 @@ class LayerCache:
     def append_index_keys(self, keys: mx.array) -> mx.array:
         """Stores S new indexer keys, [B, S, D_I]; returns all T of them. Raises where the layer has no indexer."""
         if not self.has_indexer:
-            raise ValueError("this layer's cache holds no indexer keys: a shared layer reuses a selection, it makes none")
+            raise ValueError(
+                "this layer's cache holds no indexer keys: a shared layer reuses a selection, it makes none"
+            )
         end = self.index_length + keys.shape[1]
         self.index_keys = _store(self.index_keys, keys, self.index_length)
         self.index_length = end

@@ -37,7 +37,8 @@ class Convention:
     contested: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value} ({self.source})" + (f"; CONTESTED: {self.contested}" if self.contested else "")
+        line = f"{self.name} = {self.value} ({self.source})"
+        return f"{line}; CONTESTED: {self.contested}" if self.contested else line
 
 
 # Keys that change nothing in inference, each with the reason why it may be ignored.
@@ -101,7 +102,7 @@ INDEXER_KEYS = (
 )  # fmt: skip
 
 # What HF assumes where the key is missing (saving a config drops some of them).
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
     "glm4_moe_lite": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
 }
@@ -246,7 +247,7 @@ class ModelArgs:
         latent_eps = resolve(
             "latent_norm_eps", read.positive("latent_norm_eps", 1e-6), read.source("latent_norm_eps"),
             "" if read.has("latent_norm_eps") or rms_norm_eps == 1e-6 else
-            f"HF and mlx-lm use 1e-6; vLLM, SGLang, llama.cpp and the trainer use rms_norm_eps = {rms_norm_eps:g}",
+            f"HF uses 1e-6; vLLM, SGLang, llama.cpp and the trainer use rms_norm_eps = {rms_norm_eps:g}",
         )  # fmt: skip
 
         # -- indexer
@@ -257,16 +258,25 @@ class ModelArgs:
             index_topk = read.count("index_topk")
             index_heads, index_width = read.count("index_n_heads"), read.count("index_head_dim")
             if index_width < rope:
-                raise ConfigError(f"index_head_dim = {index_width}: must hold the rotary part, qk_rope_head_dim = {rope}")
+                raise ConfigError(
+                    f"index_head_dim = {index_width}: must hold the rotary part, qk_rope_head_dim = {rope}"
+                )
             index_topk = overrides.get("index_topk", index_topk)
             if "index_topk" in overrides:
                 resolve("index_topk", index_topk, "override")
             index_rope = resolve("indexer_rope", *_indexer_rope(read))
-            index_eps = resolve("indexer_norm_eps", read.positive("indexer_norm_eps", 1e-6), read.source("indexer_norm_eps"))
+            index_eps = resolve(
+                "indexer_norm_eps", read.positive("indexer_norm_eps", 1e-6), read.source("indexer_norm_eps")
+            )
             types, source, contested = _schedule(read, layers)
             types = tuple(overrides.get("indexer_types", types))
             _check_schedule(types, layers)
-            resolve("indexer_schedule", describe_schedule(types), "override" if "indexer_types" in overrides else source, contested)
+            resolve(
+                "indexer_schedule",
+                describe_schedule(types),
+                "override" if "indexer_types" in overrides else source,
+                contested,
+            )
             reuse = resolve(
                 "mtp_reuses_selection", read.flag("index_share_for_mtp_iteration", False),
                 read.source("index_share_for_mtp_iteration"),
@@ -274,15 +284,21 @@ class ModelArgs:
         else:
             for key in INDEXER_KEYS:
                 if key in params:
-                    raise ConfigError(f"{key}: glm4_moe_lite has no indexer; remove the key, or use model_type glm_moe_dsa")
+                    raise ConfigError(
+                        f"{key}: glm4_moe_lite has no indexer; remove the key, or use model_type glm_moe_dsa"
+                    )
 
         # -- multi-token prediction
         mtp_layers = read.count("num_nextn_predict_layers", 0, least=0)
         if mtp_layers > 1:
-            raise ConfigError(f"num_nextn_predict_layers = {mtp_layers}: 0 or 1; steps are chained through the one layer")
+            raise ConfigError(
+                f"num_nextn_predict_layers = {mtp_layers}: 0 or 1; steps are chained through the one layer"
+            )
         conventions.append(Convention("mtp_hidden", "after the shared-head norm", "default"))
         zero_first = resolve(
-            "mtp_zero_first_embedding", read.flag("mtp_zero_first_embedding", False), read.source("mtp_zero_first_embedding")
+            "mtp_zero_first_embedding",
+            read.flag("mtp_zero_first_embedding", False),
+            read.source("mtp_zero_first_embedding"),
         )
 
         args = cls(
@@ -357,10 +373,18 @@ def describe_schedule(types: tuple[str, ...]) -> str:
 def _indexer_rope(read: _Reader) -> tuple[str, str, str]:
     traditional, interleave = read.flag("indexer_rope_traditional", None), read.flag("indexer_rope_interleave", None)
     if traditional is None and interleave is None:
-        return HALF_SPLIT, "default", (
-            "all published GLM-5.x configs say indexer_rope_interleave = true; without the key this is DeepSeek-V3.2's layout"
+        return (
+            HALF_SPLIT,
+            "default",
+            (
+                "all published GLM-5.x configs say indexer_rope_interleave = true; without the key this is DeepSeek-V3.2's layout"
+            ),
         )
-    chosen, key = (traditional, "indexer_rope_traditional") if traditional is not None else (interleave, "indexer_rope_interleave")
+    chosen, key = (
+        (traditional, "indexer_rope_traditional")
+        if traditional is not None
+        else (interleave, "indexer_rope_interleave")
+    )
     contested = ""
     if traditional is not None and interleave is not None and traditional != interleave:
         contested = f"indexer_rope_traditional = {traditional} but indexer_rope_interleave = {interleave}"
@@ -383,7 +407,9 @@ def _schedule(read: _Reader, layers: int) -> tuple[tuple[str, ...], str, str]:
         letters = {"F": FULL, "S": SHARED}
         if isinstance(pattern, str):
             if set(pattern) - set(letters):
-                raise ConfigError(f"index_topk_pattern = {pattern!r}: only the letters F (full) and S (shared) are allowed")
+                raise ConfigError(
+                    f"index_topk_pattern = {pattern!r}: only the letters F (full) and S (shared) are allowed"
+                )
             pattern = [letters[c] for c in pattern]
         found.append(("index_topk_pattern", _types("index_topk_pattern", pattern)))
     frequency = read.count("index_topk_freq", 1)
@@ -410,7 +436,9 @@ def _check_schedule(types: tuple[str, ...], layers: int) -> None:
     if len(types) != layers:
         raise ConfigError(f"indexer_types: {len(types)} entries for num_hidden_layers = {layers}")
     if types[0] != FULL:
-        raise ConfigError("indexer_types: layer 0 is shared, but no full layer below it makes a selection; it must be full")
+        raise ConfigError(
+            "indexer_types: layer 0 is shared, but no full layer below it makes a selection; it must be full"
+        )
 
 
 def _mlp_types(read: _Reader, layers: int, default_dense: int) -> tuple[str, ...]:
@@ -419,7 +447,9 @@ def _mlp_types(read: _Reader, layers: int, default_dense: int) -> tuple[str, ...
     if listed is None:
         return tuple(DENSE if i < dense else SPARSE for i in range(layers))
     if not isinstance(listed, (list, tuple)) or any(v not in (DENSE, SPARSE) for v in listed) or len(listed) < layers:
-        raise ConfigError(f"mlp_layer_types: {layers} entries of 'dense' and 'sparse' are due (num_hidden_layers), got {listed!r}")
+        raise ConfigError(
+            f"mlp_layer_types: {layers} entries of 'dense' and 'sparse' are due (num_hidden_layers), got {listed!r}"
+        )
     return tuple(listed[:layers])
 
 
@@ -497,7 +527,9 @@ class _Reader:
             raise ConfigError(f"rope_theta = {outer!r}, but rope_parameters says {inner!r}: they must agree")
         theta = inner if inner is not None else outer
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 < theta < math.inf:
-            raise ConfigError(f"rope_theta = {theta!r} (rope_parameters.rope_theta or top level): a number above 1 is due")
+            raise ConfigError(
+                f"rope_theta = {theta!r} (rope_parameters.rope_theta or top level): a number above 1 is due"
+            )
         kind = merged.pop("rope_type", merged.pop("type", "default"))
         merged.pop("type", None)
         if merged.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -515,7 +547,9 @@ class _Reader:
         if unknown or missing:
             raise ConfigError(f"rope_parameters for {kind!r}: missing {sorted(missing)}, not known {sorted(unknown)}")
         for key, value in merged.items():
-            if key != "truncate" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf):
+            if key != "truncate" and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+            ):
                 raise ConfigError(f"rope_parameters.{key} = {value!r}: a finite number of at least 0 is due")
         if merged["factor"] < 1:
             raise ConfigError(f"rope_parameters.factor = {merged['factor']!r}: at least 1")

@@ -40,31 +40,29 @@ class Indexer(nn.Module):
 
         A selected key may still be masked (early rows have fewer than K valid keys): attention masks again.
         """
-        keys = self.keys(x, rotation)
+        keys = self.project_keys(x, rotation)
         if cache is not None:
             keys = cache.append_index_keys(keys)
         if keys.shape[1] <= self.topk:
             return tap(self, "topk", None)
-        queries, weights = self.queries(q_latent, rotation), self.weights(x)
+        queries, weights = self.project_queries(q_latent, rotation), self.head_weights(x)
         return tap(self, "topk", mx.stop_gradient(self.select_blockwise(queries, keys, weights, mask)))
 
-    def keys(self, x: mx.array, rotation: Rotation) -> mx.array:
+    def project_keys(self, x: mx.array, rotation: Rotation) -> mx.array:
         """[B, S, hidden] -> [B, S, D], normalized and rotated: what the cache keeps."""
         k = self.k_norm(self.wk(x))[:, :, None]
         return tap(self, "k", self._rotate_first(k, rotation)[:, :, 0])
 
-    def queries(self, q_latent: mx.array, rotation: Rotation) -> mx.array:
+    def project_queries(self, q_latent: mx.array, rotation: Rotation) -> mx.array:
         """[B, S, Q] -> [B, S, H, D], rotated."""
         q = self.wq_b(q_latent).reshape(*q_latent.shape[:2], self.heads, self.width)
         return tap(self, "q", self._rotate_first(q, rotation))
 
-    def weights(self, x: mx.array) -> mx.array:
+    def head_weights(self, x: mx.array) -> mx.array:
         """[B, S, hidden] -> [B, S, H] float32: how much each head's opinion counts."""
         return tap(self, "weights", self.weights_proj(x.astype(mx.float32)) * self.heads**-0.5)
 
-    def select_blockwise(
-        self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None
-    ) -> mx.array:
+    def select_blockwise(self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None) -> mx.array:
         """score() and select() over blocks of queries, so that the heads' scores never stand in memory all at once."""
         batch, length = q.shape[:2]
         block = max(1, SCORE_ELEMENTS // (batch * self.heads * k.shape[1]))

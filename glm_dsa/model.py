@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from . import weights
 from .block import DecoderLayer
@@ -34,7 +36,7 @@ class Backbone(nn.Module):
     ) -> mx.array:
         """int [B, S] -> hidden after the final norm, [B, S, hidden]."""
         x = tap(self, "embed", self.embed_tokens(tokens) if input_embeddings is None else input_embeddings)
-        caches = cache or [None] * self.depth
+        caches: Sequence[LayerCache | None] = cache or [None] * self.depth
         rotation, mask = self.rotation_and_mask(x.shape[1], caches[0])
         selection = None
         for layer, layer_cache in zip(self.layers[: self.depth], caches, strict=True):
@@ -127,3 +129,8 @@ def positions(length: int, cache: LayerCache) -> mx.array:
     """Positions of the next `length` tokens: [S], or [B, S] for a left-padded batch."""
     offset: Any = cache.offset
     return mx.arange(offset, offset + length) if isinstance(offset, int) else offset[:, None] + mx.arange(length)
+
+
+def parameters_of(model: nn.Module) -> dict[str, mx.array]:
+    """{name: array} of all parameters, under the names of mlx-lm's checkpoints."""
+    return dict(tree_flatten(model.parameters()))

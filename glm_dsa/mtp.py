@@ -68,7 +68,7 @@ class MtpLayer(DecoderLayer):
             selection = reuse
             normed = tap(self, "input_layernorm", self.input_layernorm(x))
             if cache is not None and cache.has_indexer:
-                cache.append_index_keys(self.self_attn.indexer.keys(normed, rotation))
+                cache.append_index_keys(self.self_attn.indexer.project_keys(normed, rotation))
             q_latent = self.self_attn.query_latent(normed)
             x = self.feed_forward(x + self.self_attn(normed, q_latent, rotation, mask, cache, selection))
         return tap(self, "shared_head", self.shared_head.norm(x)), selection
@@ -103,7 +103,9 @@ def draft(
     Raises ValueError where the model has no MTP layer.
     """
     if model.mtp is None:
-        raise ValueError("this model has no MTP layer (num_nextn_predict_layers = 0, or a checkpoint without its tensors)")
+        raise ValueError(
+            "this model has no MTP layer (num_nextn_predict_layers = 0, or a checkpoint without its tensors)"
+        )
     if steps < 1:
         raise ValueError(f"steps = {steps}: at least 1 draft step")
     choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))

@@ -8,7 +8,7 @@ promises nothing at the angles of a long context.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -78,14 +78,12 @@ def rope_frequencies(width: int, theta: float, scaling: dict | None) -> tuple[li
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        if mscale and all_dim:
-            magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-        else:
-            magnitude = yarn_mscale(factor, 1.0)
+        named = bool(mscale and all_dim)
+        magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if named else yarn_mscale(factor, 1.0)
     return frequencies, magnitude
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: Any, mscale: Any) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -65,7 +65,11 @@ def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
         "o_proj.weight": (hidden, heads * args.v_head_dim),
     }
     if args.attention_bias:
-        attention |= {"q_a_proj.bias": (args.q_lora_rank,), "kv_a_proj_with_mqa.bias": (rows,), "o_proj.bias": (hidden,)}
+        attention |= {
+            "q_a_proj.bias": (args.q_lora_rank,),
+            "kv_a_proj_with_mqa.bias": (rows,),
+            "o_proj.bias": (hidden,),
+        }
     for name, shape in attention.items():
         yield TensorSpec(f"self_attn.{name}", shape, "attention")
     if args.runs_indexer(layer):
@@ -97,7 +101,9 @@ def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
 
 def _swiglu(prefix: str, hidden: int, inner: int, component: str) -> Iterator[TensorSpec]:
     for name in PROJECTIONS:
-        yield TensorSpec(f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component)
+        yield TensorSpec(
+            f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component
+        )
 
 
 def is_ignorable(args: ModelArgs, name: str) -> bool:
@@ -123,7 +129,8 @@ def is_hf_layout(names: Iterable[str]) -> bool:
     """True for HF's names; False for mlx-lm's. A quantized `kv_b_proj` (early MLX builds) counts as mlx-lm's."""
     names = set(names)
     return any(
-        ".mlp.experts." in n or (n.endswith("kv_b_proj.weight") and n.replace("weight", "scales") not in names) for n in names
+        ".mlp.experts." in n or (n.endswith("kv_b_proj.weight") and n.replace("weight", "scales") not in names)
+        for n in names
     )
 
 
@@ -149,7 +156,9 @@ def report_differences(due: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         if names
     ]
     if parts:
-        raise WeightsError("the tensors do not make this model: " + "; ".join(parts) + ". Does config.json belong to these weights?")
+        raise WeightsError(
+            "the tensors do not make this model: " + "; ".join(parts) + ". Does config.json belong to these weights?"
+        )
 
 
 def to_modules(args: ModelArgs, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -184,7 +193,9 @@ def dequantize_fp8(weight: mx.array, scale: mx.array, name: str = "weight") -> m
     rows, columns = weight.shape
     due = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     if scale.shape != due:
-        raise WeightsError(f"{name}_scale_inv is {list(scale.shape)}, {list(due)} is due for {rows} x {columns} in blocks of 128")
+        raise WeightsError(
+            f"{name}_scale_inv is {list(scale.shape)}, {list(due)} is due for {rows} x {columns} in blocks of 128"
+        )
     scale = mx.repeat(mx.repeat(scale.astype(mx.float32), FP8_BLOCK, 0)[:rows], FP8_BLOCK, 1)[:, :columns]
     return (mx.from_fp8(weight, dtype=mx.float32) * scale).astype(mx.bfloat16)
 
@@ -207,10 +218,14 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
     name = f"{attention}.kv_b_proj"
     if f"{name}.weight" not in tensors:
         return
-    weight, packing = tensors.pop(f"{name}.weight"), None
+    weight: mx.array = tensors.pop(f"{name}.weight")
+    packing: dict[str, Any] = {}
     if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
         scales, biases = tensors.pop(f"{name}.scales"), tensors.pop(f"{name}.biases")
-        packing = {"bits": weight.shape[-1] * 32 // args.kv_lora_rank, "group_size": args.kv_lora_rank // scales.shape[-1]}
+        packing = {
+            "bits": weight.shape[-1] * 32 // args.kv_lora_rank,
+            "group_size": args.kv_lora_rank // scales.shape[-1],
+        }
         weight = mx.dequantize(weight, scales, biases, **packing)
     heads = (args.num_attention_heads, args.qk_nope_head_dim + args.v_head_dim, args.kv_lora_rank)
     if weight.shape != (heads[0] * heads[1], heads[2]):
@@ -218,7 +233,7 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
     w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)
     for target, part in (("embed_q", w_uk.swapaxes(-1, -2)), ("unembed_out", w_uv)):
         # W_uk is packed along `nope`, which the group size of kv_b_proj need not divide: then it stays unpacked
-        fits = packing is not None and part.shape[-1] % packing["group_size"] == 0
+        fits = packing and part.shape[-1] % packing["group_size"] == 0
         parts = mx.quantize(part, **packing) if fits else (mx.contiguous(part),)
         for suffix, tensor in zip(PACKED, parts, strict=False):
             tensors[f"{attention}.{target}.{suffix}"] = tensor

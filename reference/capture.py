@@ -7,6 +7,7 @@ half-split order as it rotates; arrays are put back into the input's order here,
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ class _IndexerMode(TorchFunctionMode):
         super().__init__()
         self.note, self.matmuls = note, 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.matmul:
             self.matmuls += 1
@@ -42,7 +43,11 @@ class _IndexerMode(TorchFunctionMode):
 
 def _numpy(value: torch.Tensor) -> np.ndarray:
     value = value.detach()
-    return value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).cpu().numpy().copy() if value.is_floating_point() else value.cpu().numpy().copy()
+    return (
+        value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).cpu().numpy().copy()
+        if value.is_floating_point()
+        else value.cpu().numpy().copy()
+    )
 
 
 def _reinterleave(x: np.ndarray, width: int) -> np.ndarray:
@@ -64,7 +69,7 @@ def capture(model: torch.nn.Module) -> Iterator[Stages]:
         yield stages
 
 
-def _hooks(path: str, module: torch.nn.Module, stages: Stages) -> Iterator[Any]:
+def _hooks(path: str, module: Any, stages: Stages) -> Iterator[Any]:
     kind = type(module).__name__
 
     def put(stage: str, value: Any) -> None:
@@ -89,10 +94,12 @@ def _hooks(path: str, module: torch.nn.Module, stages: Stages) -> Iterator[Any]:
         yield module.register_forward_pre_hook(lambda m, args: put(f"{parent}.heads", args[0]))
         yield output(f"{parent}.output")
     elif kind.endswith("TopkRouter"):
+
         def routed(m: Any, args: Any, out: Any) -> None:
             batch = args[0].shape[:-1] if args[0].dim() == 3 else (1, args[0].shape[0])
             for stage, value in zip(("logits", "weights", "topk"), out, strict=True):
                 put(f"{path}.{stage}", value.reshape(*batch, -1))
+
         yield module.register_forward_hook(routed)
     elif kind.endswith("MoE"):
         yield output(f"{path}.output")
@@ -105,7 +112,9 @@ def _hooks(path: str, module: torch.nn.Module, stages: Stages) -> Iterator[Any]:
     elif kind.endswith("MLP") and leaf == "mlp":
         yield output(f"{parent}.mlp_output")
     elif kind.endswith("DecoderLayer"):
-        yield module.register_forward_hook(lambda m, a, out: put(f"{path}.output", out[0] if isinstance(out, tuple) else out))
+        yield module.register_forward_hook(
+            lambda m, a, out: put(f"{path}.output", out[0] if isinstance(out, tuple) else out)
+        )
     elif kind.endswith("Indexer"):
         yield from _indexer_hooks(path, module, put, stages)
     elif leaf == "self_attn":
@@ -147,7 +156,7 @@ def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], st
     module.expand_kv = expand_kv
     yield Undo(lambda: module.__dict__.pop("expand_kv"))
 
-    modeling = __import__(type(module).__module__, fromlist=["eager_attention_forward"])
+    modeling: Any = importlib.import_module(type(module).__module__)
     eager = modeling.eager_attention_forward
 
     def attend(m: Any, query: torch.Tensor, *args: Any, **kwargs: Any):

@@ -109,12 +109,11 @@ def write(
     has_mtp = bool(config.get("num_nextn_predict_layers"))
     with hf.quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = hf.build(config, with_mtp=has_mtp)
-        trained_like(model, bias_mean)
-        model.to(dtype)
+        model = hf.build(config, with_mtp=has_mtp, dtype=dtype)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # the one float32 tensor of a published checkpoint
                 buffer.data = buffer.data.float()
+        trained_like(model, bias_mean)
         model.save_pretrained(folder, max_shard_size=shard_size)
         if has_mtp:
             _add_mtp_tensors(folder, config, dtype)
@@ -124,7 +123,7 @@ def write(
 
 
 @torch.no_grad()
-def trained_like(model: torch.nn.Module, bias_mean: float = 0.0) -> None:
+def trained_like(model: Any, bias_mean: float = 0.0) -> None:
     """Draws all weights anew; gains are those on inputs of unit variance."""
     gains = {
         "q_a_proj": 0.03,  # a small query latent: q_a_layernorm's eps counts
@@ -177,7 +176,7 @@ def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> N
     index_file.write_text(json.dumps(index, indent=2))
 
 
-class read_tensors:  # noqa: N801
+class read_tensors:
     """Checkpoint tensors by name: float64 NumPy arrays for the equations, or torch tensors of a given dtype."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -231,8 +230,17 @@ def write_fp8(source: str | Path, packed: str | Path, plain: str | Path) -> None
         stored[f"{name}_scale_inv"] = scale
         meant[name] = (stored[name].float() * spread).to(torch.bfloat16)
     config = json.loads((Path(source) / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
     for folder, tensors, extra in ((packed, stored, {"quantization_config": quantization}), (plain, meant, {})):
         Path(folder).mkdir(parents=True)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()},
+            Path(folder) / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         (Path(folder) / "config.json").write_text(json.dumps(config | extra))

@@ -65,7 +65,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 def rope_frequencies(config: Mapping[str, Any]) -> tuple[Array, float]:
     """(angle per position of each pair, factor on cos and sin)."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    theta: Any = parameters.get("rope_theta", config.get("rope_theta"))
     width = config["qk_rope_head_dim"]
     pairs = np.arange(width // 2)
     plain = theta ** (-2.0 * pairs / width)
@@ -76,7 +76,7 @@ def rope_frequencies(config: Mapping[str, Any]) -> tuple[Array, float]:
     if kind == "linear":
         return plain / factor, 1.0
     # YaRN: pairs that turn often within the trained length stay, slow ones are stretched, a linear ramp lies between.
-    trained = parameters["original_max_position_embeddings"]
+    trained: Any = parameters["original_max_position_embeddings"]
     bounds = [
         width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1)
@@ -84,11 +84,13 @@ def rope_frequencies(config: Mapping[str, Any]) -> tuple[Array, float]:
     low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), width - 1)
     ramp = np.clip((pairs - low) / max(high - low, 0.001), 0, 1)
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
+    magnitude = (
+        yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
+    )
     return plain * (1 - ramp) + plain / factor * ramp, magnitude
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: Any, mscale: Any) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -99,7 +101,9 @@ def rope(x: Array, positions: Array, config: Mapping[str, Any], layout: str) -> 
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     out = np.empty_like(x)
     half = x.shape[-1] // 2
-    first, second = (slice(0, None, 2), slice(1, None, 2)) if layout == "interleaved" else (slice(0, half), slice(half, None))
+    first, second = (
+        (slice(0, None, 2), slice(1, None, 2)) if layout == "interleaved" else (slice(0, half), slice(half, None))
+    )
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out
@@ -171,7 +175,11 @@ class Equations:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], weights: Weights, conventions: Conventions, given: Mapping[str, Array] | None = None
+        self,
+        config: Mapping[str, Any],
+        weights: Weights,
+        conventions: Conventions,
+        given: Mapping[str, Array] | None = None,
     ) -> None:
         self.config, self.weights, self.conventions, self.given = config, weights, conventions, given or {}
         self.full = schedule(config)
@@ -200,14 +208,22 @@ class Equations:
         return self.weights("model.embed_tokens.weight" if tied else "lm_head.weight")
 
     def layer(
-        self, layer: int, x: Array, positions: Array, allowed: Array, selection: Array | None, reuse: Array | None = None
+        self,
+        layer: int,
+        x: Array,
+        positions: Array,
+        allowed: Array,
+        selection: Array | None,
+        reuse: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """One decoder layer: x [B, S, hidden], allowed bool [B, S, T], the selection of the layer below."""
         w, stage, eps = self._scoped(layer), f"layers.{layer}", self.config["rms_norm_eps"]
         normed = self.record(f"{stage}.input_layernorm", rms_norm(x, w("input_layernorm.weight"), eps))
         attended, selection = self.attention(layer, normed, positions, allowed, selection, reuse)
         x = x + attended
-        normed = self.record(f"{stage}.post_attention_layernorm", rms_norm(x, w("post_attention_layernorm.weight"), eps))
+        normed = self.record(
+            f"{stage}.post_attention_layernorm", rms_norm(x, w("post_attention_layernorm.weight"), eps)
+        )
         is_sparse = layer >= self.config["num_hidden_layers"] or self._mlp_types()[layer] == "sparse"
         fed = self.experts(layer, normed) if is_sparse else swiglu(normed, *self._swiglu(w, "mlp"))
         fed = self.record(f"{stage}.mlp_output", fed)
@@ -219,7 +235,9 @@ class Equations:
         """q = W_uq norm(W_dq x); c = norm(W_dkv x); k = [W_uk c | rope(W_kr x)]; v = W_uv c; softmax over selected keys."""
         c, conv = self.config, self.conventions
         w, stage = self._scoped(layer, "self_attn."), f"layers.{layer}.self_attn"
-        heads, nope, rotary, value = (c[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        heads, nope, rotary, value = (
+            c[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
         batch, length, _ = x.shape
         q_latent = rms_norm(self._linear(w, "q_a_proj", x), w("q_a_layernorm.weight"), conv.latent_norm_eps)
         q_latent = self.record(f"{stage}.q_latent", q_latent)
@@ -295,7 +313,11 @@ class Equations:
         """
         layer = self.config["num_hidden_layers"]
         w = self._scoped(layer)
-        embed = w("embed_tokens.weight") if self.config["model_type"] == "glm4_moe_lite" else self.weights("model.embed_tokens.weight")
+        embed = (
+            w("embed_tokens.weight")
+            if self.config["model_type"] == "glm4_moe_lite"
+            else self.weights("model.embed_tokens.weight")
+        )
         head = w("shared_head.head.weight") if self.config["model_type"] == "glm4_moe_lite" else self.head()
         first = hidden.shape[1]
         inputs, reuse, out = np.zeros((*hidden.shape[:1], 0, hidden.shape[2]), hidden.dtype), None, []
@@ -305,7 +327,9 @@ class Equations:
                 embedded = embedded.copy()
                 embedded[:, 0] = 0
             eps = self.config["rms_norm_eps"]
-            joined = np.concatenate([rms_norm(embedded, w("enorm.weight"), eps), rms_norm(hidden, w("hnorm.weight"), eps)], -1)
+            joined = np.concatenate(
+                [rms_norm(embedded, w("enorm.weight"), eps), rms_norm(hidden, w("hnorm.weight"), eps)], -1
+            )
             inputs = np.concatenate([inputs, joined @ w("eh_proj.weight").T], axis=1)
             shape = inputs.shape[:2]
             positions = np.broadcast_to(np.arange(shape[1]), shape)

@@ -27,11 +27,8 @@ INDEXERS = {"half-split": DeepseekV32Indexer, "interleaved": GlmMoeDsaIndexer}
 
 def config_for(config: Mapping[str, Any], with_mtp: bool = False) -> Any:
     """An HF config object; `with_mtp` adds one full, sparse layer behind the last."""
-    config = copy.deepcopy(dict(config))
-    config.pop("quantization_config", None)
-    config.pop("quantization", None)
-    config.pop("dtype", None)
-    built = AutoConfig.for_model(**config)
+    own = ("quantization_config", "quantization", "dtype")  # the loader's business
+    built = AutoConfig.for_model(**{k: copy.deepcopy(v) for k, v in config.items() if k not in own})
     if with_mtp:
         built.num_hidden_layers += 1
         built.mlp_layer_types = [*built.mlp_layer_types[: built.num_hidden_layers - 1], "sparse"]
@@ -45,26 +42,33 @@ def config_for(config: Mapping[str, Any], with_mtp: bool = False) -> Any:
 
 def build(config: Mapping[str, Any], with_mtp: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """A causal LM with HF's own initial weights (see checkpoints.py for trained-like ones)."""
-    return AutoModelForCausalLM.from_config(config_for(config, with_mtp), dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(
+        config_for(config, with_mtp), dtype=dtype, attn_implementation="eager"
+    ).eval()
 
 
 def load(
-    folder: str | Path, conventions: Conventions | None = None, with_mtp: bool = False, dtype: torch.dtype = torch.float32,
+    folder: str | Path,
+    conventions: Conventions | None = None,
+    with_mtp: bool = False,
+    dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Any:
     """HF's own loading of a checkpoint in its layout. `changes` are config keys to replace."""
     config = json.loads((Path(folder) / "config.json").read_text()) | changes
-    with quiet():
+    with quiet():  # as stored, then cast parameter by parameter: HF's own cast on load holds both copies
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config_for(config, with_mtp), dtype=dtype, attn_implementation="eager", use_safetensors=True
-        ).eval()
+            folder, config=config_for(config, with_mtp), dtype="auto", attn_implementation="eager", use_safetensors=True
+        ).eval().to(dtype)  # fmt: skip
     return apply(model, conventions) if conventions else model
 
 
 def apply(model: Any, conventions: Conventions) -> Any:
     """Puts a convention in force: the indexer's class decides its RoPE layout, since both have the same parameters."""
     if conventions.main_rope != "interleaved":
-        raise ValueError("HF turns interleaved pairs in its main attention, in every version since 5.11; use the equations")
+        raise ValueError(
+            "HF turns interleaved pairs in its main attention, in every version since 5.11; use the equations"
+        )
     for layer in model.model.layers:
         attention = layer.self_attn
         attention.q_a_layernorm.variance_epsilon = conventions.latent_norm_eps

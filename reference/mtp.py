@@ -33,6 +33,10 @@ class _FirstOutput(torch.nn.Module):
         return out
 
 
+class _Placeholder(torch.nn.Identity):
+    """Where MtpLayer would build a decoder layer of its own; HF's loaded one takes its place."""
+
+
 class _ReuseSelection(torch.nn.Module):
     """Stands in for the indexer on later draft steps: writes its key, then answers with the selection it is given."""
 
@@ -53,7 +57,7 @@ class Mtp:
         layer = model.model.layers[-1]
         norm = type(model.model.norm)
         with torch.device("meta"):
-            self.mtp = MtpLayer(model.config, lambda *_: torch.nn.Identity(), norm, len(model.model.layers) - 1)
+            self.mtp = MtpLayer(model.config, _Placeholder, norm, len(model.model.layers) - 1)
         tensors = read_tensors(folder)
         prefix = f"model.layers.{len(model.model.layers) - 1}."
         own = {
@@ -71,12 +75,14 @@ class Mtp:
         self.mtp.eval()
 
     @torch.no_grad()
-    def draft(self, hidden: np.ndarray, tokens: list[np.ndarray], steps: int) -> list[tuple[np.ndarray, np.ndarray, Any]]:
+    def draft(
+        self, hidden: np.ndarray, tokens: list[np.ndarray], steps: int
+    ) -> list[tuple[np.ndarray, np.ndarray, Any]]:
         """As `Equations.draft`, cached as HF caches: [(logits, hidden, selection)] of each step."""
         cache = DynamicCache(config=self.model.config)
         index = self.model.config.num_hidden_layers - 1
         previous, out = torch.as_tensor(hidden), []
-        attention = self.block.layer.self_attn
+        attention: Any = self.block.layer.self_attn
         indexer = getattr(attention, "indexer", None)
         for step in range(steps):
             fed = torch.as_tensor(tokens[step])

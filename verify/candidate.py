@@ -41,7 +41,11 @@ class Ours:
         return {stage: to_numpy(value) for stage, value in seen.items()}
 
     def layer(
-        self, index: int, x: np.ndarray, selection: np.ndarray | None = None, replace: Mapping[str, np.ndarray] | None = None
+        self,
+        index: int,
+        x: np.ndarray,
+        selection: np.ndarray | None = None,
+        replace: Mapping[str, np.ndarray] | None = None,
     ) -> Stages:
         """One decoder layer on x [B, S, hidden]; a shared layer is handed the selection of the layer below."""
         rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)

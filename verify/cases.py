@@ -42,7 +42,11 @@ class Spec:
     def has(self) -> set[str]:
         """What a test can need: an indexer, shared layers, MTP."""
         args = self.args
-        parts = {"indexer": args.has_indexer, "shared": "shared" in args.indexer_types, "mtp": args.num_nextn_predict_layers > 0}
+        parts = {
+            "indexer": args.has_indexer,
+            "shared": "shared" in args.indexer_types,
+            "mtp": args.num_nextn_predict_layers > 0,
+        }
         return {part for part, there in parts.items() if there}
 
 
@@ -68,11 +72,11 @@ def default_specs() -> list[Spec]:
 class Case:
     """A checkpoint on disk with its candidate and its oracles, each built once."""
 
-    def __init__(self, spec: Spec, scratch: Path, seed: int) -> None:
+    def __init__(self, spec: Spec, scratch: Path, seed: int, shard_size: str = "300KB") -> None:
         self.spec, self.name, self.seed = spec, spec.name, seed
         self.folder = spec.folder or scratch / spec.name
         if spec.folder is None and not (self.folder / "config.json").exists():
-            checkpoints.write(self.folder, spec.config, seed=seed, bias_mean=spec.bias_mean)
+            checkpoints.write(self.folder, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean)
         self.config = read_json(self.folder / "config.json")
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]
@@ -83,7 +87,12 @@ class Case:
     def conventions(self) -> Conventions:
         a = self.args
         return Conventions(
-            a.indexer_rope, a.main_rope, a.indexer_norm_eps, a.latent_norm_eps, a.mtp_reuses_selection, a.mtp_zero_first_embedding
+            a.indexer_rope,
+            a.main_rope,
+            a.indexer_norm_eps,
+            a.latent_norm_eps,
+            a.mtp_reuses_selection,
+            a.mtp_zero_first_embedding,
         )
 
     @cached_property

@@ -32,7 +32,9 @@ def values(ours: Array, ref: Array) -> ValueDifference:
     for name, mine, theirs in (("NaN", np.isnan(ours), np.isnan(ref)), ("infinite", np.isinf(ours), np.isinf(ref))):
         if (mine != theirs).any():
             at = tuple(int(i) for i in np.argwhere(mine != theirs)[0])
-            return ValueDifference(np.inf, problem=f"{int((mine != theirs).sum())} entries are {name} on one side only, first at {at}")
+            return ValueDifference(
+                np.inf, problem=f"{int((mine != theirs).sum())} entries are {name} on one side only, first at {at}"
+            )
     if not finite.any():
         return ValueDifference(0.0)
     gap = np.where(finite, np.abs(np.where(finite, ours, 0) - np.where(finite, ref, 0)), 0)
@@ -78,8 +80,8 @@ def selections(ours: Array | None, ref: Array, scores: Array, topk: int, noise: 
     swapped = (mine != theirs) & rows[..., None]
     differing = swapped.any(-1)
     ties, first = 0, ""
-    for at in np.argwhere(differing):
-        at = tuple(at)
+    for row in np.argwhere(differing):
+        at = tuple(row)
         finite = np.sort(scores[at][valid[at]])
         boundary = finite[-min(topk, len(finite))]
         distance = np.abs(scores[at][swapped[at]] - boundary)

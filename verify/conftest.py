@@ -21,8 +21,12 @@ REAL_SHAPE = "one layer at GLM-5.2's true widths"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("glm-dsa gate")
-    group.addoption("--checkpoint", metavar="DIR", help="judge this checkpoint (HF layout, small enough for float32 in memory)")
-    group.addoption("--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it")
+    group.addoption(
+        "--checkpoint", metavar="DIR", help="judge this checkpoint (HF layout, small enough for float32 in memory)"
+    )
+    group.addoption(
+        "--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it"
+    )
     group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
     group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
@@ -66,22 +70,28 @@ def _specs(checkpoint: str | None, index_topk: int | None) -> list[cases.Spec]:
             raise ValueError("--index-topk belongs to --checkpoint")
         return cases.default_specs()
     from glm_dsa import load, weights
+    from glm_dsa.checkpoint import read_headers
     from glm_dsa.config import ModelArgs
-    from glm_dsa.load import read_headers
 
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"--checkpoint {checkpoint}: no such folder")
-    overrides = {} if index_topk is None else {"index_topk": index_topk}
+    overrides: dict[str, Any] = {} if index_topk is None else {"index_topk": index_topk}
     args, stored = ModelArgs.from_file(folder, **overrides), read_headers(folder)
     if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
-        raise ValueError(f"--checkpoint {checkpoint}: HF loads bf16, fp16 or fp32 in HF layout only; this one is packed")
+        raise ValueError(
+            f"--checkpoint {checkpoint}: HF loads bf16, fp16 or fp32 in HF layout only; this one is packed"
+        )
     parameters = sum(_product(s.shape) for s in stored.values())
     if parameters * 4 > 2 << 30:
-        raise ValueError(f"--checkpoint {checkpoint}: {parameters / 1e9:.1f} billion parameters; at most 0.5 fit here in float32, twice")
+        raise ValueError(
+            f"--checkpoint {checkpoint}: {parameters / 1e9:.1f} billion parameters; at most 0.5 fit here in float32, twice"
+        )
     if args.index_topk and args.index_topk > 64:
-        raise ValueError(f"--checkpoint {checkpoint}: index_topk = {args.index_topk} needs prompts beyond it; add --index-topk 16")
-    load(folder)  # reads every tensor: damage is reported here, in one line
+        raise ValueError(
+            f"--checkpoint {checkpoint}: index_topk = {args.index_topk} needs prompts beyond it; add --index-topk 16"
+        )
+    load(folder, **overrides)  # reads every tensor: damage is reported here, in one line
     return [cases.Spec(folder.name, {}, overrides, folder=folder.resolve())]
 
 
@@ -120,7 +130,9 @@ def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
     name = request.node.name
     file = Path(str(request.node.path)).name
     seed = request.config.getoption("--seed")
-    again = f"pytest verify/{file} -k {shlex.quote(name.replace('[', ' and ').replace(']', '').strip())}" + (f" --seed {seed}" if seed else "")
+    again = f"pytest verify/{file} -k {shlex.quote(name.replace('[', ' and ').replace(']', '').strip())}" + (
+        f" --seed {seed}" if seed else ""
+    )
     return Judge(gate, request.module.CLAIM, again, seed, request.config.glm_layers)  # type: ignore[attr-defined]
 
 
@@ -153,7 +165,9 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
             out = item.config.stash[REPORT]
             claim = item.module.CLAIM  # type: ignore[attr-defined]
             out.claims.setdefault(claim, Counter())["deselected"] += 1
-            out.not_verified[f"{claim}: tests left out"] = f"{out.claims[claim]['deselected']} deselected on the command line"
+            out.not_verified[f"{claim}: tests left out"] = (
+                f"{out.claims[claim]['deselected']} deselected on the command line"
+            )
 
 
 @pytest.hookimpl(wrapper=True)

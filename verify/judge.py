@@ -46,7 +46,15 @@ class Judge:
         self.report.add(Comparison(self.claim, case, stage, AGREES, difference.error, limit, note=why))
 
     def selection(
-        self, case: str, stage: str, ours: Array | None, ref: Array, scores: Array, topk: int, noise: float, what: str = "keys"
+        self,
+        case: str,
+        stage: str,
+        ours: Array | None,
+        ref: Array,
+        scores: Array,
+        topk: int,
+        noise: float,
+        what: str = "keys",
     ) -> int:
         """Sets of indices; returns the number of ties."""
         difference = compare.selections(ours, ref, scores, topk, noise)
@@ -69,7 +77,11 @@ class Judge:
         self.report.add(Comparison(self.claim, case, stage, AGREES, note=expected))
 
     def stages(
-        self, ours: Mapping[str, Any], reference: Reference, local: bool, replaced: Mapping[str, Array] | None = None,
+        self,
+        ours: Mapping[str, Any],
+        reference: Reference,
+        local: bool,
+        replaced: Mapping[str, Array] | None = None,
         prefix: str = "",
     ) -> int:
         """Every stage in `ours` that the reference has, in order. Returns the number of ties met.
@@ -115,8 +127,12 @@ class Judge:
             if s not in ours and (reference.is_sparse or stages.kind(s) not in SKIPPED_WHEN_DENSE)
         ]  # fmt: skip
         extra = [s for s in stages.in_order(ours) if s not in reference.hf and ours[s] is not None]
-        self.holds(reference.case.name, "all stages", not absent, f"the candidate shows every stage (absent: {absent[:4]})")
-        self.holds(reference.case.name, "all stages", not extra, f"no stage that the reference has not (extra: {extra[:4]})")
+        self.holds(
+            reference.case.name, "all stages", not absent, f"the candidate shows every stage (absent: {absent[:4]})"
+        )
+        self.holds(
+            reference.case.name, "all stages", not extra, f"no stage that the reference has not (extra: {extra[:4]})"
+        )
 
     def _selection_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
         case = reference.case

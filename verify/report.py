@@ -124,7 +124,11 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         out.insert(1, "  ".join("-" * width for width in widths))
-        out += ["", "not verified"] + [f"  {what}: {why}" for what, why in self.not_verified.items()] if self.not_verified else []
+        out += (
+            ["", "not verified"] + [f"  {what}: {why}" for what, why in self.not_verified.items()]
+            if self.not_verified
+            else []
+        )
         out += ["", "conventions in force"] + [f"  {line}  [{cases}]" for line, cases in self.conventions.items()]
         out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
         out += [self.header.get("command", ""), "", f"verdict: {self.verdict(exit_status)}"]

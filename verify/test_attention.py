@@ -67,4 +67,6 @@ def test_the_cheapest_form(case: Case, judge):
     if a.has_indexer:
         judge.holds(case.name, "form", attention.cheapest_form(1, 100_000, a.index_topk) == GATHERED, "decode gathers")
     judge.holds(case.name, "form", attention.cheapest_form(1, 100_000, None) == ABSORBED, "dense decode is absorbed")
-    judge.holds(case.name, "form", attention.cheapest_form(4096, 4096, None) == EXPANDED, "a long dense prefill is expanded")
+    judge.holds(
+        case.name, "form", attention.cheapest_form(4096, 4096, None) == EXPANDED, "a long dense prefill is expanded"
+    )

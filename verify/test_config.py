@@ -34,13 +34,24 @@ def test_published_configs(judge, name):
     full = [i for i in range(args.num_hidden_layers) if args.runs_indexer(i)]
     if args.has_indexer:
         theirs = [i for i, t in enumerate(built.indexer_types) if t == "full"]
-        judge.holds(name, "indexer schedule", full == theirs, f"full layers as in HF ({len(full)} of {args.num_hidden_layers})")
-        judge.holds(name, "indexer rope", args.indexer_rope == "interleaved", "the published key says interleaved, and is obeyed")
+        judge.holds(
+            name, "indexer schedule", full == theirs, f"full layers as in HF ({len(full)} of {args.num_hidden_layers})"
+        )
+        judge.holds(
+            name,
+            "indexer rope",
+            args.indexer_rope == "interleaved",
+            "the published key says interleaved, and is obeyed",
+        )
     if name.startswith("glm-5.2"):
         judge.holds(name, "indexer schedule", full == GLM_5_2, "21 of 78 layers are full: 0, 1, 2, 6, 10, ..., 74")
-    judge.holds(name, "mlp types", list(args.mlp_layer_types) == list(built.mlp_layer_types), "dense and sparse layers as in HF")
+    judge.holds(
+        name, "mlp types", list(args.mlp_layer_types) == list(built.mlp_layer_types), "dense and sparse layers as in HF"
+    )
     rope = built.rope_parameters
-    judge.holds(name, "rope theta", args.rope_theta == rope["rope_theta"], f"theta as HF reads it ({rope['rope_theta']})")
+    judge.holds(
+        name, "rope theta", args.rope_theta == rope["rope_theta"], f"theta as HF reads it ({rope['rope_theta']})"
+    )
     specs = list(glm_dsa.inventory(args))
     counted = len(specs), sum(math.prod(s.shape) for s in specs)
     judge.holds(name, "inventory", counted == PUBLISHED[name], f"{counted[0]:,} tensors, {counted[1]:,} parameters")
@@ -64,7 +75,9 @@ def test_inventory_is_what_hf_wrote(case: Case, judge):
     found = {name: tuple(written(name).shape) for name in written.names}
     due = {spec.name: spec.shape for spec in glm_dsa.inventory(case.args)}
     differing = sorted(set(found.items()) ^ set(due.items()))[:4]
-    judge.holds(case.name, "inventory", found == due, f"{len(due)} names and shapes as HF wrote them (differing: {differing})")
+    judge.holds(
+        case.name, "inventory", found == due, f"{len(due)} names and shapes as HF wrote them (differing: {differing})"
+    )
 
 
 def test_inventory_is_what_the_modules_hold(case: Case, judge):

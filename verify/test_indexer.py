@@ -38,7 +38,10 @@ def oracles(case: Case, x, q_latent, positions, allowed):
         first(case)[0](torch.from_numpy(x), torch.from_numpy(q_latent), rotary, mask, torch.from_numpy(positions))
     equations = case.equations()
     equations.selection(0, x.astype(np.float64), q_latent.astype(np.float64), positions, allowed)
-    return ({s.removeprefix(prefix): v for s, v in seen.items()}, {s.removeprefix(prefix): v for s, v in equations.stages.items()})
+    return (
+        {s.removeprefix(prefix): v for s, v in seen.items()},
+        {s.removeprefix(prefix): v for s, v in equations.stages.items()},
+    )
 
 
 @pytest.mark.needs("indexer")
@@ -77,8 +80,15 @@ def test_within_index_topk_every_key_is_selected(case: Case, judge):
         seen, _ = oracles(case, x, q_latent, np.arange(count)[None], allowed)
         rotation, mask = model.model.rotation_and_mask(count, None)
         ours = to_numpy(indexer(mx.array(x), mx.array(q_latent), rotation, mask, None))
-        judge.holds(case.name, f"self_attn.indexer.topk, T = {count}", (ours is not None) == chooses, f"a selection {'is' if chooses else 'is not'} made")
-        judge.selection(case.name, f"self_attn.indexer.topk, T = {count}", ours, seen["topk"], seen["scores"], topk, 1e-6)
+        judge.holds(
+            case.name,
+            f"self_attn.indexer.topk, T = {count}",
+            (ours is not None) == chooses,
+            f"a selection {'is' if chooses else 'is not'} made",
+        )
+        judge.selection(
+            case.name, f"self_attn.indexer.topk, T = {count}", ours, seen["topk"], seen["scores"], topk, 1e-6
+        )
 
 
 @pytest.mark.needs("indexer")

@@ -71,7 +71,12 @@ def test_any_schedule_equals_hf(judge, layout):
         truth.forward(tokens)
         name = f"{layout}, {keys}"
         full = [i for i in range(layers) if ours.args.runs_indexer(i)]
-        judge.holds(name, "indexer schedule", full == [i for i, f in enumerate(schedule(config)) if f], f"full layers {full}, as the rule says")
+        judge.holds(
+            name,
+            "indexer schedule",
+            full == [i for i, f in enumerate(schedule(config)) if f],
+            f"full layers {full}, as the rule says",
+        )
         holders = [i for i in range(layers) if f"layers.{i}.self_attn.indexer.topk" in seen]
         judge.holds(name, "indexer schedule", full == holders, f"full layers {full}, as HF built them")
 
@@ -86,7 +91,9 @@ def test_any_schedule_equals_hf(judge, layout):
             scores = seen[stage + "scores"]
             rms = float(np.sqrt(np.mean(scores[scores > -1e38].astype(np.float64) ** 2)))
             noise = tolerances.bound(errors[stage + "scores"], scores, 96).value * rms
-            judge.selection(name, stage + "topk", to_numpy(mine[stage + "topk"]), seen[stage + "topk"], scores, TOPK, noise)
+            judge.selection(
+                name, stage + "topk", to_numpy(mine[stage + "topk"]), seen[stage + "topk"], scores, TOPK, noise
+            )
         no_indexer = all(("indexer" in layer.self_attn) == (i in full) for i, layer in enumerate(ours.layers))
         judge.holds(name, "weights", no_indexer, "a shared layer holds no indexer weights")
         keyless = all((c.index_keys is not None) == (i in full) for i, c in enumerate(cache))
@@ -115,9 +122,16 @@ def test_every_layer_uses_its_full_layers_selection(judge):
                 used = to_numpy(seen[f"layers.{layer}.self_attn.selection"])
                 made = to_numpy(seen[f"layers.{owner(ours.args, layer)}.self_attn.indexer.topk"])
                 same = (used is None) == (made is None) and (used is None or np.array_equal(used, made))
-                judge.holds(str(keys), f"layers.{layer}.self_attn.selection", same, f"is that of layer {owner(ours.args, layer)}, chunk of {cut}")
+                judge.holds(
+                    str(keys),
+                    f"layers.{layer}.self_attn.selection",
+                    same,
+                    f"is that of layer {owner(ours.args, layer)}, chunk of {cut}",
+                )
         lengths = {c.length for c in cache} | {c.index_length for c in cache if c.has_indexer}
-        judge.holds(str(keys), "cache", lengths == {cache[0].length}, "latent and indexer keys are equally long on every layer")
+        judge.holds(
+            str(keys), "cache", lengths == {cache[0].length}, "latent and indexer keys are equally long on every layer"
+        )
 
     check()
 
@@ -139,7 +153,10 @@ def test_an_indexer_serves_exactly_the_layers_that_share_it(judge):
         def used():
             with trace.capture(ours, fixed) as seen:
                 ours(mx.array(tokens))
-            return [compare.as_sets(to_numpy(seen[f"layers.{i}.self_attn.selection"]), LENGTH)[:, TOPK:] for i in range(layers)]
+            return [
+                compare.as_sets(to_numpy(seen[f"layers.{i}.self_attn.selection"]), LENGTH)[:, TOPK:]
+                for i in range(layers)
+            ]
 
         before = used()
         indexer = ours.layers[changed].self_attn.indexer
@@ -161,4 +178,9 @@ def test_shared_layers_hold_nothing_of_an_indexer(case: Case, judge):
     model = case.ours.model
     for i, (layer, cache) in enumerate(zip(model.layers, model.make_cache(), strict=True)):
         full = case.args.runs_indexer(i)
-        judge.holds(case.name, f"layers.{i}", ("indexer" in layer.self_attn) == full == cache.has_indexer, "indexer and its cache on full layers only")
+        judge.holds(
+            case.name,
+            f"layers.{i}",
+            ("indexer" in layer.self_attn) == full == cache.has_indexer,
+            "indexer and its cache on full layers only",
+        )

@@ -18,7 +18,9 @@ def test_logits(case: Case, judge, gate, regime, run):
     judge.missing(seen, reference)
     ties = judge.stages(seen, reference, local=False, replaced=replace)
     if ties and run == "free":
-        gate.not_verified[f"free-running stages after a tie, {case.name}"] = f"{ties} ties; the injected run covers them"
+        gate.not_verified[f"free-running stages after a tie, {case.name}"] = (
+            f"{ties} ties; the injected run covers them"
+        )
         return
     bound = reference.bound("logits", local=False)
     ref = reference.hf["logits"]

@@ -50,11 +50,21 @@ def check(case: Case, judge, regime, overrides):
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
     drafts = glm_dsa.draft(
-        ours.model, mx.array(hidden), mx.array(tokens[0]), cache, STEPS, choose=lambda step, _: mx.array(tokens[(step + 1) % STEPS][:, 0])
+        ours.model,
+        mx.array(hidden),
+        mx.array(tokens[0]),
+        cache,
+        STEPS,
+        choose=lambda step, _: mx.array(tokens[(step + 1) % STEPS][:, 0]),
     )
     written = (cache.length, cache.index_length if cache.has_indexer else cache.length)
     due = tokens[0].shape[1] + STEPS - 1
-    judge.holds(case.name, "mtp cache", written == (due, due), f"each step writes its latent and its indexer key: {written} of {due}")
+    judge.holds(
+        case.name,
+        "mtp cache",
+        written == (due, due),
+        f"each step writes its latent and its indexer key: {written} of {due}",
+    )
     error = 0.0
     for step in range(STEPS):
         (hf_logits, hf_hidden, _), (true_logits, true_hidden) = hf[step], truth[step]
@@ -62,7 +72,9 @@ def check(case: Case, judge, regime, overrides):
             ("hidden", drafts[step].hidden, hf_hidden, true_hidden), ("logits", drafts[step].logits, hf_logits, true_logits)
         ):  # fmt: skip
             own = compare.values(ref, true).error
-            judge.holds(case.name, f"mtp step {step} {stage}", own < 1e-4, f"HF and the equations agree (error {own:.1e})")
+            judge.holds(
+                case.name, f"mtp step {step} {stage}", own < 1e-4, f"HF and the equations agree (error {own:.1e})"
+            )
             error = max(error, own)
             bound = tolerances.bound(error, ref, max(case.longest, due))
             judge.values(case.name, f"mtp step {step} {stage}", to_numpy(mine), ref, bound)

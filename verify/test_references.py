@@ -17,7 +17,9 @@ def stop_when_they_disagree(request, gate):
     """Nothing is judged by references that contradict each other."""
     yield
     if gate.claims[CLAIM]["failed"]:
-        pytest.exit("the references disagree by more than float32 explains: nothing can be judged by them", returncode=1)
+        pytest.exit(
+            "the references disagree by more than float32 explains: nothing can be judged by them", returncode=1
+        )
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

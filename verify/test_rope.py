@@ -28,7 +28,9 @@ SCALINGS = {
 
 
 def config_of(scaling: str) -> dict:
-    return checkpoints.tiny(rope_parameters=dict(SCALINGS[scaling]), qk_rope_head_dim=64, qk_head_dim=76, index_head_dim=128)
+    return checkpoints.tiny(
+        rope_parameters=dict(SCALINGS[scaling]), qk_rope_head_dim=64, qk_head_dim=76, index_head_dim=128
+    )
 
 
 @pytest.mark.parametrize("position", range(POSITIONS.shape[1]), ids=lambda i: str(POSITIONS[0, i]))
@@ -60,7 +62,9 @@ def test_rotation(judge, theta, layout, position):
         f"{theta} {layout}", f"position {at[0, 0]}", compare.values(ref, truth).error <= 4 * (angle + 2.0**-22) * 4,
         "HF and the equations agree as far as float32 angles allow",
     )  # fmt: skip
-    judge.values(f"{theta} {layout}", f"position {at[0, 0]}", ours, ref, tolerances.bound(max(explained, angle), ref, 16))
+    judge.values(
+        f"{theta} {layout}", f"position {at[0, 0]}", ours, ref, tolerances.bound(max(explained, angle), ref, 16)
+    )
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -75,7 +79,12 @@ def test_frequencies(judge, scaling):
     args = ModelArgs.from_dict(config)
     ours = RotaryEmbedding(args)
     truth, true_magnitude = equations.rope_frequencies(config)
-    judge.holds(scaling, "magnitude", abs(ours.magnitude - magnitude) < 1e-6 and abs(true_magnitude - magnitude) < 1e-6, f"factor on cos and sin {magnitude:.6g}")
+    judge.holds(
+        scaling,
+        "magnitude",
+        abs(ours.magnitude - magnitude) < 1e-6 and abs(true_magnitude - magnitude) < 1e-6,
+        f"factor on cos and sin {magnitude:.6g}",
+    )
     relative = np.abs(to_numpy(ours.frequencies) / truth - 1).max()
     judge.holds(scaling, "frequencies", relative <= 2.0**-23, f"exact to the last bit of float32 ({relative:.1e})")
     hf_relative = np.abs(theirs.double().numpy() / truth - 1).max()

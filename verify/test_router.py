@@ -34,7 +34,9 @@ BIASES = {"no bias": (0.0, 0.0), "bias": (0.0, 0.2), "negative": (-1.5, 0.2)}
 
 @pytest.fixture(params=VARIANTS)
 def config(request):
-    return checkpoints.tiny(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, **VARIANTS[request.param])
+    return checkpoints.tiny(
+        num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, **VARIANTS[request.param]
+    )
 
 
 def modules(config, seed, bias):
@@ -81,7 +83,9 @@ def test_routing_and_experts(judge, config, bias, request):
     logits = seen["layers.0.mlp.gate.logits"]
     judge.values(name, "mlp.gate.logits", to_numpy(mine["gate.logits"]), logits, bound("gate.logits"))
     noise = bound("gate.logits").value * float(np.sqrt(np.mean(logits.astype(np.float64) ** 2))) / 4
-    scores = biased_scores(logits, named["model.layers.0.mlp.gate.e_score_correction_bias"], config["n_group"], config["topk_group"])
+    scores = biased_scores(
+        logits, named["model.layers.0.mlp.gate.e_score_correction_bias"], config["n_group"], config["topk_group"]
+    )
     topk, experts = given["layers.0.mlp.gate.topk"], config["n_routed_experts"]
     judge.selection(name, "mlp.gate.topk", to_numpy(mine["gate.topk"]), topk, scores, topk.shape[-1], noise, "experts")
     judge.values(
@@ -104,4 +108,6 @@ def test_sorting_by_expert_changes_nothing(judge, tokens, monkeypatch):
     for threshold in (1, 1 << 30):
         monkeypatch.setattr(moe, "SORT_FROM", threshold)
         outputs.append(to_numpy(ours(x)))
-    judge.values(f"{tokens} tokens", "mlp.output (sorted)", outputs[0], outputs[1], tolerances.bound(0.0, outputs[1], 64))
+    judge.values(
+        f"{tokens} tokens", "mlp.output (sorted)", outputs[0], outputs[1], tolerances.bound(0.0, outputs[1], 64)
+    )

@@ -8,10 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
 
 import glm_dsa
 from glm_dsa import weights
+from glm_dsa.model import parameters_of
 from reference import checkpoints
 from verify.candidate import Ours, to_numpy
 from verify.cases import Case
@@ -19,14 +19,10 @@ from verify.cases import Case
 CLAIM = "weights and formats"
 
 
-def parameters(model) -> dict:
-    return dict(tree_flatten(model.parameters()))
-
-
 def save_mlx(model, folder, config) -> None:
     """As mlx-lm saves: parameters under their module names, quantization in config.json."""
     folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), parameters(model), metadata={"format": "mlx"})
+    mx.save_safetensors(str(folder / "model.safetensors"), parameters_of(model), metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -39,7 +35,7 @@ def same(ours: dict, theirs: dict) -> bool:
 def test_every_tensor_arrives(case: Case, judge):
     """HF layout -> modules, against the tensors read by the safetensors library and split by numpy."""
     read, args = checkpoints.weights_of(case.folder), case.args
-    ours = parameters(glm_dsa.load(case.folder, **case.spec.overrides))
+    ours = parameters_of(glm_dsa.load(case.folder, **case.spec.overrides))
     due: dict[str, np.ndarray] = {}
     for name in checkpoints.read_tensors(case.folder).names:
         tensor = read(name)
@@ -55,7 +51,12 @@ def test_every_tensor_arrives(case: Case, judge):
             due.setdefault(stack, np.zeros((args.n_routed_experts, *tensor.shape)))[int(expert)] = tensor
         else:
             due[name] = tensor
-    judge.holds(case.name, "names", ours.keys() == due.keys(), f"{len(due)} parameters (differing: {sorted(ours.keys() ^ due.keys())[:3]})")
+    judge.holds(
+        case.name,
+        "names",
+        ours.keys() == due.keys(),
+        f"{len(due)} parameters (differing: {sorted(ours.keys() ^ due.keys())[:3]})",
+    )
     for name, tensor in due.items():
         judge.values(case.name, name, to_numpy(ours[name]), tensor, 0.0)
 
@@ -65,12 +66,19 @@ def test_mlx_layout_round_trip(case: Case, judge, tmp_path):
     model = glm_dsa.load(case.folder)
     save_mlx(model, tmp_path / "mlx", case.config)
     again = glm_dsa.load(tmp_path / "mlx")
-    judge.holds(case.name, "mlx layout", same(parameters(again), parameters(model)), "the same bits after a round trip")
-    main = {n: t for n, t in parameters(model).items() if not weights.is_mtp(case.args, n)}
+    judge.holds(
+        case.name, "mlx layout", same(parameters_of(again), parameters_of(model)), "the same bits after a round trip"
+    )
+    main = {n: t for n, t in parameters_of(model).items() if not weights.is_mtp(case.args, n)}
     shutil.copytree(tmp_path / "mlx", tmp_path / "bare")
     mx.save_safetensors(str(tmp_path / "bare" / "model.safetensors"), main)
     bare = glm_dsa.load(tmp_path / "bare")
-    judge.holds(case.name, "no mtp", bare.mtp is None and same(parameters(bare), main), "without MTP tensors there is no MTP layer")
+    judge.holds(
+        case.name,
+        "no mtp",
+        bare.mtp is None and same(parameters_of(bare), main),
+        "without MTP tensors there is no MTP layer",
+    )
 
 
 def test_quantized_per_module(case: Case, judge, tmp_path):
@@ -86,12 +94,14 @@ def test_quantized_per_module(case: Case, judge, tmp_path):
         return "lm_head" not in path and "indexer" not in path
 
     quantized = {p for p, m in model.named_modules() if predicate(p, m)}
-    dense = {n: v for n, v in parameters(model).items()}
+    dense = parameters_of(model)
     nn.quantize(model, group_size=32, bits=4, class_predicate=predicate)
-    packed = parameters(model)
+    packed = parameters_of(model)
     save_mlx(model, tmp_path / "q", {**case.config, "quantization": quantization})
     again = glm_dsa.load(tmp_path / "q")
-    judge.holds(case.name, "packed", same(parameters(again), packed), f"{len(quantized)} modules load packed, bit for bit")
+    judge.holds(
+        case.name, "packed", same(parameters_of(again), packed), f"{len(quantized)} modules load packed, bit for bit"
+    )
     for path in quantized:
         bits = 8 if "down_proj" in path or "unembed_out" in path else 4
         dense[f"{path}.weight"] = mx.dequantize(
@@ -113,10 +123,17 @@ def test_early_mlx_builds(case: Case, judge):
     split = weights.to_modules(case.args, {f"{attention}.kv_b_proj.{part}": t for part, t in packed.items()})
     again = mx.dequantize(*(split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED), group_size=32, bits=8)
     meant = mx.dequantize(*packed.values(), group_size=32, bits=8)
-    w_uk, w_uv = mx.split(meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1]), [case.args.qk_nope_head_dim], axis=1)
+    w_uk, w_uv = mx.split(
+        meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1]), [case.args.qk_nope_head_dim], axis=1
+    )
     step = float(mx.abs(split[f"{attention}.unembed_out.scales"]).max())
     gap = float(mx.abs(again - w_uv).max())
-    judge.holds(case.name, "unembed_out", gap <= step, f"packing anew moves a weight by at most one step ({gap:.2g} <= {step:.2g})")
+    judge.holds(
+        case.name,
+        "unembed_out",
+        gap <= step,
+        f"packing anew moves a weight by at most one step ({gap:.2g} <= {step:.2g})",
+    )
     embed_q = split[f"{attention}.embed_q.weight"]  # 12 wide: no group of 32 fits, so it is not packed again
     judge.values(case.name, "embed_q", to_numpy(embed_q), to_numpy(w_uk.swapaxes(-1, -2)), 0.0)
 
@@ -127,10 +144,19 @@ def test_shared_layers_may_carry_dead_indexers(case: Case, judge, tmp_path):
     folder = tmp_path / "dead"
     shutil.copytree(case.folder, folder)
     read = checkpoints.read_tensors(folder)
-    extra = {n.replace("layers.0.", f"layers.{shared}."): read(n, torch.bfloat16) for n in read.names if "layers.0.self_attn.indexer" in n}
+    extra = {
+        n.replace("layers.0.", f"layers.{shared}."): read(n, torch.bfloat16)
+        for n in read.names
+        if "layers.0.self_attn.indexer" in n
+    }
     checkpoints.add_shard(folder, "model-extra.safetensors", extra)
-    ours = parameters(glm_dsa.load(folder))
-    judge.holds(case.name, "extra indexers", same(ours, parameters(glm_dsa.load(case.folder))), f"{len(extra)} dead tensors change nothing")
+    ours = parameters_of(glm_dsa.load(folder))
+    judge.holds(
+        case.name,
+        "extra indexers",
+        same(ours, parameters_of(glm_dsa.load(case.folder))),
+        f"{len(extra)} dead tensors change nothing",
+    )
 
 
 @pytest.mark.parametrize("shape", [(576, 256), (128, 128), (130, 257), (48, 64)], ids=str)
@@ -154,7 +180,9 @@ def test_fp8_checkpoint(case: Case, judge, tmp_path):
     ours = Ours(fp8, **case.spec.overrides).forward(tokens)["logits"]
     judge.values(case.name, "logits (fp8)", ours, Ours(plain, **case.spec.overrides).forward(tokens)["logits"], 0.0)
     dense = Ours(case.folder, **case.spec.overrides).forward(tokens)["logits"]
-    judge.holds(case.name, "logits (fp8)", np.abs(ours - dense).max() > 1e-3, "fp8 really was read: it differs from bf16")
+    judge.holds(
+        case.name, "logits (fp8)", np.abs(ours - dense).max() > 1e-3, "fp8 really was read: it differs from bf16"
+    )
 
 
 def test_mlx_lm_loads_it_through_its_own_loader(case: Case, judge):
@@ -162,8 +190,8 @@ def test_mlx_lm_loads_it_through_its_own_loader(case: Case, judge):
     from mlx_lm.utils import load_model
 
     model, _ = load_model(case.folder, strict=True, get_model_classes=lambda config: (glm_dsa.Model, glm_dsa.ModelArgs))
-    ours = parameters(glm_dsa.load(case.folder))
-    judge.holds(case.name, "mlx-lm", same(parameters(model), ours), "the same parameters as through glm_dsa.load")
+    ours = parameters_of(glm_dsa.load(case.folder))
+    judge.holds(case.name, "mlx-lm", same(parameters_of(model), ours), "the same parameters as through glm_dsa.load")
     judge.holds(case.name, "mlx-lm", len(model.make_cache()) == len(model.layers), "one cache for each layer")
 
 

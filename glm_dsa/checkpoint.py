@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from . import weights
 from .config import ConfigError, ModelArgs, read_json
-from .model import Model
+from .model import Model, parameters_of
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20
@@ -36,39 +35,44 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def load(
-    path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any
-) -> Model:
+def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any) -> Model:
     """A checkpoint folder -> a `Model` with its weights evaluated.
 
     HF layout (bf16, fp16, fp32, FP8 blocks, one file or shards) or mlx-lm's (quantized or not, bits per module).
-    `dtype` casts the floating-point tensors that are not quantized (the correction bias stays float32);
-    `overrides` are conventions, as in `ModelArgs.from_dict`. Raises `CheckpointError`.
+    `dtype` casts the floating-point tensors that are not quantized (the correction bias stays float32).
+    `check_finite` reads everything once more, to refuse NaN. `overrides` are conventions, as in `ModelArgs.from_dict`.
+    Raises `CheckpointError`.
     """
     path = Path(path)
     try:
         config = read_json(path / "config.json") if path.is_dir() else None
         if config is None:
-            raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
+            raise CheckpointError(
+                f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due"
+            )
         args = ModelArgs.from_dict(config, **overrides)
     except ConfigError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path / 'config.json'}: {error}") from None
     stored = read_headers(path)
     try:
         check(args, stored)
-        tensors = read_tensors(stored, check_finite)
+        if check_finite:
+            check_values(stored)
+        tensors = read_tensors(stored)
         model = Model(args)
         tensors = model.sanitize(tensors)
         quantize_as_stored(model, tensors, config)
         if dtype is not None:
             tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
-        due = {name: value.shape for name, value in tree_flatten(model.parameters())}
+        due = {name: value.shape for name, value in parameters_of(model).items()}
         weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
     except weights.WeightsError as error:
         raise CheckpointError(f"{path}: {error}") from None
     model.load_weights(list(tensors.items()), strict=True)
     model.eval()
-    mx.eval(model.parameters())
+    tensors.clear()
+    for parameter in parameters_of(model).values():
+        mx.eval(parameter)  # one by one: what a parameter is made of is freed before the next is made
     return model
 
 
@@ -85,15 +89,21 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for file in files:
         for name, tensor in read_header(file).items():
             if name in stored:
-                raise CheckpointError(f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard")
+                raise CheckpointError(
+                    f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
+                )
             stored[name] = tensor
     if index is not None:
-        for name, file in index.items():
-            if name not in stored or stored[name].file.name != file:
-                raise CheckpointError(f"{folder / file}: {name} is not in it, though {INDEX} says so; download the shard again")
+        for name, shard in index.items():
+            if name not in stored or stored[name].file.name != shard:
+                raise CheckpointError(
+                    f"{folder / shard}: {name} is not in it, though {INDEX} says so; download the shard again"
+                )
         for name, tensor in stored.items():
             if name not in index:
-                raise CheckpointError(f"{tensor.file}: {name} is not listed in {INDEX}; do index and shards belong together?")
+                raise CheckpointError(
+                    f"{tensor.file}: {name} is not listed in {INDEX}; do index and shards belong together?"
+                )
     return stored
 
 
@@ -101,7 +111,9 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not (folder / INDEX).exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
-            raise CheckpointError(f"{folder}: no model*.safetensors and no {INDEX}; safetensors is the only format read")
+            raise CheckpointError(
+                f"{folder}: no model*.safetensors and no {INDEX}; safetensors is the only format read"
+            )
         return files, None
     try:
         index = read_json(folder / INDEX).get("weight_map")
@@ -112,7 +124,9 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     files = []
     for file in sorted(set(index.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX}: {file!r} is not the name of a .safetensors file inside the folder")
+            raise CheckpointError(
+                f"{folder / INDEX}: {file!r} is not the name of a .safetensors file inside the folder"
+            )
         if not (folder / file).is_file():
             tensor = next(n for n, f in index.items() if f == file)
             raise CheckpointError(f"{folder / file}: missing, though {INDEX} puts {tensor} there; download the shard")
@@ -144,7 +158,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         stored[name], span = _entry(file, name, entry)
         if 8 + length + span[1] > size:
-            raise CheckpointError(f"{file}: cut short: {name} ends at byte {8 + length + span[1]}, the file at {size}; download it again")
+            raise CheckpointError(
+                f"{file}: cut short: {name} ends at byte {8 + length + span[1]}, the file at {size}; download it again"
+            )
         spans.append((*span, name))
     end = 0
     for begin, stop, name in sorted(spans):
@@ -165,28 +181,38 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
     if not whole or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise CheckpointError(f"{file}: {name}, {dtype} {list(shape)}, does not fill bytes {begin} to {end}; the header is damaged")
+        raise CheckpointError(
+            f"{file}: {name}, {dtype} {list(shape)}, does not fill bytes {begin} to {end}; the header is damaged"
+        )
     return Stored(file, dtype, shape), (begin, end)
 
 
-def read_tensors(stored: dict[str, Stored], check_finite: bool) -> dict[str, mx.array]:
-    """Tensors by name (lazy unless checked). Raises `CheckpointError` on NaN or infinity."""
+def read_tensors(stored: dict[str, Stored]) -> dict[str, mx.array]:
+    """Tensors by name, lazy. Raises `CheckpointError`."""
     tensors: dict[str, mx.array] = {}
     for file in sorted({s.file for s in stored.values()}):
-        try:
-            tensors |= mx.load(str(file))  # type: ignore[arg-type, operator]
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
-    if check_finite:
-        for name, tensor in tensors.items():
-            values = tensor
-            if stored[name].dtype == "F8_E4M3":
-                values = mx.from_fp8(tensor, dtype=mx.float32)
-            elif not mx.issubdtype(tensor.dtype, mx.floating):
-                continue
-            if not mx.isfinite(values).all().item():
-                raise CheckpointError(f"{stored[name].file}: {name} holds NaN or infinity; the checkpoint is damaged")
+        tensors |= read_file(file)
     return tensors
+
+
+def read_file(file: Path) -> dict[str, mx.array]:
+    """One shard's tensors, lazy; FP8 as bytes. Raises `CheckpointError`."""
+    try:
+        return mx.load(str(file))  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
+
+
+def check_values(stored: dict[str, Stored]) -> None:
+    """Reads every tensor, one at a time. Raises `CheckpointError` on NaN or infinity."""
+    for file in sorted({s.file for s in stored.values()}):
+        tensors = read_file(file)
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if stored[name].dtype == "F8_E4M3":
+                tensor = mx.from_fp8(tensor, dtype=mx.float32)
+            if mx.issubdtype(tensor.dtype, mx.floating) and not mx.isfinite(tensor).all().item():
+                raise CheckpointError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def quantize_as_stored(model: Model, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
@@ -196,7 +222,7 @@ def quantize_as_stored(model: Model, tensors: dict[str, mx.array], config: dict[
     def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
             return False
-        own = default.get(path) if isinstance(default.get(path), dict) else {}
+        own = default[path] if isinstance(default.get(path), dict) else {}
         weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
         width = module.weight.shape[-1]
         return {

@@ -1,0 +1,99 @@
+"""`python -m glm_dsa inventory PATH`: what a config or a checkpoint folder holds, counted and checked.
+
+Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import __version__, weights
+from .checkpoint import ITEM_BYTES, CheckpointError, check, check_values, read_headers
+from .config import ConfigError, ModelArgs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m glm_dsa", description="GLM-5.x in MLX: what a checkpoint holds.")
+    parser.add_argument("--version", action="version", version=f"glm-dsa {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inventory = commands.add_parser(
+        "inventory", help="count a config's tensors; check a checkpoint folder against them"
+    )
+    inventory.add_argument("path", type=Path, help="a config.json, or the folder of a checkpoint")
+    inventory.add_argument(
+        "--values", action="store_true", help="read every tensor: no NaN, no infinity (folders only)"
+    )
+    inventory.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(arguments)
+    try:
+        print(render(count(options.path, options.values), options.json))
+    except (ConfigError, CheckpointError, weights.WeightsError) as error:
+        print(f"glm-dsa: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def count(path: Path, values: bool = False) -> dict[str, Any]:
+    """Tensors and parameters by component, conventions, and what a folder holds of them."""
+    args = ModelArgs.from_file(path)
+    tensors: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    for spec in weights.inventory(args):
+        tensors[spec.component] += 1
+        parameters[spec.component] += math.prod(spec.shape)
+    out: dict[str, Any] = {
+        "path": str(path),
+        "model_type": args.model_type,
+        "components": {c: {"tensors": tensors[c], "parameters": parameters[c]} for c in tensors},
+        "tensors": tensors.total(),
+        "parameters": parameters.total(),
+        "conventions": [str(c) for c in args.conventions],
+    }
+    if path.is_dir():
+        stored = read_headers(path)
+        try:
+            check(args, stored)
+        except weights.WeightsError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        layout = "HF" if weights.is_hf_layout(stored) else "MLX"
+        bytes_of = Counter[str]()
+        for tensor in stored.values():
+            bytes_of[tensor.dtype] += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        has_mtp = weights.has_mtp(args, stored)
+        out["stored"] = {
+            "layout": layout, "files": len({s.file for s in stored.values()}), "tensors": len(stored), "bytes": dict(bytes_of),
+            "names and shapes": "as the inventory says" if layout == "HF" else "not checked here: MLX packs them; loading does",
+            "mtp": "present" if has_mtp else "absent", "values": "not read",
+        }  # fmt: skip
+        if values:
+            check_values(stored)
+            out["stored"]["values"] = "finite"
+    elif values:
+        raise CheckpointError(f"{path}: --values needs the folder of a checkpoint")
+    return out
+
+
+def render(found: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(found, indent=2)
+    rows = [("component", "tensors", "parameters")]
+    rows += [(c, f"{n['tensors']:,}", f"{n['parameters']:,}") for c, n in found["components"].items()]
+    rows.append(("total", f"{found['tensors']:,}", f"{found['parameters']:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{found['path']}: {found['model_type']}", ""]
+    lines += [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
+    if "stored" in found:
+        held = dict(found["stored"])
+        sizes = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in held.pop("bytes").items())
+        lines += ["", "stored", *(f"  {key}: {value}" for key, value in held.items()), f"  bytes: {sizes}"]
+    return "\n".join([*lines, "", "conventions", *(f"  {c}" for c in found["conventions"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

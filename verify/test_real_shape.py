@@ -1,0 +1,112 @@
+"""One layer at GLM-5.2's true widths, and the router at its 256 experts: `pytest verify/ --real-shape`."""
+
+import gc
+import resource
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+import glm_dsa
+from glm_dsa.moe import Router
+from reference import checkpoints
+from reference.equations import routing_weights
+from verify import compare, tolerances
+from verify.candidate import to_numpy
+from verify.cases import Case, Reference, Spec
+from verify.judge import biased_scores, scatter
+from verify.test_config import CONFIGS, read_json
+
+CLAIM = "one layer at GLM-5.2's true widths"
+TOKENS, TOPK, EXPERTS = 80, 16, 32
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def asked_for(request):
+    if not request.config.getoption("--real-shape"):
+        pytest.skip("takes minutes and 9 GiB: add --real-shape")
+
+
+class OneLayer(Case):
+    """Weights are read anew each time they are asked for: float64 copies of a whole layer would not fit."""
+
+    weights = property(lambda self: checkpoints.read_tensors(self.folder))
+
+
+def true_widths(**changes) -> dict:
+    """zai-org's config with one MoE layer, a small vocabulary, fewer experts (each of full width), a lower index_topk."""
+    raw = {**read_json(CONFIGS / "glm-5.2.json"), "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 256,
+           "num_nextn_predict_layers": 0, "n_routed_experts": EXPERTS, "index_topk": TOPK, "pad_token_id": 0, "eos_token_id": [1],
+           "indexer_types": ["full"], "mlp_layer_types": ["sparse"], **changes}  # fmt: skip
+    raw.pop("index_topk_pattern")
+    return raw
+
+
+def peak() -> int:
+    """The most memory that this process has held, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def test_layer(judge, request, tmp_path):
+    """hidden 6144, 64 heads, latent 512, indexer 32 x 128; HF first, then ours, so that only one of them is in memory."""
+    case = OneLayer(
+        Spec("glm-5.2 widths", true_widths()), tmp_path, request.config.getoption("--seed"), shard_size="1GB"
+    )
+    reference = Reference(case, case.tokens(TOKENS))
+    _ = reference.accumulated  # the equations read the checkpoint tensor by tensor
+    reference.local_truth = reference.truth  # type: ignore[misc]
+    del case.hf
+    gc.collect()
+    seen = case.ours.forward(reference.tokens, replace=reference.injections)
+    judge.missing(seen, reference)
+    judge.stages(seen, reference, local=False, replaced=reference.injections)
+    judge.holds(
+        case.name, "memory", peak() <= 9 * GIB, f"the process peaked at {peak() / GIB:.1f} GiB of the 9 allowed"
+    )
+
+
+def test_router(judge, request):
+    """256 experts of hidden 6144, top 8, with a correction bias."""
+    config = true_widths(n_routed_experts=256)
+    random = np.random.default_rng(request.config.getoption("--seed"))
+    hidden, experts = config["hidden_size"], config["n_routed_experts"]
+    x = random.standard_normal((1, TOKENS, hidden)).astype(np.float32)
+    weight = (random.standard_normal((experts, hidden)) * hidden**-0.5).astype(np.float32)
+    bias = (random.standard_normal(experts) * 0.15).astype(np.float32)
+
+    from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaTopkRouter
+
+    from reference import hf
+
+    theirs = GlmMoeDsaTopkRouter(hf.config_for(config))
+    theirs.weight.data, theirs.e_score_correction_bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
+    with torch.no_grad():
+        logits, weights, topk = (v.numpy().reshape(1, TOKENS, -1) for v in theirs(torch.from_numpy(x)))
+    ours = Router(glm_dsa.ModelArgs.from_dict(config))
+    ours.weight, ours.e_score_correction_bias = mx.array(weight), mx.array(bias)
+    with glm_dsa.trace.capture(ours, {"topk": mx.array(topk)}) as mine:
+        ours(mx.array(x))
+
+    truth = x.astype(np.float64) @ weight.astype(np.float64).T
+    bound = tolerances.bound(compare.values(logits, truth).error, logits, hidden)
+    judge.values("router of 256", "mlp.gate.logits", to_numpy(mine["logits"]), logits, bound)
+    noise = bound.value * float(np.sqrt(np.mean(logits.astype(np.float64) ** 2))) / 4
+    judge.selection(
+        "router of 256",
+        "mlp.gate.topk",
+        to_numpy(mine["topk"]),
+        topk,
+        biased_scores(logits, bias, 1, 1),
+        8,
+        noise,
+        "experts",
+    )
+    true_weights = routing_weights(truth, topk, config)
+    judge.values(
+        "router of 256", "mlp.gate.weights", scatter(to_numpy(mine["weights"]), topk, experts), scatter(weights, topk, experts),
+        tolerances.bound(compare.values(weights, true_weights).error, weights, hidden),
+    )  # fmt: skip
