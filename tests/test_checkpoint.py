@@ -1,0 +1,250 @@
+"""Damaged, missing and hostile checkpoint files: one line that names file and tensor, exit code 1, nothing written."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import glm_dsa
+from glm_dsa.__main__ import main
+from reference import checkpoints
+
+INDEX = checkpoints.INDEX
+ROOT = Path(__file__).parents[1]
+CONFIG = checkpoints.glm_5_2(num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return checkpoints.write(tmp_path_factory.mktemp("sound") / "ck", CONFIG)
+
+
+@pytest.fixture
+def folder(sound, tmp_path):
+    return Path(shutil.copytree(sound, tmp_path / "ck"))
+
+
+def shard_of(folder, tensor):
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def edit_header(file, edit, data=None):
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    edit(header)
+    packed = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(packed)) + packed + (raw[8 + length :] if data is None else data))
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+WQ = "model.layers.0.self_attn.q_a_proj.weight"
+NORM = "model.norm.weight"
+
+
+def truncated(folder):
+    file = shard_of(folder, NORM)
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name, "cut short"
+
+
+def no_safetensors(folder):
+    file = shard_of(folder, NORM)
+    file.write_bytes(b"\x80\x04pickled nonsense, not tensors")
+    return file.name, "not a safetensors file"
+
+
+def empty_file(folder):
+    file = shard_of(folder, NORM)
+    file.write_bytes(b"")
+    return file.name, "not a safetensors file"
+
+
+def missing_shard(folder):
+    file = shard_of(folder, NORM)
+    file.unlink()
+    return file.name, "missing, though"
+
+
+def missing_folder(folder):
+    shutil.rmtree(folder)
+    return str(folder), ""
+
+
+def no_weights(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    return "no model*.safetensors", ""
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json", "No such file"
+
+
+def config_no_json(folder):
+    (folder / "config.json").write_text("{")
+    return "config.json", "not valid JSON"
+
+
+def unknown_key(folder):
+    edit_json(folder / "config.json", rotary_flavour="lemon")
+    return "rotary_flavour", "neither handled"
+
+
+def wrong_shape(folder):
+    edit_json(folder / "config.json", q_lora_rank=40)
+    return WQ, "[40, 64] is due"
+
+
+def unknown_dtype(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(dtype="F6_E3M2"))
+    return NORM, "dtype 'F6_E3M2'"
+
+
+def overlapping(folder):
+    def edit(header):
+        header[NORM]["data_offsets"] = [0, 128]
+
+    edit_header(shard_of(folder, NORM), edit)
+    return shard_of(folder, NORM).name, "header is damaged"
+
+
+def absurd_shape(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(shape=[2**40, 2**40]))
+    return NORM, "does not fill"
+
+
+def index_points_outside(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][NORM] = "../../etc/model.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    return "'../../etc/model.safetensors'", "inside the folder"
+
+
+def index_names_pickle(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][NORM] = "pytorch_model.bin"
+    (folder / INDEX).write_text(json.dumps(index))
+    return "'pytorch_model.bin'", ".safetensors"
+
+
+def index_lies(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.layers.0.ghost"] = shard_of(folder, NORM).name
+    (folder / INDEX).write_text(json.dumps(index))
+    return "model.layers.0.ghost", "is not in it"
+
+
+def index_no_json(folder):
+    (folder / INDEX).write_text("[1, 2")
+    return INDEX, "not valid JSON"
+
+
+def index_no_map(folder):
+    (folder / INDEX).write_text('{"weight_map": [1]}')
+    return INDEX, "weight_map must map"
+
+
+def missing_tensor(folder):
+    name = "model.layers.3.mlp.experts.5.up_proj.weight"
+    file, index = shard_of(folder, name), json.loads((folder / INDEX).read_text())
+    read = checkpoints.read_tensors(folder)
+    save_file({n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file and n != name}, file)
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+    return name, "1 missing"
+
+
+def extra_tensor(folder):
+    checkpoints.add_shard(folder, "model-extra.safetensors", {"model.layers.1.self_attn.q_norm.weight": torch.ones(4)})
+    return "model.layers.1.self_attn.q_norm.weight", "1 not expected"
+
+
+def nan(folder):
+    file = shard_of(folder, NORM)
+    read = checkpoints.read_tensors(folder)
+    tensors = {n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file}
+    tensors[NORM][3] = float("nan")
+    save_file(tensors, file)
+    return NORM, "NaN"
+
+
+FAULTS = [
+    truncated, no_safetensors, empty_file, missing_shard, missing_folder, no_weights, no_config, config_no_json, unknown_key,
+    wrong_shape, unknown_dtype, overlapping, absurd_shape, index_points_outside, index_names_pickle, index_lies, index_no_json,
+    index_no_map, missing_tensor, extra_tensor, nan,
+]  # fmt: skip
+
+
+def snapshot(folder):
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} if folder.exists() else {}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_bad_input_is_one_clear_line(folder, fault, capsys):
+    named, said = fault(folder)
+    before = snapshot(folder.parent)
+    assert main(["inventory", str(folder), "--values"]) == 1
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.count("\n") == 1
+    assert named in out.err
+    assert said in out.err
+    with pytest.raises(glm_dsa.CheckpointError) as error:
+        glm_dsa.load(folder)
+    assert named in str(error.value)
+    assert said in str(error.value)
+    assert snapshot(folder.parent) == before
+
+
+def test_as_a_process(folder):
+    """No traceback reaches the user, and the exit status is 1."""
+    truncated(folder)
+    for command in (
+        ["-m", "glm_dsa", "inventory", str(folder)],
+        ["-m", "pytest", "verify/", "--checkpoint", str(folder)],
+    ):
+        run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 1
+        assert "cut short" in run.stdout + run.stderr
+        assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_a_sound_folder(sound, capsys):
+    assert main(["inventory", str(sound), "--values", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stored"]["values"] == "finite"
+    assert found["stored"]["mtp"] == "present"
+    assert found["tensors"] == found["stored"]["tensors"]
+    assert main(["inventory", str(sound)]) == 0
+    assert "names and shapes: as the inventory says" in capsys.readouterr().out
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_damaged_bytes_never_end_in_a_traceback(sound, tmp_path_factory, data):
+    """Any few bytes of header, index or config changed: an error of ours, or (where the change is harmless) a success."""
+    name = data.draw(st.sampled_from(["config.json", INDEX, "model-mtp.safetensors"]))
+    raw = bytearray((sound / name).read_bytes())
+    limit = min(len(raw), 1200)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
+    folder = tmp_path_factory.mktemp("fuzz") / "ck"
+    folder.mkdir()
+    for file in sound.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / name).unlink()
+    (folder / name).write_bytes(bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw))
+    assert main(["inventory", str(folder)]) in (0, 1)
