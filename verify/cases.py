@@ -202,4 +202,5 @@ class Reference:
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         errors = self.local if local else self.accumulated
-        return tolerances.bound(errors[stage], self.hf[stage], max(self.case.longest, self.length))
+        is_routing = stages.kind(stage) == stages.ROUTING_WEIGHTS
+        return tolerances.bound(errors[stage], self.hf[stage], max(self.case.longest, self.length), is_routing)

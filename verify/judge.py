@@ -30,6 +30,8 @@ class Judge:
 
     def values(self, case: str, stage: str, ours: Array | None, ref: Array, bound: Bound | float) -> None:
         """Largest difference over the reference's rms, against a bound."""
+        if not self._is_wanted(stage):
+            return
         limit = bound if isinstance(bound, float) else bound.value
         why = "exact" if isinstance(bound, float) else bound.derivation
         if ours is None:
@@ -57,6 +59,8 @@ class Judge:
         what: str = "keys",
     ) -> int:
         """Sets of indices; returns the number of ties."""
+        if not self._is_wanted(stage):
+            return 0
         difference = compare.selections(ours, ref, scores, topk, noise)
         if difference.queries == 0:
             self._fault(case, stage, "nothing to compare: no query sees any key")
@@ -72,6 +76,8 @@ class Judge:
 
     def holds(self, case: str, stage: str, condition: bool, expected: str) -> None:
         """An exact statement."""
+        if not self._is_wanted(stage):
+            return
         if not condition:
             self._fault(case, stage, f"does not hold: {expected}")
         self.report.add(Comparison(self.claim, case, stage, AGREES, note=expected))
@@ -91,7 +97,7 @@ class Judge:
         not comparable: that is left to the injected run, which must be judged too.
         """
         case, replaced, ties = reference.case, replaced or {}, 0
-        mine = [s for s in stages.in_order(reference.hf) if self._wanted(s, ours, local)]
+        mine = [s for s in stages.in_order(reference.hf) if s in ours]
         if not mine:
             self._fault(case.name, "-", "the candidate shows none of the reference's stages")
         for stage in mine:
@@ -100,7 +106,7 @@ class Judge:
                 ties += self._selection_stage(stage, ours, reference, local)
             elif kind == stages.ROUTING:
                 ties += self._routing_stage(stage, ours, reference, local)
-            elif kind == "mlp.gate.weights":
+            elif kind == stages.ROUTING_WEIGHTS:
                 topk = stage.replace("weights", "topk")
                 experts = case.args.n_routed_experts
                 used = replaced.get(topk, ours[topk])
@@ -114,11 +120,10 @@ class Judge:
                 return ties
         return ties
 
-    def _wanted(self, stage: str, ours: Mapping[str, Any], local: bool) -> bool:
+    def _is_wanted(self, stage: str) -> bool:
+        """False for the stages of layers that `--layers` leaves out."""
         layer = stages.layer_of(stage)
-        if self.layers is not None and layer is not None and layer not in self.layers:
-            return False
-        return stage in ours
+        return self.layers is None or layer is None or layer in self.layers
 
     def missing(self, ours: Mapping[str, Any], reference: Reference) -> None:
         """The candidate shows every stage of the reference, but those of an indexer that has nothing to select from."""

@@ -34,7 +34,7 @@ IN_LAYER = (
     "shared_head",
 )
 SELECTIONS = ("self_attn.indexer.topk", "self_attn.selection")
-ROUTING = "mlp.gate.topk"
+ROUTING, ROUTING_WEIGHTS = "mlp.gate.topk", "mlp.gate.weights"
 
 
 def layer_of(stage: str) -> int | None:

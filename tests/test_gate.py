@@ -1,0 +1,130 @@
+"""The gate as a process: its last lines, its report, its options, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reference import checkpoints
+from verify.report import AGREES, FAULT, Comparison, Report
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return out.returncode, out.stdout + out.stderr
+
+
+def report_with(outcomes, comparisons=(), **not_verified):
+    report = Report()
+    report.claims = {claim: Counter(counts) for claim, counts in outcomes.items()}
+    report.comparisons = [Comparison(*c) for c in comparisons]
+    report.not_verified = not_verified
+    report.finish()
+    return report
+
+
+GOOD = ("a", "case", "stage", AGREES)
+
+
+def test_a_run_with_nothing_left_out_says_so():
+    assert (
+        report_with({"a": {"passed": 2}}, [GOOD]).verdict(0)
+        == "agrees with HF and the equations in 1 of 1 claims, 1 comparisons"
+    )
+
+
+def test_no_silent_green():
+    """Zero cases, a test that compared nothing, a skipped claim, an odd exit: none reads as a pass."""
+    assert report_with({}).verdict(0).startswith("NO VERDICT")
+    assert report_with({"a": {"passed": 1}}, [GOOD]).verdict(2).startswith("NO VERDICT")
+    for outcomes in ({"passed": 1}, {"skipped": 1}, {"deselected": 3}, {}):
+        report = report_with({"a": {"passed": 1}, "b": outcomes}, [GOOD])
+        assert "b" in report.not_verified
+        assert report.verdict(0).endswith("1 not verified, listed above")
+        assert "in 1 of 2 claims" in report.verdict(0)
+    assert "FAULT in 1 of 2 claims: b" in report_with(
+        {"a": {"passed": 1}, "b": {"passed": 1, "failed": 1}}, [GOOD]
+    ).verdict(0)
+
+
+def test_a_claim_with_skipped_tests_agrees_in_part():
+    report = report_with({"a": {"passed": 1, "skipped": 1}}, [GOOD])
+    assert report.verdict_of("a") == "agrees in part"
+
+
+def test_an_exact_check_that_failed_is_the_worst():
+    assert Comparison("a", "case", "stage", FAULT).share == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "0-x"], "--layers 0-x: numbers and ranges"),
+        (["--index-topk", "8"], "--index-topk belongs to --checkpoint"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
+        (["--report", "README.md"], "--report README.md: a file is there"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    status, out = run("verify/", *arguments)
+    assert status == 1
+    assert message in out
+    assert "Traceback" not in out
+
+
+def test_a_checkpoint_of_ones_own(tmp_path):
+    """Judged under its own conventions; a report with header, comparisons and footer; what was left out is listed."""
+    folder = checkpoints.write(tmp_path / "release", checkpoints.glm_5_2(index_topk=512, num_hidden_layers=4))
+    status, out = run("verify/", "--checkpoint", str(folder))
+    assert status == 1
+    assert "add --index-topk 16" in out
+    arguments = [
+        "--index-topk",
+        "16",
+        "--report",
+        str(tmp_path / "out"),
+        "--layers",
+        "0-1",
+        "-k",
+        "release and not cache",
+    ]
+    status, out = run("verify/", "--checkpoint", str(folder), *arguments)
+    assert status == 0, out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("verdict: agrees with HF and the equations in")
+    assert "not verified, listed above" in last
+    assert "indexer_rope = interleaved (key indexer_rope_interleave)" in out
+    assert "stages of other layers: --layers 0-1" in out
+    assert "torch 2." in out
+    header, *comparisons, footer = [
+        json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()
+    ]
+    assert (header["type"], footer["type"]) == ("header", "footer")
+    assert header["versions"]["transformers"]
+    assert header["cases"] == ["release"]
+    assert footer["comparisons"] == len(comparisons) > 100
+    assert footer["verdict"] in last
+    assert {c["verdict"] for c in comparisons} == {"agrees"}
+    assert not [c for c in comparisons if c["stage"].startswith(("layers.2.", "layers.3."))]
+
+
+def test_a_wrong_checkpoint_fails(tmp_path):
+    """Weights that were trained interleaved, in a config that says half-split, are not the gate's to doubt; NaN are."""
+    folder = checkpoints.write(tmp_path / "nan", checkpoints.glm_5_2(num_hidden_layers=4))
+    name = "model.layers.1.self_attn.o_proj.weight"
+    file = checkpoints.read_tensors(folder).names[name]
+    read = checkpoints.read_tensors(folder)
+    tensors = {n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file}
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    status, out = run("verify/", "--checkpoint", str(folder))
+    assert status == 1
+    assert f"{name} holds NaN or infinity" in out
+    assert "Traceback" not in out

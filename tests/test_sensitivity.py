@@ -1,0 +1,395 @@
+"""Each check of the gate is proven able to fail: a wrong convention or a seeded fault is caught, at its stage.
+
+Where a value is compared, the fault must move it by at least 100 times the bound that the gate uses there.
+"""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from glm_dsa import attention, block, cache, indexer, moe, mtp, weights
+from glm_dsa.rope import rotate
+from verify import cases, test_attention, test_cache, test_layers, test_logits, test_mtp, test_weights
+from verify.candidate import Ours
+from verify.judge import Judge
+from verify.report import FAULT, Report
+
+MARGIN = 100
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder, kept = tmp_path_factory.mktemp("cases"), {}
+
+    def get(name):
+        if name not in kept:
+            spec = next(s for s in cases.default_specs() if s.name == name)
+            kept[name] = cases.Case(spec, folder, seed=0)
+        return kept[name]
+
+    return get
+
+
+def caught(check, *arguments):
+    """The comparison at which the gate stops, or None where it is content."""
+    judge = Judge(Report(), "claim", "again", 0)
+    try:
+        check(*[judge if a is Judge else a for a in arguments])
+    except pytest.fail.Exception:
+        return judge.report.comparisons[-1]
+    return None
+
+
+def layers(case):
+    return caught(test_layers.test_each_layer_agrees_stage_by_stage, case, Judge, "long")
+
+
+def free(case):
+    return caught(test_logits.test_logits, case, Judge, Report(), "long", "free")
+
+
+def chunks(case):
+    return caught(test_cache.test_cuts, case, Judge, case.reference(80), "chunks")
+
+
+def rewind(case):
+    return caught(test_cache.test_rewind, case, Judge, case.reference(80))
+
+
+def padded(case):
+    return caught(test_cache.test_left_padded_batch, case, Judge, [33, 40] + [1] * 7)
+
+
+def drafts(case):
+    return caught(test_mtp.check, case, Judge, "long", {"mtp_reuses_selection": True})
+
+
+def drafts_anew(case):
+    return caught(test_mtp.check, case, Judge, "long", {"mtp_reuses_selection": False})
+
+
+def check_of(found, stage, margin=MARGIN):
+    assert found is not None, "the gate did not notice"
+    assert found.verdict == FAULT
+    assert found.stage.startswith(stage)
+    if found.bound:
+        assert found.share >= margin, f"moves {found.stage} by only {found.share:.3g} bounds"
+
+
+@pytest.mark.parametrize("check", [layers, free, chunks, rewind, padded, drafts, drafts_anew])
+@pytest.mark.parametrize("name", ["glm-5.2-interleaved", "grouped-half-split"])
+def test_without_a_fault_all_is_well(built, check, name):
+    assert check(built(name)) is None
+
+
+CONVENTIONS = [
+    ("glm-5.2-interleaved", {"indexer_rope": "half-split"}, layers, "layers.0.self_attn.indexer.k"),
+    ("glm-5.2-half-split", {"indexer_rope": "interleaved"}, layers, "layers.0.self_attn.indexer.k"),
+    ("glm-5.2-interleaved", {"indexer_norm_eps": 1e-5}, layers, "layers.0.self_attn.indexer.k"),
+    ("glm-5.2-interleaved", {"latent_norm_eps": 1e-5}, layers, "layers.0.self_attn.q_latent"),
+    ("glm-5.1-interleaved", {"latent_norm_eps": 1e-6}, layers, "layers.0.self_attn.q_latent"),
+    ("glm-4.7", {"latent_norm_eps": 1e-5}, layers, "layers.0.self_attn.q_latent"),
+    ("glm-5.2-interleaved", {"main_rope": "half-split"}, layers, "layers.0.self_attn.q_rope"),
+    ("glm-5.2-interleaved", {"index_topk": 15}, layers, "layers.0.self_attn.indexer.topk"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "check", "stage"), CONVENTIONS, ids=[str(c[1]) + c[0] for c in CONVENTIONS])
+def test_a_wrong_convention_is_caught(built, name, wrong, check, stage, monkeypatch):
+    case = built(name)
+    monkeypatch.setitem(case.__dict__, "ours", Ours(case.folder, **{**case.spec.overrides, **wrong}))
+    check_of(check(case), stage)
+
+
+@pytest.mark.parametrize("wrong", [{"mtp_reuses_selection": False}, {"mtp_zero_first_embedding": True}], ids=str)
+def test_a_wrong_convention_of_mtp_is_caught(built, wrong, monkeypatch):
+    case = built("glm-5.2-interleaved")
+    monkeypatch.setattr(test_mtp, "Ours", lambda folder, **overrides: Ours(folder, **{**overrides, **wrong}))
+    check_of(drafts(case), "mtp step 1 hidden" if "mtp_reuses_selection" in wrong else "mtp step 0 hidden")
+
+
+# -- seeded faults: (case, patch, check, the stage at which it must be caught)
+
+
+def last_instead_of_first(patch):
+    def rotate_last(self, x, rotation):
+        rest, turned = mx.split(x, [x.shape[-1] - self.rotary], axis=-1)
+        return mx.concatenate([rest, rotate(turned, rotation, self.layout)], axis=-1)
+
+    patch.setattr(indexer.Indexer, "_rotate_first", rotate_last)
+
+
+def patched_score(change):
+    def apply(patch):
+        original = indexer.Indexer.score
+        patch.setattr(indexer.Indexer, "score", lambda self, q, k, w, mask: change(original, self, q, k, w, mask))
+
+    return apply
+
+
+def without_relu(patch):
+    patch.setattr(indexer.mx, "maximum", lambda x, _: x)
+
+
+def rms_for_layer_norm(patch):
+    def rms(self, x):
+        return mx.fast.rms_norm(x, self.weight, self.eps) + self.bias
+
+    patch.setattr(nn.LayerNorm, "__call__", rms)  # k_norm is the only LayerNorm there is
+
+
+def not_carried(patch):
+    """Full layers hand on what they were handed: shared layers use the selection of one full layer too low."""
+    original = block.DecoderLayer.__call__
+
+    def call(self, x, rotation, mask=None, layer_cache=None, selection=None):
+        x, own = original(self, x, rotation, mask, layer_cache, selection)
+        return x, selection if self.runs_indexer and selection is not None else own
+
+    patch.setattr(block.DecoderLayer, "__call__", call)
+
+
+def shared_goes_dense(patch):
+    original = block.DecoderLayer.__call__
+    patch.setattr(block.DecoderLayer, "__call__", lambda self, *a, **k: (original(self, *a, **k)[0], None))
+
+
+def zeros_for_keys(patch):
+    original = cache.LayerCache.append_index_keys
+
+    def append(self, keys):
+        seen = original(self, keys)
+        self.index_keys = mx.zeros_like(self.index_keys)
+        return mx.concatenate([seen[:, : -keys.shape[1]], keys], axis=1)
+
+    patch.setattr(cache.LayerCache, "append_index_keys", append)
+
+
+def positions_from_zero(patch):
+    patch.setattr(cache.LayerCache, "offset", property(lambda self: self.start))
+
+
+def trims_the_latent_only(patch):
+    def trim(self, tokens):
+        self.length -= tokens
+        return tokens
+
+    def append(self, keys):
+        original(self, keys)
+        return self.index_keys[:, : self.length + keys.shape[1]]
+
+    original = cache.LayerCache.append_index_keys
+    patch.setattr(cache.LayerCache, "trim", trim)
+    patch.setattr(cache.LayerCache, "append_index_keys", append)
+
+
+def gathered_without_mask(longest):
+    def apply(patch):
+        original = attention.MultiHeadLatentAttention.attend_gathered
+
+        def attend(self, q_nope, q_rope, latent, k_rope, selection, mask):
+            seen = mask if selection.shape[1] > longest else None
+            return original(self, q_nope, q_rope, latent, k_rope, selection, seen)
+
+        patch.setattr(attention.MultiHeadLatentAttention, "attend_gathered", attend)
+
+    return apply
+
+
+def indexer_forgets_the_mask(patch):
+    original = indexer.Indexer.score
+    patch.setattr(indexer.Indexer, "score", lambda self, q, k, w, mask: original(self, q, k, w, None))
+
+
+def selection_beats_the_mask(patch):
+    original = attention.selection_mask
+    patch.setattr(attention, "selection_mask", lambda selection, keys, mask: original(selection, keys, None))
+    gathered_without_mask(1 << 30)(patch)
+
+
+def bias_in_the_weights(patch):
+    original = moe.Router.__call__
+
+    def call(self, x):
+        experts, routed = original(self, x)
+        return experts, moe.tap(self, "weights", routed + self.e_score_correction_bias[experts])
+
+    patch.setattr(moe.Router, "__call__", call)
+
+
+def losing_groups_filled_with_zero(patch):
+    original = mx.put_along_axis
+    patch.setattr(moe.mx, "put_along_axis", lambda a, i, v, axis: original(a, i, mx.array(0.0), axis))
+
+
+def router_attribute(name, value):
+    def apply(patch):
+        original = moe.Router.__call__
+
+        def call(self, x):
+            patch.setattr(self, name, value)
+            return original(self, x)
+
+        patch.setattr(moe.Router, "__call__", call)
+
+    return apply
+
+
+def shared_expert_missing(patch):
+    def call(self, x):
+        experts, routed = self.gate(x)
+        out = (self.switch_mlp(x, experts) * routed[..., None]).sum(axis=-2)
+        return moe.tap(self, "output", moe.tap(self, "experts", out))
+
+    patch.setattr(moe.MixtureOfExperts, "__call__", call)
+
+
+def theta_of_llama(patch):
+    from glm_dsa import model
+
+    patch.setattr(
+        model, "RotaryEmbedding", lambda args, own=model.RotaryEmbedding: own(replace(args, rope_theta=10000.0))
+    )
+
+
+def scale_of_nope_only(patch):
+    patch.setattr(attention, "softmax_scale", lambda args: args.qk_nope_head_dim**-0.5)
+
+
+def heads_not_scaled(patch):
+    original = indexer.Indexer.head_weights
+    patch.setattr(
+        indexer.Indexer,
+        "head_weights",
+        lambda self, x: indexer.tap(self, "weights", original(self, x) * self.heads**0.5),
+    )
+
+
+def one_head_decides(original, self, q, k, w, mask):
+    return original(self, q[:, :, :1], k, w[:, :, :1], mask)
+
+
+def hidden_first(patch):
+    step = mtp.MtpLayer.step
+
+    def call(self, hidden, embeddings, *rest):
+        joined = mx.concatenate([self.hnorm(hidden), self.enorm(embeddings)], axis=-1)
+        projection = self.eh_proj
+
+        class Swapped(nn.Module):
+            def __call__(self, _):
+                return projection(joined)
+
+        self.eh_proj = Swapped()
+        try:
+            return step(self, hidden, embeddings, *rest)
+        finally:
+            self.eh_proj = projection
+
+    patch.setattr(mtp.MtpLayer, "step", call)
+
+
+def key_not_written_on_reuse(patch):
+    original = mtp.MtpLayer.step
+
+    def step(self, hidden, embeddings, rotation, mask, layer_cache, reuse=None):
+        before = layer_cache.index_length
+        out = original(self, hidden, embeddings, rotation, mask, layer_cache, reuse)
+        layer_cache.index_length = before if reuse is not None else layer_cache.index_length
+        return out
+
+    patch.setattr(mtp.MtpLayer, "step", step)
+
+
+def draft_hidden_before_the_norm(patch):
+    original = mtp.MtpLayer.step
+
+    def step(self, *arguments):
+        kept, norm = [], self.shared_head.norm
+
+        class Spy(nn.Module):
+            def __call__(self, x):
+                kept.append(x)
+                return norm(x)
+
+        self.shared_head.norm = Spy()
+        try:
+            out, selection = original(self, *arguments)
+        finally:
+            self.shared_head.norm = norm
+        return (kept[0] if arguments[-1] is not None else out), selection
+
+    patch.setattr(mtp.MtpLayer, "step", step)
+
+
+def main_models_selection(patch):
+    """The first draft step reuses a selection that is not its own: here, the oldest keys."""
+    original = mtp.MtpLayer.step
+
+    def step(self, hidden, embeddings, rotation, mask, layer_cache, reuse=None):
+        count = hidden.shape[1]
+        foreign = mx.broadcast_to(mx.arange(16), (1, count, 16)) if reuse is None else reuse
+        return original(self, hidden, embeddings, rotation, mask, layer_cache, foreign)
+
+    patch.setattr(mtp.MtpLayer, "step", step)
+
+
+FAULTS = {
+    "indexer-nope-first": (last_instead_of_first, layers, "layers.0.self_attn.indexer.k"),
+    "indexer-no-relu": (without_relu, layers, "layers.0.self_attn.indexer.scores"),
+    "indexer-per-head-topk": (patched_score(one_head_decides), layers, "layers.0.self_attn.indexer.scores"),
+    "indexer-rmsnorm": (rms_for_layer_norm, layers, "layers.0.self_attn.indexer.k"),
+    "indexer-heads-not-scaled": (heads_not_scaled, layers, "layers.0.self_attn.indexer.weights"),
+    "indexer-ignores-mask": (indexer_forgets_the_mask, layers, "layers.0.self_attn.indexer.scores"),
+    "indexer-caches-zeros": (zeros_for_keys, chunks, "logits (chunks)"),
+    "shared-from-wrong-layer": (not_carried, free, "layers.3.self_attn.selection"),
+    "shared-layer-goes-dense": (shared_goes_dense, free, "layers.3.self_attn.selection"),
+    "selection-beats-mask": (selection_beats_the_mask, layers, "layers.0.self_attn.heads"),
+    "topk-unmasked-decode": (gathered_without_mask(1), padded, "logits (row of 21"),
+    "rope-theta-default": (theta_of_llama, free, "layers.0.self_attn.indexer.k"),
+    "softmax-scale": (scale_of_nope_only, layers, "layers.0.self_attn.heads"),
+    "rope-offset-after-cache": (positions_from_zero, chunks, "logits (chunks)"),
+    "trim-main-only": (trims_the_latent_only, rewind, "logits (rewind)"),
+    "router-bias-in-weights": (bias_in_the_weights, layers, "layers.3.mlp.gate.weights"),
+    "router-group-fill-zero": (losing_groups_filled_with_zero, layers, "layers.1.mlp.gate.topk"),
+    "router-no-norm": (router_attribute("normalize", False), layers, "layers.3.mlp.gate.weights"),
+    "router-no-scale": (router_attribute("scale", 1.0), layers, "layers.3.mlp.gate.weights"),
+    "shared-expert-missing": (shared_expert_missing, layers, "layers.3.mlp.output"),
+    "mtp-concat-order": (hidden_first, drafts, "mtp step 0 hidden"),
+    "mtp-reuse-skips-key-write": (key_not_written_on_reuse, drafts, "mtp cache"),
+    "mtp-hidden-before-norm": (draft_hidden_before_the_norm, drafts, "mtp step 1 hidden"),
+    "mtp-uses-main-selection": (main_models_selection, drafts, "mtp"),
+}
+REBUILT = ("rope-theta-default", "softmax-scale")  # take effect when a model is built
+GROUPED = ("router-group-fill-zero",)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_caught_at_its_stage(built, fault, monkeypatch):
+    patch, check, stage = FAULTS[fault]
+    case = built("grouped-interleaved" if fault in GROUPED else "glm-5.2-interleaved")
+    assert case.ours  # built without the fault
+    with monkeypatch.context() as context:
+        patch(context)
+        if fault in REBUILT:
+            context.setitem(case.__dict__, "ours", Ours(case.folder, **case.spec.overrides))
+        found = check(case)
+    check_of(found, stage)
+    assert check(case) is None, "the fault outlived its patch"
+
+
+def test_a_missed_fp8_scale_is_caught(monkeypatch):
+    monkeypatch.setattr(weights, "dequantize_fp8", lambda weight, scale, name="": mx.from_fp8(weight, dtype=mx.float32))
+    check_of(caught(test_weights.test_fp8_blocks, Judge, (128, 128)), "weight")
+
+
+def test_a_form_that_differs_is_caught(built, monkeypatch):
+    case = built("glm-5.2-interleaved")
+    original = attention.MultiHeadLatentAttention.attend_absorbed
+    monkeypatch.setattr(
+        attention.MultiHeadLatentAttention, "attend_absorbed", lambda self, *a: original(self, *a) * 1.001
+    )
+    found = caught(test_attention.test_forms, case, Judge, monkeypatch, attention.ABSORBED, [80])
+    check_of(found, "layers.0.self_attn.heads (absorbed)")

@@ -1,0 +1,37 @@
+"""Small proofs of upstream behaviour that the project works around. When one fails, upstream changed: drop the workaround."""
+
+import mlx.core as mx
+import pytest
+import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.modeling_layers import MtpModel
+
+from reference import checkpoints, hf
+
+
+def test_mlx_gathers_float32_only_on_a_cpu():
+    """glm_dsa/linear.py, SwitchLinear."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("concerns the CPU only")
+    x, w = mx.ones((2, 1, 4), mx.bfloat16), mx.ones((3, 4, 4), mx.bfloat16)
+    with pytest.raises(RuntimeError, match="only supports float32"):
+        mx.eval(mx.gather_mm(x, w, rhs_indices=mx.array([0, 1])))
+
+
+def test_transformers_refuses_partial_fp8_blocks():
+    """reference/checkpoints.py, write_fp8: 576 rows in blocks of 128 are five blocks, the last of 64."""
+    weight = torch.zeros(576, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="not divisible by scale grid"):
+        Fp8Dequantize(None)._dequantize_one(weight, torch.ones(5, 1))
+
+
+def test_transformers_refuses_mtp_for_this_architecture():
+    """reference/mtp.py."""
+    model = hf.build(checkpoints.glm_5_2(num_hidden_layers=4))
+    with pytest.raises(ValueError, match="num_mtp_layers"):
+        draft_once(model)
+
+
+def draft_once(model):
+    mtp = MtpModel(model, 1)
+    return mtp(input_ids=torch.ones(1, 4, dtype=torch.long), previous_hidden_state=torch.ones(1, 4, 64))
