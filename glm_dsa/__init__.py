@@ -6,18 +6,20 @@ Axes, as written behind array-producing lines:
 """
 
 from .cache import LayerCache
-from .checkpoint import CheckpointError, load
-from .config import ConfigError, Convention, ModelArgs
+from .checkpoint import load
+from .config import Convention, ModelArgs
+from .errors import CheckpointError, ConfigError, GlmDsaError, WeightsError
 from .model import Model
 from .mtp import Draft, draft
 from .version import __version__
-from .weights import TensorSpec, WeightsError, inventory
+from .weights import TensorSpec, inventory
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "Convention",
     "Draft",
+    "GlmDsaError",
     "LayerCache",
     "Model",
     "ModelArgs",

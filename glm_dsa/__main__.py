@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, weights
-from .checkpoint import ITEM_BYTES, CheckpointError, check, check_values, read_headers
-from .config import ConfigError, ModelArgs
+from .checkpoint import ITEM_BYTES, check, check_values, read_headers
+from .config import ModelArgs
+from .errors import CheckpointError, GlmDsaError, WeightsError, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(render(count(options.path, options.values), options.json))
-    except (ConfigError, CheckpointError, weights.WeightsError) as error:
+    except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
     return 0
@@ -59,7 +60,7 @@ def count(path: Path, values: bool = False) -> dict[str, Any]:
         stored = read_headers(path)
         try:
             check(args, stored)
-        except weights.WeightsError as error:
+        except WeightsError as error:
             raise CheckpointError(f"{path}: {error}") from None
         layout = "HF" if weights.is_hf_layout(stored) else "MLX"
         bytes_of = Counter[str]()
@@ -86,7 +87,7 @@ def render(found: dict[str, Any], as_json: bool) -> str:
     rows += [(c, f"{n['tensors']:,}", f"{n['parameters']:,}") for c, n in found["components"].items()]
     rows.append(("total", f"{found['tensors']:,}", f"{found['parameters']:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{found['path']}: {found['model_type']}", ""]
+    lines = [printable(f"{found['path']}: {found['model_type']}"), ""]
     lines += [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
     if "stored" in found:
         held = dict(found["stored"])

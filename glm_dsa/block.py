@@ -36,18 +36,19 @@ class DecoderLayer(nn.Module):
         mask: mx.array | None = None,
         cache: LayerCache | None = None,
         selection: mx.array | None = None,
+        reuse: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
         """x [B, S, hidden], and the selection of the layer below -> (x, the selection used here).
 
-        A full layer ignores the selection it is handed and makes its own; a shared layer uses it.
+        A full layer makes its own selection; a shared layer uses the one that it is handed. With `reuse` a full layer
+        too uses what it is handed, and only writes its indexer's keys (later draft steps of MTP).
         """
         normed = tap(self, "input_layernorm", self.input_layernorm(x))
         q_latent = self.self_attn.query_latent(normed)
         if self.runs_indexer:
-            selection = self.self_attn.indexer(normed, q_latent, rotation, mask, cache)
+            keys = self.self_attn.indexer.keys_so_far(normed, rotation, cache)
+            if not reuse:
+                selection = self.self_attn.indexer(normed, q_latent, keys, rotation, mask)
         x = x + self.self_attn(normed, q_latent, rotation, mask, cache, selection)
-        return self.feed_forward(x), selection
-
-    def feed_forward(self, x: mx.array) -> mx.array:
         normed = tap(self, "post_attention_layernorm", self.post_attention_layernorm(x))
-        return tap(self, "output", x + tap(self, "mlp_output", self.mlp(normed)))
+        return tap(self, "output", x + tap(self, "mlp_output", self.mlp(normed))), selection

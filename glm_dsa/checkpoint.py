@@ -15,16 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import weights
-from .config import ConfigError, ModelArgs, read_json
+from .config import ModelArgs
+from .errors import CheckpointError, ConfigError, WeightsError
+from .keys import read_json
 from .model import Model, parameters_of
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "U8": 1}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: one line naming file and tensor, what was expected and what to do."""
 
 
 class Stored(NamedTuple):
@@ -44,15 +42,12 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
     Raises `CheckpointError`.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
     try:
-        config = read_json(path / "config.json") if path.is_dir() else None
-        if config is None:
-            raise CheckpointError(
-                f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due"
-            )
-        args = ModelArgs.from_dict(config, **overrides)
+        args = ModelArgs.from_file(path, **overrides)
     except ConfigError as error:
-        raise CheckpointError(str(error) if str(path) in str(error) else f"{path / 'config.json'}: {error}") from None
+        raise CheckpointError(str(error)) from None
     stored = read_headers(path)
     try:
         check(args, stored)
@@ -61,12 +56,12 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
         tensors = read_tensors(stored)
         model = Model(args)
         tensors = model.sanitize(tensors)
-        quantize_as_stored(model, tensors, config)
+        quantize_as_stored(model, tensors, read_json(path / "config.json"))
         if dtype is not None:
             tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
         due = {name: value.shape for name, value in parameters_of(model).items()}
         weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
-    except weights.WeightsError as error:
+    except WeightsError as error:
         raise CheckpointError(f"{path}: {error}") from None
     model.load_weights(list(tensors.items()), strict=True)
     model.eval()

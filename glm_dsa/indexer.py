@@ -34,24 +34,22 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(args.hidden_size, self.heads, bias=False)
 
     def __call__(
-        self, x: mx.array, q_latent: mx.array, rotation: Rotation, mask: mx.array | None, cache: LayerCache | None
+        self, x: mx.array, q_latent: mx.array, keys: mx.array, rotation: Rotation, mask: mx.array | None
     ) -> mx.array | None:
-        """x [B, S, hidden], q_latent [B, S, Q] -> selection int [B, S, K], or None where T <= K: every key is selected.
+        """x [B, S, hidden], q_latent [B, S, Q], keys [B, T, D] -> selection int [B, S, K], or None where T <= K: all keys.
 
         A selected key may still be masked (early rows have fewer than K valid keys): attention masks again.
         """
-        keys = self.project_keys(x, rotation)
-        if cache is not None:
-            keys = cache.append_index_keys(keys)
         if keys.shape[1] <= self.topk:
             return tap(self, "topk", None)
         queries, weights = self.project_queries(q_latent, rotation), self.head_weights(x)
         return tap(self, "topk", mx.stop_gradient(self.select_blockwise(queries, keys, weights, mask)))
 
-    def project_keys(self, x: mx.array, rotation: Rotation) -> mx.array:
-        """[B, S, hidden] -> [B, S, D], normalized and rotated: what the cache keeps."""
+    def keys_so_far(self, x: mx.array, rotation: Rotation, cache: LayerCache | None) -> mx.array:
+        """[B, S, hidden] -> the keys of x behind those in the cache, which keeps them: [B, T, D], normalized and rotated."""
         k = self.k_norm(self.wk(x))[:, :, None]
-        return tap(self, "k", self._rotate_first(k, rotation)[:, :, 0])
+        k = tap(self, "k", self._rotate_first(k, rotation)[:, :, 0])
+        return k if cache is None else cache.append_index_keys(k)
 
     def project_queries(self, q_latent: mx.array, rotation: Rotation) -> mx.array:
         """[B, S, Q] -> [B, S, H, D], rotated."""

@@ -62,15 +62,7 @@ class MtpLayer(DecoderLayer):
         """
         joined = mx.concatenate([self.enorm(embeddings), self.hnorm(hidden)], axis=-1)
         x = tap(self, "eh_proj", self.eh_proj(joined))
-        if reuse is None:
-            x, selection = self(x, rotation, mask, cache)
-        else:
-            selection = reuse
-            normed = tap(self, "input_layernorm", self.input_layernorm(x))
-            if cache is not None and cache.has_indexer:
-                cache.append_index_keys(self.self_attn.indexer.project_keys(normed, rotation))
-            q_latent = self.self_attn.query_latent(normed)
-            x = self.feed_forward(x + self.self_attn(normed, q_latent, rotation, mask, cache, selection))
+        x, selection = self(x, rotation, mask, cache, reuse, reuse=reuse is not None)
         return tap(self, "shared_head", self.shared_head.norm(x)), selection
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .config import ModelArgs
+from .errors import WeightsError
 
 FP8_BLOCK = 128
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -30,10 +31,6 @@ class TensorSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     component: str
-
-
-class WeightsError(ValueError):
-    """Tensors that do not make this model: names them, says what is due and what to do."""
 
 
 def inventory(args: ModelArgs) -> Iterator[TensorSpec]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from glm_dsa import ModelArgs
-from glm_dsa.config import read_json
+from glm_dsa.keys import read_json
 from reference import checkpoints, hf
 from reference.capture import capture
 from reference.equations import Conventions, Equations, causal

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from . import compare, stages
-from .cases import Case, Reference
+from .cases import Reference
 from .report import AGREES, FAULT, Comparison, Report
 from .tolerances import Bound
 
@@ -103,9 +103,9 @@ class Judge:
         for stage in mine:
             kind, ref = stages.kind(stage), reference.hf[stage]
             if kind in stages.SELECTIONS:
-                ties += self._selection_stage(stage, ours, reference, local)
+                ties += self.selection_stage(stage, ours, reference, local)
             elif kind == stages.ROUTING:
-                ties += self._routing_stage(stage, ours, reference, local)
+                ties += self.routing_stage(stage, ours, reference, local)
             elif kind == stages.ROUTING_WEIGHTS:
                 topk = stage.replace("weights", "topk")
                 experts = case.args.n_routed_experts
@@ -139,7 +139,7 @@ class Judge:
             reference.case.name, "all stages", not extra, f"no stage that the reference has not (extra: {extra[:4]})"
         )
 
-    def _selection_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
+    def selection_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
         case = reference.case
         if stages.kind(stage) == "self_attn.selection":
             full = max(i for i in range((stages.layer_of(stage) or 0) + 1) if case.args.runs_indexer(i))
@@ -147,16 +147,14 @@ class Judge:
         else:
             scores_stage = stage.replace("topk", "scores")
         scores = reference.hf[scores_stage]
-        finite = scores[scores > -1e38].astype(np.float64)
-        noise = reference.bound(scores_stage, local).value * float(np.sqrt(np.mean(finite**2)))
+        noise = reference.bound(scores_stage, local).absolute(scores)
         return self.selection(case.name, stage, ours[stage], reference.hf[stage], scores, case.args.index_topk, noise)
 
-    def _routing_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
+    def routing_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
         case, layer = reference.case, stages.layer_of(stage)
         logits = reference.hf[stage.replace("topk", "logits")]
         bias = case.weights(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
-        rms = float(np.sqrt(np.mean(logits.astype(np.float64) ** 2)))
-        noise = reference.bound(stage.replace("topk", "logits"), local).value * rms / 4  # sigmoid' <= 1/4
+        noise = reference.bound(stage.replace("topk", "logits"), local).absolute(logits) / 4  # sigmoid' <= 1/4
         scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
         return self.selection(
             case.name, stage, ours[stage], reference.hf[stage], scores, case.args.num_experts_per_tok, noise, "experts"
@@ -187,9 +185,3 @@ def biased_scores(logits: Array, bias: Array, groups: int, top_groups: int) -> A
     best = np.sort(grouped, -1)[..., -2:].sum(-1)
     threshold = np.sort(best, -1)[..., -top_groups, None]
     return np.where((best >= threshold)[..., None], grouped, -np.inf).reshape(scores.shape)
-
-
-def make_bound(case: Case, reference_error: float, ref: Array, length: int = 0) -> Bound:
-    from .tolerances import bound
-
-    return bound(reference_error, ref, max(case.longest, length))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections import Counter
@@ -23,6 +24,17 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: infinities become strings, whatever is unknown its text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     claims: dict[str, Counter] = field(default_factory=dict)  # claim -> outcomes of its tests
     not_verified: dict[str, str] = field(default_factory=dict)  # what -> why
-    conventions: dict[str, str] = field(default_factory=dict)  # line -> case it was first seen in
+    conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     started: float = field(default_factory=time.time)
 
     def open(self) -> None:
@@ -74,7 +86,7 @@ class Report:
     def _write(self, record: dict[str, Any]) -> None:
         if self.folder is not None:
             with (self.folder / "report.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record, default=str).replace("Infinity", '"Infinity"') + "\n")
+                stream.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
     def verdict_of(self, claim: str) -> str:
         outcomes = self.claims[claim]
@@ -113,6 +125,10 @@ class Report:
         line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {len(self.comparisons)} comparisons"
         return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")
 
+    def _cases(self, names: list[str]) -> str:
+        everywhere = {name for cases in self.conventions.values() for name in cases}
+        return "all cases" if set(names) == everywhere else ", ".join(names)
+
     def lines(self, exit_status: int) -> list[str]:
         rows = [("claim", "compared", "worst error / bound, and where", "ties", "verdict")]
         for claim in self.claims:
@@ -129,7 +145,7 @@ class Report:
             if self.not_verified
             else []
         )
-        out += ["", "conventions in force"] + [f"  {line}  [{cases}]" for line, cases in self.conventions.items()]
+        out += ["", "conventions in force"] + [f"  {line}  [{self._cases(c)}]" for line, c in self.conventions.items()]
         out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
         out += [self.header.get("command", ""), "", f"verdict: {self.verdict(exit_status)}"]
         return out

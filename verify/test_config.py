@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import glm_dsa
-from glm_dsa.config import read_json
+from glm_dsa.keys import read_json
 from reference import checkpoints, hf
 from verify.cases import Case
 

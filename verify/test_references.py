@@ -49,6 +49,6 @@ def test_hf_selects_what_the_equations_select(case: Case, judge):
     reference = case.reference(case.lengths[-1])
     for stage in stages.in_order(reference.given):
         if stages.kind(stage) == stages.ROUTING:
-            judge._routing_stage(stage, reference.truth, reference, local=False)
+            judge.routing_stage(stage, reference.truth, reference, local=False)
         elif reference.is_sparse:
-            judge._selection_stage(stage, reference.truth, reference, local=False)
+            judge.selection_stage(stage, reference.truth, reference, local=False)

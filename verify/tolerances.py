@@ -43,6 +43,11 @@ class Bound:
     floor: float
     ratio: float
 
+    def absolute(self, ref: np.ndarray) -> float:
+        """The bound in the units of the reference's own entries (masked ones left out)."""
+        finite = ref[np.isfinite(ref) & (ref > -1e38)].astype(np.float64)
+        return self.value * float(np.sqrt(np.mean(finite**2)))
+
     @property
     def derivation(self) -> str:
         return (
