@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, weights
-from .checkpoint import ITEM_BYTES, check, check_values, read_headers
+from .checkpoint import ITEM_BYTES, assemble, check_values
 from .config import ModelArgs
-from .errors import CheckpointError, GlmDsaError, WeightsError, printable
+from .errors import CheckpointError, GlmDsaError, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,21 +57,19 @@ def count(path: Path, values: bool = False) -> dict[str, Any]:
         "conventions": [str(c) for c in args.conventions],
     }
     if path.is_dir():
-        stored = read_headers(path)
-        try:
-            check(args, stored)
-        except WeightsError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        layout = "HF" if weights.is_hf_layout(stored) else "MLX"
+        model, stored = assemble(path)
         bytes_of = Counter[str]()
         for tensor in stored.values():
             bytes_of[tensor.dtype] += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-        has_mtp = weights.has_mtp(args, stored)
         out["stored"] = {
-            "layout": layout, "files": len({s.file for s in stored.values()}), "tensors": len(stored), "bytes": dict(bytes_of),
-            "names and shapes": "as the inventory says" if layout == "HF" else "not checked here: MLX packs them; loading does",
-            "mtp": "present" if has_mtp else "absent", "values": "not read",
-        }  # fmt: skip
+            "layout": "HF" if weights.is_hf_layout(stored) else "MLX",
+            "files": len({s.file for s in stored.values()}),
+            "tensors": len(stored),
+            "names and shapes": "as they should be",
+            "mtp": "present" if model.mtp else "absent",
+            "values": "not read",
+            "bytes": dict(bytes_of),
+        }
         if values:
             check_values(stored)
             out["stored"]["values"] = "finite"

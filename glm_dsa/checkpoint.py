@@ -41,40 +41,40 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
     `check_finite` reads everything once more, to refuse NaN. `overrides` are conventions, as in `ModelArgs.from_dict`.
     Raises `CheckpointError`.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
-    try:
-        args = ModelArgs.from_file(path, **overrides)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    stored = read_headers(path)
-    try:
-        check(args, stored)
-        if check_finite:
-            check_values(stored)
-        tensors = read_tensors(stored)
-        model = Model(args)
-        tensors = model.sanitize(tensors)
-        quantize_as_stored(model, tensors, read_json(path / "config.json"))
-        if dtype is not None:
-            tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
-        due = {name: value.shape for name, value in parameters_of(model).items()}
-        weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
-    except WeightsError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    model.load_weights(list(tensors.items()), strict=True)
-    model.eval()
-    tensors.clear()
+    model, stored = assemble(path, dtype, **overrides)
+    if check_finite:
+        check_values(stored)
     for parameter in parameters_of(model).values():
         mx.eval(parameter)  # one by one: what a parameter is made of is freed before the next is made
     return model
 
 
-def check(args: ModelArgs, stored: dict[str, Stored]) -> None:
-    """Holds the headers of an HF-layout checkpoint to the inventory, before data is read. Raises `WeightsError`."""
-    if weights.is_hf_layout(stored):
-        weights.check_names(args, {name: s.shape for name, s in stored.items()})
+def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) -> tuple[Model, dict[str, Stored]]:
+    """As `load`, but lazy: headers are read and every name and shape is checked, no tensor is."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
+    try:
+        args = ModelArgs.from_file(path, **overrides)
+        stored = read_headers(path)
+        if weights.is_hf_layout(stored):
+            weights.check_names(args, {name: s.shape for name, s in stored.items()})
+        model = Model(args)
+        tensors = model.sanitize(read_tensors(stored))
+        quantize_as_stored(model, tensors, read_json(path / "config.json"))
+        weights.report_differences(
+            {name: value.shape for name, value in parameters_of(model).items()},
+            {n: t.shape for n, t in tensors.items()},
+        )
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except WeightsError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if dtype is not None:
+        tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
+    model.load_weights(list(tensors.items()), strict=True)
+    model.eval()
+    return model, stored
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -148,9 +148,13 @@ def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], st
 
     original = module.expand_kv
 
+    def put_rotated(stage: str, value: Any) -> None:
+        put(stage, value)
+        if getattr(module.config, "rope_interleave", True):
+            stages[stage] = _reinterleave(stages[stage], module.qk_rope_head_dim)
+
     def expand_kv(latent: torch.Tensor, k_rot: torch.Tensor):
-        put(f"{path}.k_rope", k_rot[:, 0])
-        stages[f"{path}.k_rope"] = _reinterleave(stages[f"{path}.k_rope"], module.qk_rope_head_dim)
+        put_rotated(f"{path}.k_rope", k_rot[:, 0])
         return original(latent, k_rot)
 
     module.expand_kv = expand_kv
@@ -161,8 +165,7 @@ def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], st
 
     def attend(m: Any, query: torch.Tensor, *args: Any, **kwargs: Any):
         if m is module:
-            put(f"{path}.q_rope", query[..., -module.qk_rope_head_dim :].transpose(1, 2))
-            stages[f"{path}.q_rope"] = _reinterleave(stages[f"{path}.q_rope"], module.qk_rope_head_dim)
+            put_rotated(f"{path}.q_rope", query[..., -module.qk_rope_head_dim :].transpose(1, 2))
         return eager(m, query, *args, **kwargs)
 
     modeling.eager_attention_forward = attend

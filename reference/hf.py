@@ -65,10 +65,10 @@ def load(
 
 def apply(model: Any, conventions: Conventions) -> Any:
     """Puts a convention in force: the indexer's class decides its RoPE layout, since both have the same parameters."""
-    if conventions.main_rope != "interleaved":
-        raise ValueError(
-            "HF turns interleaved pairs in its main attention, in every version since 5.11; use the equations"
-        )
+    if model.config.model_type == "glm4_moe_lite":
+        model.config.rope_interleave = conventions.main_rope == "interleaved"
+    elif conventions.main_rope != "interleaved":
+        raise ValueError("HF's glm_moe_dsa always turns interleaved pairs in its main attention (since 5.11)")
     for layer in model.model.layers:
         attention = layer.self_attn
         attention.q_a_layernorm.variance_epsilon = conventions.latent_norm_eps

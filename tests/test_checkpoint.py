@@ -229,7 +229,7 @@ def test_a_sound_folder(sound, capsys):
     assert found["stored"]["mtp"] == "present"
     assert found["tensors"] == found["stored"]["tensors"]
     assert main(["inventory", str(sound)]) == 0
-    assert "names and shapes: as the inventory says" in capsys.readouterr().out
+    assert "names and shapes: as they should be" in capsys.readouterr().out
 
 
 @settings(max_examples=150)

@@ -51,7 +51,7 @@ def free(case):
 
 
 def chunks(case):
-    return caught(test_cache.test_cuts, case, Judge, case.reference(80), "chunks")
+    return caught(test_cache.test_cuts, case, Judge, "chunks")
 
 
 def rewind(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from glm_dsa import ModelArgs
+from glm_dsa import ModelArgs, weights
+from glm_dsa.checkpoint import assemble, check_values
 from glm_dsa.keys import read_json
 from reference import checkpoints, hf
 from reference.capture import capture
@@ -21,6 +23,8 @@ from . import stages, tolerances
 from .candidate import Ours
 
 Array = np.ndarray
+TOPK = 16  # index_topk of the tiny checkpoints: prompts of 80 are five times as long
+LARGEST = 1 << 29  # parameters of a checkpoint that is judged in memory
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Spec:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     bias_mean: float = 0.0
     folder: Path | None = None  # a checkpoint that is there already
+    has_mtp: bool = True  # False where a checkpoint has no tensors for the MTP layer that its config names
 
     @property
     def args(self) -> ModelArgs:
@@ -45,7 +50,7 @@ class Spec:
         parts = {
             "indexer": args.has_indexer,
             "shared": "shared" in args.indexer_types,
-            "mtp": args.num_nextn_predict_layers > 0,
+            "mtp": args.num_nextn_predict_layers > 0 and self.has_mtp,
         }
         return {part for part, there in parts.items() if there}
 
@@ -66,7 +71,32 @@ def default_specs() -> list[Spec]:
         for name, config, bias, overrides in bases
         for layout in ("interleaved", "half-split")
     ]
-    return [*specs, Spec("glm-4.7", checkpoints.glm_4_7())]
+    flash = checkpoints.glm_4_7()
+    return [*specs, Spec("glm-4.7", flash), Spec("glm-4.7-half-split", flash, {"main_rope": "half-split"})]
+
+
+def spec_of(folder: Path, index_topk: int | None) -> Spec:
+    """A checkpoint of the user's. Raises ValueError, in one line, where it cannot be judged here."""
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint {folder}: no such folder")
+    overrides: dict[str, Any] = {} if index_topk is None else {"index_topk": index_topk}
+    model, stored = assemble(folder, **overrides)
+    args = model.args
+    if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
+        raise ValueError(f"--checkpoint {folder}: HF loads bf16, fp16 or fp32 in HF layout; this one is packed")
+    parameters = sum(math.prod(s.shape) for s in stored.values())
+    if parameters > LARGEST:
+        raise ValueError(
+            f"--checkpoint {folder}: {parameters:,} parameters; at most {LARGEST:,} fit here in float32, twice"
+        )
+    if args.index_topk > TOPK:
+        raise ValueError(
+            f"--checkpoint {folder}: index_topk = {args.index_topk} needs longer prompts; add --index-topk {TOPK}"
+        )
+    if args.has_indexer and args.main_rope != "interleaved":
+        raise ValueError(f"--checkpoint {folder}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
+    check_values(stored)
+    return Spec(folder.resolve().name, {}, overrides, folder=folder.resolve(), has_mtp=model.mtp is not None)
 
 
 class Case:

@@ -11,9 +11,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from glm_dsa import load, weights
-from glm_dsa.checkpoint import read_headers
-
 from . import cases, report
 from .judge import Judge
 
@@ -51,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
     }  # fmt: skip
     mx.set_default_device(mx.cpu)  # on a Mac the default would be Metal
     out.not_verified["16 bit, and Metal or CUDA"] = "the verdict is given in float32 on the CPU"
+    for spec in specs:
+        if spec.args.num_nextn_predict_layers and not spec.has_mtp:
+            out.not_verified[f"MTP of {spec.name}"] = (
+                "config.json names an MTP layer, but the checkpoint has no tensors for it"
+            )
     config.stash[REPORT] = out
     config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
 
@@ -68,39 +70,11 @@ def _layers(text: str | None) -> set[int] | None:
 
 
 def _specs(checkpoint: str | None, index_topk: int | None) -> list[cases.Spec]:
-    if checkpoint is None:
-        if index_topk is not None:
-            raise ValueError("--index-topk belongs to --checkpoint")
-        return cases.default_specs()
-    from glm_dsa.config import ModelArgs
-
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"--checkpoint {checkpoint}: no such folder")
-    overrides: dict[str, Any] = {} if index_topk is None else {"index_topk": index_topk}
-    args, stored = ModelArgs.from_file(folder, **overrides), read_headers(folder)
-    if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
-        raise ValueError(
-            f"--checkpoint {checkpoint}: HF loads bf16, fp16 or fp32 in HF layout only; this one is packed"
-        )
-    parameters = sum(_product(s.shape) for s in stored.values())
-    if parameters * 4 > 2 << 30:
-        raise ValueError(
-            f"--checkpoint {checkpoint}: {parameters / 1e9:.1f} billion parameters; at most 0.5 fit here in float32, twice"
-        )
-    if args.index_topk and args.index_topk > 64:
-        raise ValueError(
-            f"--checkpoint {checkpoint}: index_topk = {args.index_topk} needs prompts beyond it; add --index-topk 16"
-        )
-    load(folder, **overrides)  # reads every tensor: damage is reported here, in one line
-    return [cases.Spec(folder.name, {}, overrides, folder=folder.resolve())]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
+    if checkpoint is not None:
+        return [cases.spec_of(Path(checkpoint), index_topk)]
+    if index_topk is not None:
+        raise ValueError("--index-topk belongs to --checkpoint")
+    return cases.default_specs()
 
 
 # -- fixtures

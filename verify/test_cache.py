@@ -10,7 +10,14 @@ from verify.cases import Case
 CLAIM = "caches: chunks, decode, rewind, padding"
 
 # Chunks of one, odd ones, and one that crosses index_topk = 16 in its middle; the tail is decoded token by token.
-CUTS = {"chunks": [1, 12, 7, 31, 1, 28], "decode": [61] + [1] * 19, "decode from the first token": [1] * 24 + [56]}
+CUTS = {
+    "chunks": [1, 12, 7, 31, 1, 28],
+    "decode": [61] + [1] * 19,
+    "decode from the first token": [1] * 24 + [56],
+    "few at a time": [30, 2, 3, 5, 8, 13, 19],
+    "within index_topk": [5, 1, 1, 4, 3],
+    "across the growth of the buffers": [250, 3, 1, 1, 1, 1, 1, 1, 11],
+}
 
 
 def run_in_chunks(case: Case, tokens, cuts, cache):
@@ -29,7 +36,9 @@ def reference(case: Case):
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_cuts(case: Case, judge, reference, name):
+def test_cuts(case: Case, judge, name):
+    """The buffers grow by 256 tokens."""
+    reference = case.reference(sum(CUTS[name]))
     logits = run_in_chunks(case, reference.tokens, CUTS[name], case.ours.model.make_cache())
     judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
 

@@ -11,18 +11,18 @@ from verify.candidate import to_numpy
 from verify.cases import Case
 
 CLAIM = "positions of 200k and 1M"
-LENGTH = 64
 ROTATED = ("self_attn.q_rope", "self_attn.k_rope", "self_attn.indexer.q", "self_attn.indexer.k")
 
 
+@pytest.mark.parametrize("length", [14, 64], ids=["within index_topk", "4 x index_topk"])
 @pytest.mark.parametrize("start", [200_000, 1_000_000])
-def test_far_positions(case: Case, judge, start):
+def test_far_positions(case: Case, judge, start, length):
     """At a million radians float32 keeps one digit after the point: the bound follows HF's own error there.
 
     Selections are injected, in the prefill; the last tokens are then decoded again, one by one, from the rewound cache.
     """
-    tokens = case.tokens(LENGTH)
-    positions = start + np.arange(LENGTH)[None]
+    tokens = case.tokens(length)
+    positions = start + np.arange(length)[None]
     with capture(case.hf) as seen:
         hf.forward(case.hf, tokens, positions=positions)
     given = {s: v for s, v in seen.items() if s.endswith(".topk")}
@@ -31,15 +31,17 @@ def test_far_positions(case: Case, judge, start):
     errors = tolerances.reference_errors(seen, equations.stages)
 
     model, cache = case.ours.model, case.ours.model.make_cache(start=start)
-    with case.ours.captured(given) as ours:
+    is_sparse = 0 < case.args.index_topk < length
+    injected = {s: v for s, v in given.items() if is_sparse or stages.kind(s) == stages.ROUTING}
+    with case.ours.captured(injected) as ours:
         model(mx.array(tokens), cache)
-    judge.holds(case.name, "cache", cache[0].offset == start + LENGTH, f"the next position is {start + LENGTH}")
-    for stage in stages.in_order(s for s in seen if stages.kind(s) in ROTATED or s == "logits"):
-        bound = tolerances.bound(errors[stage], seen[stage], max(case.longest, LENGTH))
+    judge.holds(case.name, "cache", cache[0].offset == start + length, f"the next position is {start + length}")
+    for stage in stages.in_order(s for s in seen if (stages.kind(s) in ROTATED or s == "logits") and s in ours):
+        bound = tolerances.bound(errors[stage], seen[stage], max(case.longest, length))
         judge.values(case.name, f"{stage} at {start}", to_numpy(ours[stage]), seen[stage], bound)
 
     for layer_cache in cache:
         layer_cache.trim(3)
-    decoded = [to_numpy(model(mx.array(tokens[:, i : i + 1]), cache)) for i in range(LENGTH - 3, LENGTH)]
-    bound = tolerances.bound(errors["logits"], seen["logits"], max(case.longest, LENGTH))
+    decoded = [to_numpy(model(mx.array(tokens[:, i : i + 1]), cache)) for i in range(length - 3, length)]
+    bound = tolerances.bound(errors["logits"], seen["logits"], max(case.longest, length))
     judge.values(case.name, f"logits decoded at {start}", np.concatenate(decoded, 1), seen["logits"][:, -3:], bound)
