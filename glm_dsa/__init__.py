@@ -10,7 +10,7 @@ from .checkpoint import load
 from .config import Convention, ModelArgs
 from .errors import CheckpointError, ConfigError, GlmDsaError, WeightsError
 from .model import Model
-from .mtp import Draft, draft
+from .mtp import Draft
 from .version import __version__
 from .weights import TensorSpec, inventory
 
@@ -26,7 +26,6 @@ __all__ = [
     "TensorSpec",
     "WeightsError",
     "__version__",
-    "draft",
     "inventory",
     "load",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from . import weights
 from .block import DecoderLayer
 from .cache import LayerCache, causal_mask
 from .config import ModelArgs
-from .mtp import MtpLayer
+from .mtp import Draft, MtpLayer, last_selection
 from .rope import RotaryEmbedding
 from .trace import tap
 
@@ -72,30 +72,60 @@ class Model(nn.Module):
         head = self.model.embed_tokens.as_linear if self.args.tie_word_embeddings else self.lm_head
         return tap(self, "logits", head(hidden))
 
-    # -- multi-token prediction (driven by mtp.draft)
+    # -- multi-token prediction
 
     @property
     def mtp(self) -> MtpLayer | None:
         layers = self.model.layers[self.args.num_hidden_layers :]
         return layers[0] if layers else None  # type: ignore[return-value]
 
-    def mtp_step(
-        self, hidden: mx.array, tokens: mx.array, cache: LayerCache | None, reuse: mx.array | None = None
-    ) -> tuple[mx.array, mx.array | None]:
-        """One step of the MTP layer over hidden [B, S, hidden] and tokens int [B, S]; see `MtpLayer.step`."""
+    def draft(
+        self,
+        hidden: mx.array,
+        next_tokens: mx.array,
+        cache: LayerCache,
+        steps: int,
+        choose: Callable[[int, mx.array], mx.array] | None = None,
+    ) -> list[Draft]:
+        """Runs `steps` chained draft steps of the MTP layer.
+
+        hidden [B, S, hidden]: `self.model`'s, of S tokens that the MTP cache has not seen yet.
+        next_tokens int [B, S]: the token after each of them. The first step runs over all S, each later one over the
+        single token that `choose(step, logits [B, V])` picks from the step before (greedy by default).
+        cache: `make_mtp_cache()`. It ends `S + steps - 1` tokens longer; rewind what was not accepted with `trim`.
+
+        With `mtp_reuses_selection`, later steps use the first step's selection for the last token as it stands: they
+        see neither their own key nor those of earlier drafts. Otherwise each step selects for itself.
+
+        Raises ValueError where the model has no MTP layer.
+        """
+        if self.mtp is None:
+            raise ValueError(
+                "this model has no MTP layer (num_nextn_predict_layers = 0, or its checkpoint has no tensors)"
+            )
+        if steps < 1:
+            raise ValueError(f"steps = {steps}: at least 1 draft step")
+        choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))
+        drafts: list[Draft] = []
+        tokens, reuse = next_tokens, None
+        for step in range(steps):
+            rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)
+            embeddings = self._draft_embeddings(tokens, cache)
+            out, selection = self.mtp.step(hidden, embeddings, rotation, mask, cache, reuse)
+            logits = self.mtp.shared_head.head(out) if self.args.mtp_owns_embeddings else self.logits(out)
+            drafts.append(Draft(logits, out, tokens))
+            if reuse is None and self.args.mtp_reuses_selection:
+                reuse = last_selection(selection, cache)
+            hidden = out[:, -1:]
+            tokens = choose(step, logits[:, -1])[:, None]
+        return drafts
+
+    def _draft_embeddings(self, tokens: mx.array, cache: LayerCache) -> mx.array:
         assert self.mtp is not None
         embed = self.mtp.embed_tokens if self.args.mtp_owns_embeddings else self.model.embed_tokens
-        embeddings = embed(tokens)
-        if self.args.mtp_zero_first_embedding:
-            at = mx.arange(tokens.shape[1]) if cache is None else positions(tokens.shape[1], cache)
-            embeddings = mx.where((at == 0)[..., None], 0, embeddings)
-        rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)
-        return self.mtp.step(hidden, embeddings, rotation, mask, cache, reuse)
-
-    def mtp_logits(self, hidden: mx.array) -> mx.array:
-        """The draft's head, on hidden after the shared-head norm."""
-        assert self.mtp is not None
-        return self.mtp.shared_head.head(hidden) if self.args.mtp_owns_embeddings else self.logits(hidden)
+        if not self.args.mtp_zero_first_embedding:
+            return embed(tokens)
+        return mx.where((positions(tokens.shape[1], cache) == 0)[..., None], 0, embed(tokens))
 
     def make_mtp_cache(self, left_padding: list[int] | None = None, start: int = 0) -> LayerCache:
         """The MTP layer's cache. Kept apart from `make_cache`, whose length mlx-lm holds to that of `layers`."""

@@ -8,8 +8,7 @@ shared-head norm; token t+1 is fed at the position of token t.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +18,6 @@ from .cache import LayerCache
 from .config import ModelArgs
 from .rope import Rotation
 from .trace import tap
-
-if TYPE_CHECKING:
-    from .model import Model
 
 
 class SharedHead(nn.Module):
@@ -72,46 +68,6 @@ class Draft(NamedTuple):
     logits: mx.array
     hidden: mx.array
     tokens: mx.array
-
-
-def draft(
-    model: Model,
-    hidden: mx.array,
-    next_tokens: mx.array,
-    cache: LayerCache,
-    steps: int,
-    choose: Callable[[int, mx.array], mx.array] | None = None,
-) -> list[Draft]:
-    """Runs `steps` chained draft steps.
-
-    hidden [B, S, hidden]: the main model's, after its final norm, of S tokens that the MTP cache has not seen yet.
-    next_tokens int [B, S]: the token after each of them. The first step runs over all S, each later one over the
-    single token that `choose(step, logits [B, V])` picks from the step before (greedy by default).
-    cache: `model.make_mtp_cache()`. It ends `S + steps - 1` tokens longer; rewind what was not accepted with `trim`.
-
-    With `mtp_reuses_selection`, later steps use the first step's selection for the last token as it stands: they see
-    neither their own key nor those of earlier drafts. Otherwise each step selects for itself.
-
-    Raises ValueError where the model has no MTP layer.
-    """
-    if model.mtp is None:
-        raise ValueError(
-            "this model has no MTP layer (num_nextn_predict_layers = 0, or a checkpoint without its tensors)"
-        )
-    if steps < 1:
-        raise ValueError(f"steps = {steps}: at least 1 draft step")
-    choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))
-    drafts: list[Draft] = []
-    tokens, reuse = next_tokens, None
-    for index in range(steps):
-        out, selection = model.mtp_step(hidden, tokens, cache, reuse)
-        logits = model.mtp_logits(out)
-        drafts.append(Draft(logits, out, tokens))
-        if reuse is None and model.args.mtp_reuses_selection:
-            reuse = last_selection(selection, cache)
-        hidden = out[:, -1:]
-        tokens = choose(index, logits[:, -1])[:, None]
-    return drafts
 
 
 def last_selection(selection: mx.array | None, cache: LayerCache) -> mx.array:

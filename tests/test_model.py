@@ -83,7 +83,7 @@ def test_tied_embeddings(tmp_path):
 def test_drafts_are_greedy_by_default_and_continue_the_cache(model):
     tokens = mx.array([[5, 6, 7, 8]])
     cache = model.make_mtp_cache()
-    drafts = glm_dsa.draft(model, model.model(tokens), tokens, cache, 3)
+    drafts = model.draft(model.model(tokens), tokens, cache, 3)
     assert [d.logits.shape[1] for d in drafts] == [4, 1, 1]
     assert drafts[1].tokens.item() == int(mx.argmax(drafts[0].logits[0, -1]))
     assert cache.length == 6
@@ -93,10 +93,10 @@ def test_a_model_without_mtp_cannot_draft():
     args = glm_dsa.ModelArgs.from_dict(checkpoints.tiny(num_hidden_layers=4, num_nextn_predict_layers=0))
     bare = glm_dsa.Model(args)
     with pytest.raises(ValueError, match="no MTP layer"):
-        glm_dsa.draft(bare, mx.zeros((1, 1, 64)), mx.array([[1]]), bare.make_mtp_cache(), 1)
+        bare.draft(mx.zeros((1, 1, 64)), mx.array([[1]]), bare.make_mtp_cache(), 1)
     model = glm_dsa.Model(glm_dsa.ModelArgs.from_dict(checkpoints.tiny(num_hidden_layers=4)))
     with pytest.raises(ValueError, match="at least 1 draft step"):
-        glm_dsa.draft(model, mx.zeros((1, 1, 64)), mx.array([[1]]), model.make_mtp_cache(), 0)
+        model.draft(mx.zeros((1, 1, 64)), mx.array([[1]]), model.make_mtp_cache(), 0)
 
 
 def test_partial_mtp_is_refused(folder, tmp_path):

@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import glm_dsa
 from reference.equations import Equations
 from reference.mtp import Mtp
 from verify import compare, tolerances
@@ -49,8 +48,7 @@ def check(case: Case, judge, regime, overrides):
 
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
-    drafts = glm_dsa.draft(
-        ours.model,
+    drafts = ours.model.draft(
         mx.array(hidden),
         mx.array(tokens[0]),
         cache,
@@ -87,12 +85,12 @@ def test_drafts_rewind(case: Case, judge):
     model = case.ours.model
 
     def first_step(cache, rows):
-        return glm_dsa.draft(model, mx.array(hidden[:, rows]), mx.array(tokens[0][:, rows]), cache, 1)[0].logits
+        return model.draft(mx.array(hidden[:, rows]), mx.array(tokens[0][:, rows]), cache, 1)[0].logits
 
     straight, rewound = model.make_mtp_cache(), model.make_mtp_cache()
     first_step(straight, slice(0, 40 if hidden.shape[1] > 40 else 8))
     cut = straight.length
-    glm_dsa.draft(model, mx.array(hidden[:, :cut]), mx.array(tokens[0][:, :cut]), rewound, STEPS)
+    model.draft(mx.array(hidden[:, :cut]), mx.array(tokens[0][:, :cut]), rewound, STEPS)
     judge.holds(case.name, "mtp cache", rewound.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
     ours = to_numpy(first_step(rewound, slice(cut, None)))
     judge.values(case.name, "mtp logits (rewound)", ours, to_numpy(first_step(straight, slice(cut, None))), 0.0)
