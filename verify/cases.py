@@ -232,5 +232,7 @@ class Reference:
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         errors = self.local if local else self.accumulated
-        is_routing = stages.kind(stage) == stages.ROUTING_WEIGHTS
-        return tolerances.bound(errors[stage], self.hf[stage], max(self.case.longest, self.length), is_routing)
+        kind = stages.kind(stage)
+        norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
+        longest = max(self.case.longest, self.length)
+        return tolerances.bound(errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm)

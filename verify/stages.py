@@ -33,6 +33,7 @@ IN_LAYER = (
     "output",
     "shared_head",
 )
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_latent", "self_attn.kv_latent", "norm")
 SELECTIONS = ("self_attn.indexer.topk", "self_attn.selection")
 ROUTING, ROUTING_WEIGHTS = "mlp.gate.topk", "mlp.gate.weights"
 
