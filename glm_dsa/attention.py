@@ -139,10 +139,12 @@ class MultiHeadLatentAttention(nn.Module):
         batch, length, chosen = selection.shape
         queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1).swapaxes(1, 2)  # [B, S, H, R + rope]
         block = max(1, GATHER_ELEMENTS // (batch * chosen * (self.latent + self.rope)))
-        summed = []
+        summed: list[mx.array] = []
         for start in range(0, length, block):
             rows = slice(start, start + block)
             picked = selection[:, rows]  # [B, s, K]
+            if summed:  # each block waits for the one before, so that only one of them is in memory
+                picked = mx.stop_gradient(mx.depends(picked, summed[-1]))
             flat = picked.reshape(batch, -1, 1)
             keys = [
                 mx.take_along_axis(part, flat, axis=1).reshape(*picked.shape, part.shape[-1])
@@ -154,8 +156,6 @@ class MultiHeadLatentAttention(nn.Module):
                 allowed = mx.take_along_axis(allowed, picked, axis=-1)[:, :, None]
                 scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
             summed.append(mx.softmax(scores, axis=-1, precise=True) @ keys[0])  # [B, s, H, R]
-            if length > block:
-                mx.eval(summed[-1])
         return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
 
 

@@ -43,6 +43,9 @@ class LayerCache:
         """Stores S new tokens, [B, S, R] and [B, S, D]; returns all T of them."""
         end = self.length + latent.shape[1]
         self.latent = _store(self.latent, latent, self.length)
+        if self.index_keys is not None:
+            # Keys that no selection reads yet (T <= index_topk, later draft steps) would stay an ever longer graph.
+            self.latent = mx.depends(self.latent, self.index_keys)
         self.k_rope = _store(self.k_rope, k_rope, self.length)
         self.length = end
         return self.latent[:, :end], self.k_rope[:, :end]
@@ -72,6 +75,12 @@ class LayerCache:
         if self.has_indexer:
             self.index_length = min(self.index_length, self.length)
         return tokens
+
+    def to_quantized(self, **_: Any) -> None:
+        """mlx-lm asks for this under --kv-bits. Raises: ignoring it in silence is what stock mlx-lm does here."""
+        raise ValueError(
+            "this cache keeps latents in the model's dtype; KV quantization (--kv-bits) is not supported yet"
+        )
 
     def size(self) -> int:
         return self.length

@@ -61,7 +61,7 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
             weights.check_names(args, {name: s.shape for name, s in stored.items()})
         model = Model(args)
         tensors = model.sanitize(read_tensors(stored))
-        quantize_as_stored(model, tensors, read_json(path / "config.json"))
+        quantize_as_stored(model, tensors)
         weights.report_differences(
             {name: value.shape for name, value in parameters_of(model).items()},
             {n: t.shape for n, t in tensors.items()},
@@ -99,6 +99,11 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                 raise CheckpointError(
                     f"{tensor.file}: {name} is not listed in {INDEX}; do index and shards belong together?"
                 )
+        unlisted = sorted({f.name for f in folder.glob("model*.safetensors")} - set(index.values()))
+        if unlisted:
+            raise CheckpointError(
+                f"{folder / unlisted[0]}: not listed in {INDEX}, though mlx-lm would load it; list it or remove it"
+            )
     return stored
 
 
@@ -210,21 +215,30 @@ def check_values(stored: dict[str, Stored]) -> None:
                 raise CheckpointError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged")
 
 
-def quantize_as_stored(model: Model, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
-    """Turns the modules whose weights are stored packed into quantized ones, with each one's own bits."""
-    default = config.get("quantization") or config.get("quantization_config") or {}
+# Only affine keeps scales in the weights' dtype; each other mode has one (bits, group size) and scales of one byte.
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+
+def quantize_as_stored(model: Model, tensors: dict[str, mx.array]) -> None:
+    """Turns the modules whose weights are stored packed into quantized ones, each with the bits that its shapes show."""
 
     def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
             return False
-        own = default[path] if isinstance(default.get(path), dict) else {}
-        weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
+        weight, scales = tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
         width = module.weight.shape[-1]
-        return {
-            "group_size": width // scales.shape[-1],
-            "bits": weight.shape[-1] * 32 // width,
-            "mode": own.get("mode", default.get("mode", "affine")) if scales.dtype == mx.uint8 else "affine",
-        }
+        if weight is None or not scales.ndim or not scales.shape[-1] or width % scales.shape[-1]:
+            raise WeightsError(f"{path}: scales of {list(scales.shape)} do not go with a width of {width}")
+        bits, group_size = weight.shape[-1] * 32 // width, width // scales.shape[-1]
+        fits_affine = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+        mode = MODES.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine" if fits_affine else None
+        if mode is None:
+            raise WeightsError(
+                f"{path}: {bits} bits in groups of {group_size}, scales {scales.dtype}: no packing of mlx"
+            )
+        has_scale = {"global_scale": True} if f"{path}.global_scale" in tensors else {}
+        return {"group_size": group_size, "bits": bits, "mode": mode, **has_scale}
 
     if any(name.endswith(".scales") for name in tensors):
         nn.quantize(model, class_predicate=packing)

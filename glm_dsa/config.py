@@ -369,11 +369,15 @@ def _mtp(read: Reader, resolve: _Resolver, model_type: str) -> dict[str, Any]:
     reuses = False
     if model_type == "glm_moe_dsa":
         key = "index_share_for_mtp_iteration"
-        reuses = resolve("mtp_reuses_selection", read.flag(key, False), read.source(key))
+        reuses = read.flag(key, False)
+        evidence = "engines differ on whether a later draft step sees its own key; here it does not" if reuses else ""
+        reuses = resolve("mtp_reuses_selection", reuses, read.source(key), evidence)
     resolve("mtp_hidden", "after the shared-head norm", "default")
     key = "mtp_zero_first_embedding"
+    zeroes = read.flag(key, False)
+    contested = "vLLM zeroes the embedding at position 0" if layers and not zeroes else ""
     return {
         "num_nextn_predict_layers": layers,
         "mtp_reuses_selection": reuses,
-        "mtp_zero_first_embedding": resolve(key, read.flag(key, False), read.source(key)),
+        "mtp_zero_first_embedding": resolve(key, zeroes, read.source(key), contested),
     }

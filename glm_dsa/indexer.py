@@ -13,7 +13,7 @@ import mlx.nn as nn
 from .cache import LayerCache
 from .config import ModelArgs
 from .rope import Rotation, rotate
-from .trace import tap
+from .trace import is_listening, tap
 
 SCORE_ELEMENTS = 1 << 26  # per-head scores held at once (256 MB): long prompts go through in blocks of queries
 
@@ -61,17 +61,19 @@ class Indexer(nn.Module):
         return tap(self, "weights", self.weights_proj(x.astype(mx.float32)) * self.heads**-0.5)
 
     def select_blockwise(self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None) -> mx.array:
-        """score() and select() over blocks of queries, so that the heads' scores never stand in memory all at once."""
+        """score() and select() over blocks of queries, so that the heads' scores never stand in memory all at once.
+
+        In one block while somebody listens: a stage is one array.
+        """
         batch, length = q.shape[:2]
-        block = max(1, SCORE_ELEMENTS // (batch * self.heads * k.shape[1]))
-        selections, scores = [], []
+        block = length if is_listening() else max(1, SCORE_ELEMENTS // (batch * self.heads * k.shape[1]))
+        selections: list[mx.array] = []
         for start in range(0, length, block):
             rows = slice(start, start + block)
-            scores.append(self.score(q[:, rows], k, w[:, rows], None if mask is None else mask[:, 0, rows]))
-            selections.append(self.select(scores[-1]))
-            if length > block:
-                mx.eval(selections[-1])
-        tap(self, "scores", scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=1))
+            # Each block waits for the one before; evaluating here instead would forbid mx.grad and mx.compile.
+            queries = mx.depends(q[:, rows], selections[-1]) if selections else q[:, rows]
+            scores = self.score(queries, k, w[:, rows], None if mask is None else mask[:, 0, rows])
+            selections.append(self.select(tap(self, "scores", scores)))
         return selections[0] if len(selections) == 1 else mx.concatenate(selections, axis=1)
 
     def score(self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None) -> mx.array:

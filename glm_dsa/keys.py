@@ -55,6 +55,18 @@ IGNORED = {
     "use_cache": "HF runtime option",
 }
 
+# Generation defaults and loader notes that HF and converters have kept in config.json over the years.
+GENERATION = {
+    "_commit_hash", "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "is_decoder", "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "top_k", "top_p",
+    "torchscript", "transformers.js_config", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+}  # fmt: skip
+
 # Keys with one admissible value: anything else is another architecture.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -152,7 +164,8 @@ class Reader:
         return float(theta), _scaling(merged.pop("rope_type", old), merged)
 
     def done(self) -> None:
-        unknown = sorted(str(k) for k in self.params if k not in self.seen and k not in IGNORED)
+        unread = (k for k in self.params if k not in self.seen and self.has(k))
+        unknown = sorted(str(k) for k in unread if k not in IGNORED and k not in GENERATION)
         if unknown:
             raise ConfigError(
                 f"config key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}: neither handled nor known to be "

@@ -5,34 +5,41 @@ Parameter names and shapes are those of mlx-lm's `MultiLinear` and `SwitchLinear
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
 
 class _Stacked(nn.Module):
-    """A stack of N matrices, weight [N, out, in]; quantizes as `nn.Linear` does."""
+    """A stack of N matrices, weight [N, out, in]."""
 
     def __init__(self, count: int, outputs: int, inputs: int) -> None:
         super().__init__()
         bound = inputs**-0.5
         self.weight = mx.random.uniform(low=-bound, high=bound, shape=(count, outputs, inputs))
 
-    quantized: type[_QuantizedStacked]
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4, mode: str = "affine") -> _QuantizedStacked:
-        return self.quantized(self.weight, group_size, bits, mode)
-
 
 class _QuantizedStacked(nn.Module):
-    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str) -> None:
+    """Packed as `mx.quantize` packs; `global_scale` (nvfp4 only): a float32 scale for each matrix besides."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str, global_scale: bool = False) -> None:
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
-        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
-        if biases:
-            self.biases = biases[0]
+        if global_scale:
+            self.global_scale = mx.abs(weight).max(axis=(-2, -1)).astype(mx.float32)
+            packed = [
+                mx.quantize(w, **self.packing(), global_scale=g) for w, g in zip(weight, self.global_scale, strict=True)
+            ]
+            self.weight = mx.stack([parts[0] for parts in packed])
+            self.scales = mx.stack([parts[1] for parts in packed])
+        else:
+            self.weight, self.scales, *biases = mx.quantize(weight, **self.packing())
+            if biases:
+                self.biases = biases[0]
         self.freeze()
 
-    def packing(self) -> dict:
+    def packing(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
@@ -46,24 +53,23 @@ class QuantizedMultiLinear(_QuantizedStacked):
 class MultiLinear(_Stacked):
     """One map for each head: [B, H, S, in] -> [B, H, S, out]; `transpose=False` runs it the other way round."""
 
-    quantized = QuantizedMultiLinear
-
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         return x @ (self.weight.swapaxes(-1, -2) if transpose else self.weight)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4, mode: str = "affine") -> QuantizedMultiLinear:
+        return QuantizedMultiLinear(self.weight, group_size, bits, mode)
 
 
 class QuantizedSwitchLinear(_QuantizedStacked):
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
         return mx.gather_qmm(
             x, self["weight"], self["scales"], self.get("biases"), rhs_indices=experts, transpose=True,
-            sorted_indices=sorted_indices, **self.packing(),
+            sorted_indices=sorted_indices, global_scale=self.get("global_scale"), **self.packing(),
         )  # fmt: skip
 
 
 class SwitchLinear(_Stacked):
     """One map for each expert: x [..., 1, in], experts int [...] -> [..., 1, out]."""
-
-    quantized = QuantizedSwitchLinear
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
         weight, dtype = self.weight, x.dtype
@@ -72,3 +78,8 @@ class SwitchLinear(_Stacked):
             x, weight = x.astype(mx.float32), weight.astype(mx.float32)
         out = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices)
         return out.astype(dtype)
+
+    def to_quantized(
+        self, group_size: int = 64, bits: int = 4, mode: str = "affine", global_scale: bool = False
+    ) -> QuantizedSwitchLinear:
+        return QuantizedSwitchLinear(self.weight, group_size, bits, mode, global_scale)

@@ -92,7 +92,8 @@ class Model(nn.Module):
         hidden [B, S, hidden]: `self.model`'s, of S tokens that the MTP cache has not seen yet.
         next_tokens int [B, S]: the token after each of them. The first step runs over all S, each later one over the
         single token that `choose(step, logits [B, V])` picks from the step before (greedy by default).
-        cache: `make_mtp_cache()`. It ends `S + steps - 1` tokens longer; rewind what was not accepted with `trim`.
+        cache: `make_mtp_cache()`. It ends `S + steps - 1` tokens longer. Before the next draft, `trim(steps - 1)`: what
+        the chain wrote came from the draft's own hiddens. Then hand the accepted tokens in with the main model's.
 
         With `mtp_reuses_selection`, later steps use the first step's selection for the last token as it stands: they
         see neither their own key nor those of earlier drafts. Otherwise each step selects for itself.
@@ -144,8 +145,12 @@ class Model(nn.Module):
     def sanitize(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it."""
         if not weights.has_mtp(self.args, tensors):
-            self.model.layers = self.layers
+            self.drop_mtp()
         return weights.to_modules(self.args, tensors)
+
+    def drop_mtp(self) -> None:
+        """Removes the MTP layer: most MLX builds were converted without it, and strict loading would miss it."""
+        self.model.layers = self.layers
 
     @property
     def cast_predicate(self):

@@ -1,7 +1,7 @@
 """Rotary position embedding, in both layouts, for any position.
 
-Angles are computed once for each forward pass, in float32, from frequencies that are exact to the last bit of float32:
-the arithmetic of HF and of the trainer. `mx.fast.rope` is not used: on Metal it calls the fast-math cosine, which
+Angles are computed once for each forward pass, in float32 as in HF and the trainer, from frequencies that are exact to the
+last bit of float32 (HF's own are off by a bit or two). `mx.fast.rope` is not used: on Metal it calls the fast-math cosine, which
 promises nothing at the angles of a long context.
 """
 

@@ -30,6 +30,10 @@ def tap(module: nn.Module, name: str, value: Any) -> Any:
     return value
 
 
+def is_listening() -> bool:
+    return bool(_listeners)
+
+
 @contextmanager
 def listen(model: nn.Module, listener: Listener) -> Iterator[None]:
     """Calls `listener(stage, value)` at each tap of `model`; what it returns goes on in the model's place."""

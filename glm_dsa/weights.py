@@ -123,12 +123,8 @@ def has_mtp(args: ModelArgs, names: Iterable[str]) -> bool:
 
 
 def is_hf_layout(names: Iterable[str]) -> bool:
-    """True for HF's names; False for mlx-lm's. A quantized `kv_b_proj` (early MLX builds) counts as mlx-lm's."""
-    names = set(names)
-    return any(
-        ".mlp.experts." in n or (n.endswith("kv_b_proj.weight") and n.replace("weight", "scales") not in names)
-        for n in names
-    )
+    """True where all names are HF's; False for mlx-lm's, and for a mixture (an MTP layer added to an MLX build, say)."""
+    return not any(".switch_mlp." in n or ".embed_q." in n or n.endswith(".scales") for n in names)
 
 
 def check_names(args: ModelArgs, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -218,6 +214,8 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
     weight: mx.array = tensors.pop(f"{name}.weight")
     packing: dict[str, Any] = {}
     if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
+        if f"{name}.biases" not in tensors:
+            raise WeightsError(f"{name}: packed without biases; only affine kv_b_proj can be split, convert it anew")
         scales, biases = tensors.pop(f"{name}.scales"), tensors.pop(f"{name}.biases")
         packing = {
             "bits": weight.shape[-1] * 32 // args.kv_lora_rank,

@@ -132,11 +132,11 @@ def _indexer_hooks(path: str, module: Any, put: Callable[[str, Any], None], stag
     def leave(m: Any, args: Any, kwargs: Any, out: Any) -> None:
         running.pop().__exit__(None, None, None)
         if type(module).__name__.startswith("Glm"):  # interleaved; DeepseekV32Indexer is half-split
-            for stage in ("q", "k"):
+            for stage in ("q", "k") if out is not None else ():
                 stages[f"{path}.{stage}"] = _reinterleave(stages[f"{path}.{stage}"], module.qk_rope_head_dim)
 
     yield module.register_forward_pre_hook(enter, with_kwargs=True)
-    yield module.register_forward_hook(leave, with_kwargs=True, always_call=False)
+    yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
 def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], stages: Stages) -> Iterator[Any]:

@@ -129,9 +129,6 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
         "q_a_proj": 0.03,  # a small query latent: q_a_layernorm's eps counts
         "q_b_proj": 1.6,
         "wk": 0.01,  # small keys: k_norm's eps counts
-        "wq_b": 1.0,
-        "weights_proj": 1.0,
-        "embed_tokens": None,
     }
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, kind = name.rpartition(".")

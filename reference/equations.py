@@ -81,17 +81,20 @@ def rope_frequencies(config: Mapping[str, Any]) -> tuple[Array, float]:
         width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1)
     ]
-    low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), width - 1)
+    if parameters.get("truncate", True):
+        bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+    low, high = max(bounds[0], 0), min(bounds[1], width - 1)
     ramp = np.clip((pairs - low) / max(high - low, 0.001), 0, 1)
-    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    magnitude = (
-        yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
-    )
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        both = mscale and all_dim
+        magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if both else yarn_mscale(factor, 1)
     return plain * (1 - ramp) + plain / factor * ramp, magnitude
 
 
 def yarn_mscale(factor: Any, mscale: Any) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope(x: Array, positions: Array, config: Mapping[str, Any], layout: str) -> Array:

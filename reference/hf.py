@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
@@ -102,6 +103,27 @@ def run_layer(model: Any, layer: int, x: Any, selection: Any = None, positions: 
         position_embeddings=model.model.rotary_emb(x, position_ids=positions),
         **kwargs,
     )
+
+
+class _Lifted(TorchFunctionMode):
+    """Wherever HF's code asks for float32, float64 is given: its islands (norms, softmax, router, scores, angles) lifted."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        lifted = [torch.float64 if a is torch.float32 else a for a in args]
+        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*lifted, **named)
+
+
+@contextmanager
+def in_float64(model: Any) -> Iterator[Any]:
+    """HF's own code, all of it in float64. `model`: loaded with dtype=torch.float64."""
+    rotary = model.model.rotary_emb
+    with _Lifted():
+        if rotary.rope_type == "default":
+            rotary.inv_freq = rotary.compute_default_rope_parameters(rotary.config)[0]
+        yield model
 
 
 def additive_causal_mask(batch: int, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:

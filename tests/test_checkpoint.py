@@ -181,10 +181,25 @@ def nan(folder):
     return NORM, "NaN"
 
 
+def unlisted_shard(folder):
+    save_file({"model.layers.9.extra": torch.ones(4)}, folder / "model-99999.safetensors")
+    return "model-99999.safetensors", "not listed"
+
+
+def layers_without_number(folder):
+    edit_json(folder / "config.json", num_hidden_layers=10**9)
+    return "num_hidden_layers = 1000000000", "at most 512"
+
+
+def control_characters(folder):
+    edit_json(folder / "config.json", **{"\x1b[2Jrotary\nflavour": "lemon"})
+    return "\\x1b[2Jrotary\\nflavour", "neither handled"
+
+
 FAULTS = [
     truncated, no_safetensors, empty_file, missing_shard, missing_folder, no_weights, no_config, config_no_json, unknown_key,
     wrong_shape, unknown_dtype, overlapping, absurd_shape, index_points_outside, index_names_pickle, index_lies, index_no_json,
-    index_no_map, missing_tensor, extra_tensor, nan,
+    index_no_map, missing_tensor, extra_tensor, nan, unlisted_shard, layers_without_number, control_characters,
 ]  # fmt: skip
 
 

@@ -96,6 +96,13 @@ def test_bounds_are_derived():
     assert all(1 <= tolerances.primitive_ratio(n) <= 8 for n in (16, 64, 1024, 6144))
 
 
+def test_references_that_disagree_make_no_bound():
+    """A bound from an error that float32 does not explain would pass anything."""
+    for error in (1e-3, float("inf"), float("nan")):
+        with pytest.raises(tolerances.ReferencesDisagree, match="where float32 explains"):
+            tolerances.bound(error, np.ones(3), 16)
+
+
 def test_no_environment_variable_loosens_a_bound(monkeypatch):
     before = tolerances.bound(1e-6, np.ones(3), 64)
     for name in ("GLM_DSA_TOLERANCE", "TOLERANCE_SCALE", "CI"):

@@ -4,12 +4,15 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import glm_dsa
+from glm_dsa import attention, indexer
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
@@ -62,6 +65,63 @@ def test_mlx_lm_generates_what_the_uncached_run_says(model):
     prompt = [7, 8, 9, 10, 11, 12, 13, 14]
     tokens = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=60, prefill_step_size=5)]
     assert tokens == greedy(model, prompt, 60)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few queries, as long prompts have at full width."""
+    monkeypatch.setattr(indexer, "SCORE_ELEMENTS", 5 * 16 * 60)
+    monkeypatch.setattr(attention, "GATHER_ELEMENTS", 7 * 16 * 48)
+
+
+def test_gradients_and_compilation_pass_through_blocks(model, small_blocks):
+    """Training beyond index_topk, as mlx-lm's LoRA does; nothing in the forward pass may evaluate."""
+    tokens = mx.array(np.random.default_rng(0).integers(3, 160, (1, 60)))
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    norms = {n: float(mx.abs(g).max()) for n, g in tree_flatten(gradients) if "layers.8" not in n}
+    assert np.isfinite(float(value))
+    assert all(np.isfinite(n) for n in norms.values())
+    assert norms["model.layers.0.self_attn.q_b_proj.weight"] > 0
+    compiled = mx.compile(lambda t: model(t))
+    assert np.allclose(np.array(compiled(tokens)), np.array(model(tokens)), atol=1e-4)
+
+
+def test_blocks_change_nothing(model, small_blocks, monkeypatch):
+    tokens = mx.array(np.random.default_rng(1).integers(3, 160, (2, 60)))
+    blocks = np.array(model(tokens))
+    monkeypatch.undo()
+    assert np.allclose(blocks, np.array(model(tokens)), atol=1e-4)
+
+
+def test_a_replaced_score_changes_the_selection(model):
+    """Replacing a stage reaches what comes after it, scores included."""
+    tokens = mx.array(np.random.default_rng(1).integers(3, 160, (1, 60)))
+    stage = "layers.0.self_attn.indexer."
+    newest = mx.where(mx.tril(mx.ones((1, 60, 60))) > 0, mx.broadcast_to(mx.arange(60.0), (1, 60, 60)), -mx.inf)
+    with glm_dsa.trace.capture(model, {stage + "scores": newest}) as seen:
+        model(tokens)
+    assert sorted(np.array(seen[stage + "topk"])[0, 59].tolist()) == list(range(44, 60))
+
+
+def test_keys_that_no_selection_reads_are_still_evaluated(model):
+    """Within index_topk nothing reads the indexer's keys: they must not stay an ever longer graph."""
+    cache = model.make_cache()
+    for token in range(8):
+        mx.eval(model(mx.array([[token]]), cache))
+    before = mx.get_active_memory()
+    mx.eval([c.index_keys for c in cache if c.has_indexer])
+    assert abs(mx.get_active_memory() - before) < 1024
+
+
+def test_kv_bits_are_refused_and_not_ignored(model):
+    """Stock mlx-lm ignores --kv-bits for this architecture in silence."""
+    steps = generate_step(mx.array([1, 2, 3]), model, max_tokens=4, kv_bits=8, quantized_kv_start=0)
+    with pytest.raises(ValueError, match=r"KV quantization .* is not supported yet"):
+        list(steps)
 
 
 def test_input_embeddings_replace_the_lookup(model):

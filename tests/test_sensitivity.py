@@ -9,9 +9,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from glm_dsa import attention, block, cache, indexer, moe, mtp, weights
+from glm_dsa import attention, block, cache, indexer, moe, mtp, rope, weights
 from glm_dsa.rope import rotate
-from verify import cases, test_attention, test_cache, test_layers, test_logits, test_mtp, test_weights
+from verify import (
+    cases,
+    test_attention,
+    test_cache,
+    test_indexer,
+    test_layers,
+    test_logits,
+    test_mtp,
+    test_rope,
+    test_weights,
+    tolerances,
+)
 from verify.candidate import Ours
 from verify.judge import Judge
 from verify.report import FAULT, Report
@@ -108,6 +119,32 @@ def test_a_wrong_convention_of_mtp_is_caught(built, wrong, monkeypatch):
     case = built("glm-5.2-interleaved")
     monkeypatch.setattr(test_mtp, "Ours", lambda folder, **overrides: Ours(folder, **{**overrides, **wrong}))
     check_of(drafts(case), "mtp step 1 hidden" if "mtp_reuses_selection" in wrong else "mtp step 0 hidden")
+
+
+def test_an_oracle_that_is_wrong_is_caught(built, monkeypatch):
+    """HF's k_norm with another eps than asked for: no bound may grow to cover it, in a file that is run alone too."""
+    case = built("glm-5.2-interleaved")
+    monkeypatch.setattr(case.hf.model.layers[0].self_attn.indexer.k_norm, "eps", 1e-5)
+    with pytest.raises(tolerances.ReferencesDisagree):
+        caught(test_indexer.test_scores_and_selection, case, Judge, "T = 4 index_topk", "small variance")
+
+
+@pytest.mark.parametrize("position", test_rope.POSITIONS)
+@pytest.mark.parametrize("wrong", ["off by one", "frequencies"])
+def test_wrong_angles_are_caught_near_and_far(monkeypatch, position, wrong):
+    original = rope.RotaryEmbedding.__call__
+
+    def call(self, positions):
+        if wrong == "off by one":
+            return original(self, positions + 1)
+        self.frequencies = self.frequencies * (1 + 1e-4)
+        return original(self, positions)
+
+    monkeypatch.setattr(rope.RotaryEmbedding, "__call__", call)
+    if wrong == "frequencies" and position == 0:
+        pytest.skip("at position 0 no frequency matters")
+    found = caught(test_rope.test_rotation, Judge, "theta 8e6", "interleaved", position)
+    check_of(found, f"position {position}", margin=MARGIN if position < 200_000 and wrong == "off by one" else 1)
 
 
 # -- seeded faults: (case, patch, check, the stage at which it must be caught)

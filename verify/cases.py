@@ -111,7 +111,7 @@ class Case:
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]
         self.args = spec.args
-        self._references: dict[bytes, Reference] = {}
+        self._references: dict[int, Reference] = {}
 
     @property
     def conventions(self) -> Conventions:
@@ -131,14 +131,14 @@ class Case:
 
     @cached_property
     def hf(self) -> Any:
-        return hf.load(self.folder, self.conventions, with_mtp=False, **self._changes)
+        return hf.load(self.folder, self.conventions, with_mtp=False, **self.changes)
 
     @cached_property
     def hf_with_mtp(self) -> Any:
-        return hf.load(self.folder, self.conventions, with_mtp=True, **self._changes)
+        return hf.load(self.folder, self.conventions, with_mtp=True, **self.changes)
 
     @property
-    def _changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         return {"index_topk": self.config["index_topk"]} if "index_topk" in self.config else {}
 
     @cached_property
@@ -167,10 +167,9 @@ class Case:
         return Equations(self.config, weights, self.conventions, given)
 
     def reference(self, length: int) -> Reference:
-        key = length.to_bytes(8, "big")
-        if key not in self._references:
-            self._references[key] = Reference(self, self.tokens(length))
-        return self._references[key]
+        if length not in self._references:
+            self._references[length] = Reference(self, self.tokens(length))
+        return self._references[length]
 
 
 class Reference:

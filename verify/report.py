@@ -14,6 +14,7 @@ from typing import Any
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
+MEASURED = "measured"  # a figure that is reported, and judged by nothing
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +93,7 @@ class Report:
         outcomes = self.claims[claim]
         if outcomes["failed"]:
             return FAULT
-        if not outcomes["passed"] or not any(c.claim == claim for c in self.comparisons):
+        if not outcomes["passed"] or not any(c.claim == claim and c.verdict != MEASURED for c in self.comparisons):
             return NOT_VERIFIED
         return AGREES if set(outcomes) <= {"passed"} else "agrees in part"
 
@@ -132,9 +133,9 @@ class Report:
     def lines(self, exit_status: int) -> list[str]:
         rows = [("claim", "compared", "worst error / bound, and where", "ties", "verdict")]
         for claim in self.claims:
-            mine = [c for c in self.comparisons if c.claim == claim]
-            measured = [c for c in mine if c.bound]
-            worst = max(measured, key=lambda c: c.share, default=None)
+            mine = [c for c in self.comparisons if c.claim == claim and c.verdict != MEASURED]
+            bounded = [c for c in mine if c.bound]
+            worst = max(bounded, key=lambda c: c.share, default=None)
             where = f"{worst.share:.2f}  {worst.stage} [{worst.case}]" if worst else ("exact" if mine else "-")
             rows.append((claim, str(len(mine)), where, str(sum(c.ties for c in mine)), self.verdict_of(claim)))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -69,11 +69,7 @@ def check(case: Case, judge, regime, overrides):
         for stage, mine, ref, true in (
             ("hidden", drafts[step].hidden, hf_hidden, true_hidden), ("logits", drafts[step].logits, hf_logits, true_logits)
         ):  # fmt: skip
-            own = compare.values(ref, true).error
-            judge.holds(
-                case.name, f"mtp step {step} {stage}", own < 1e-4, f"HF and the equations agree (error {own:.1e})"
-            )
-            error = max(error, own)
+            error = max(error, compare.values(ref, true).error)
             bound = tolerances.bound(error, ref, max(case.longest, due))
             judge.values(case.name, f"mtp step {step} {stage}", to_numpy(mine), ref, bound)
 

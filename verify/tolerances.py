@@ -30,9 +30,14 @@ import torch
 from . import stages
 from .compare import values
 
+EXPLAINED = 1e-4  # at these depths HF in float32 errs 1e-6 to 1e-5; more is no rounding, and would make bounds void
 SAFETY = 4.0
 MOST_RATIO = 8.0
 HALF_ULP = 2.0**-24
+
+
+class ReferencesDisagree(AssertionError):
+    """HF and the equations differ by more than float32 explains: nothing can be judged by them."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,27 @@ class Bound:
         return f"{text}, or {SAFETY:g} x mlx's RMSNorm error {self.primitive:.2e}" if self.primitive else text
 
 
-def bound(reference_error: float, ref: np.ndarray, longest: int, routing: bool = False, norm: int = 0) -> Bound:
-    """From HF's error at a stage, its values there, and the longest reduction on the way.
+def bound(
+    reference_error: float,
+    ref: np.ndarray,
+    longest: int,
+    routing: bool = False,
+    norm: int = 0,
+    explained: float = EXPLAINED,
+) -> Bound:
+    """From HF's error at a stage, its values there, and the longest reduction on the way (0: there is none).
 
-    routing: a routing weight; norm: the width, if the stage is a bare RMSNorm.
+    routing: a routing weight; norm: the width, if the stage is a bare RMSNorm; explained: how far HF may be off at all.
+    Raises ReferencesDisagree beyond that.
     """
+    if not reference_error <= explained:
+        raise ReferencesDisagree(
+            f"HF errs {reference_error:.2g} against the equations, where float32 explains {explained:.2g} at most"
+        )
     finite = np.abs(ref[np.isfinite(ref) & (ref > -1e38)]).astype(np.float64)
     rms = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
     floor = HALF_ULP * float(finite.max()) / rms if rms else 0.0
-    ratio = max(primitive_ratio(longest), sigmoid_ratio() if routing else 1.0)
+    ratio = max(primitive_ratio(longest) if longest else 1.0, sigmoid_ratio() if routing else 1.0)
     primitive = rms_norm_error(norm) if norm else 0.0
     value = SAFETY * max(max(reference_error, floor) * ratio, primitive)
     return Bound(value, reference_error, floor, ratio, primitive)
