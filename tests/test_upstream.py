@@ -18,6 +18,22 @@ def test_mlx_gathers_float32_only_on_a_cpu():
         mx.eval(mx.gather_mm(x, w, rhs_indices=mx.array([0, 1])))
 
 
+def test_mlx_gathers_global_scales_on_a_gpu_only():
+    """verify/test_weights.py, test_other_modes."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("concerns the CPU only")
+    scale = mx.array([1.0, 2.0])
+    packed = [mx.quantize(mx.ones((32, 32)), group_size=16, bits=4, mode="nvfp4", global_scale=s) for s in scale]
+    weight, scales = mx.stack([p[0] for p in packed]), mx.stack([p[1] for p in packed])
+    x, experts = mx.ones((2, 1, 32)), mx.array([0, 1])
+    with pytest.raises(ValueError, match="only supported on the GPU"):
+        mx.eval(
+            mx.gather_qmm(
+                x, weight, scales, None, rhs_indices=experts, group_size=16, bits=4, mode="nvfp4", global_scale=scale
+            )
+        )
+
+
 def test_transformers_refuses_partial_fp8_blocks():
     """reference/checkpoints.py, write_fp8: 576 rows in blocks of 128 are five blocks, the last of 64."""
     weight = torch.zeros(576, 128).to(torch.float8_e4m3fn)
