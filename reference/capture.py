@@ -50,7 +50,7 @@ def _numpy(value: torch.Tensor) -> np.ndarray:
     )
 
 
-def _reinterleave(x: np.ndarray, width: int) -> np.ndarray:
+def reinterleave(x: np.ndarray, width: int) -> np.ndarray:
     """The first `width` entries, [evens | odds] -> the order they came in."""
     out = x.copy()
     out[..., 0:width:2], out[..., 1:width:2] = x[..., : width // 2], x[..., width // 2 : width]
@@ -133,7 +133,7 @@ def _indexer_hooks(path: str, module: Any, put: Callable[[str, Any], None], stag
         running.pop().__exit__(None, None, None)
         if type(module).__name__.startswith("Glm"):  # interleaved; DeepseekV32Indexer is half-split
             for stage in ("q", "k") if out is not None else ():
-                stages[f"{path}.{stage}"] = _reinterleave(stages[f"{path}.{stage}"], module.qk_rope_head_dim)
+                stages[f"{path}.{stage}"] = reinterleave(stages[f"{path}.{stage}"], module.qk_rope_head_dim)
 
     yield module.register_forward_pre_hook(enter, with_kwargs=True)
     yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)
@@ -151,7 +151,7 @@ def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], st
     def put_rotated(stage: str, value: Any) -> None:
         put(stage, value)
         if getattr(module.config, "rope_interleave", True):
-            stages[stage] = _reinterleave(stages[stage], module.qk_rope_head_dim)
+            stages[stage] = reinterleave(stages[stage], module.qk_rope_head_dim)
 
     def expand_kv(latent: torch.Tensor, k_rot: torch.Tensor):
         put_rotated(f"{path}.k_rope", k_rot[:, 0])

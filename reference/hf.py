@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
 
@@ -121,8 +122,8 @@ def in_float64(model: Any) -> Iterator[Any]:
     """HF's own code, all of it in float64. `model`: loaded with dtype=torch.float64."""
     rotary = model.model.rotary_emb
     with _Lifted():
-        if rotary.rope_type == "default":
-            rotary.inv_freq = rotary.compute_default_rope_parameters(rotary.config)[0]
+        frequencies = ROPE_INIT_FUNCTIONS.get(rotary.rope_type, rotary.compute_default_rope_parameters)
+        rotary.inv_freq, rotary.attention_scaling = frequencies(rotary.config, device=torch.device("cpu"))
         yield model
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_layers import MtpLayer
 
+from .capture import reinterleave
 from .checkpoints import read_tensors
 from .hf import additive_causal_mask
 
@@ -74,12 +75,21 @@ class Mtp:
         self.head = tensors(prefix + "shared_head.head.weight", torch.float32) if owns else model.lm_head.weight
         self.mtp.eval()
 
+    def index_keys(self) -> np.ndarray | None:
+        """The indexer keys that HF's cache holds after `draft`, [B, T, D], in the order in which wk made them."""
+        indexer = getattr(self.block.layer.self_attn, "indexer", None)
+        if indexer is None:
+            return None
+        keys = self.cache.layers[self.model.config.num_hidden_layers - 1].indexer_keys.numpy().copy()
+        is_interleaved = type(indexer).__name__.startswith("Glm")
+        return reinterleave(keys, indexer.qk_rope_head_dim) if is_interleaved else keys
+
     @torch.no_grad()
     def draft(
         self, hidden: np.ndarray, tokens: list[np.ndarray], steps: int
     ) -> list[tuple[np.ndarray, np.ndarray, Any]]:
         """As `Equations.draft`, cached as HF caches: [(logits, hidden, selection)] of each step."""
-        cache = DynamicCache(config=self.model.config)
+        self.cache = cache = DynamicCache(config=self.model.config)
         index = self.model.config.num_hidden_layers - 1
         previous, out = torch.as_tensor(hidden), []
         attention: Any = self.block.layer.self_attn

@@ -57,6 +57,14 @@ def test_state_carries_everything():
     assert cache.length == 30
 
 
+def test_state_carries_the_padding():
+    cache = LayerCache(False, left_padding=[0, 2])
+    cache.append(mx.zeros((2, 5, 8)), mx.zeros((2, 5, 4)))
+    again = LayerCache.from_state(cache.state)
+    assert again.offset.tolist() == [5, 3]
+    assert mx.array_equal(again.make_mask(2), cache.make_mask(2))
+
+
 def test_copies_are_independent():
     cache = filled(10)
     twin = copy.deepcopy(cache)

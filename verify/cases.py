@@ -60,10 +60,14 @@ def default_specs() -> list[Spec]:
     grouped = checkpoints.tiny(
         indexer_types=["full", "shared", "full", "shared", "shared"], num_hidden_layers=5, first_k_dense_replace=1,
         n_group=4, topk_group=2, norm_topk_prob=False, attention_bias=True, n_shared_experts=2,
+        rms_norm_eps=0.01, qk_nope_head_dim=32, qk_head_dim=48,
     )  # fmt: skip
+    yarn = {"rope_theta": 1000000, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
+    scaled = checkpoints.tiny(num_hidden_layers=3, first_k_dense_replace=1, rope_parameters=yarn)
     bases: list[tuple[str, Mapping[str, Any], float, dict[str, Any]]] = [
         ("glm-5.2", checkpoints.glm_5_2(), 0.0, {}),
-        ("glm-5.1", checkpoints.tiny(num_hidden_layers=3, first_k_dense_replace=1), 0.0, {"latent_norm_eps": 1e-5}),
+        ("glm-5.1", scaled, 0.0, {"latent_norm_eps": 1e-5}),
         ("grouped", grouped, -1.2, {}),  # every biased score negative: a losing group filled with 0 would win
     ]
     specs = [

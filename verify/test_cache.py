@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from verify.candidate import to_numpy
-from verify.cases import Case
+from verify.cases import Case, Reference
 
 CLAIM = "caches: chunks, decode, rewind, padding"
 
@@ -16,7 +16,7 @@ CUTS = {
     "decode from the first token": [1] * 24 + [56],
     "few at a time": [30, 2, 3, 5, 8, 13, 19],
     "within index_topk": [5, 1, 1, 4, 3],
-    "across the growth of the buffers": [250, 3, 1, 1, 1, 1, 1, 1, 11],
+    "across the growth of the buffers": [500, 8, 1, 1, 1, 1, 1, 1, 16],
 }
 
 
@@ -41,6 +41,17 @@ def test_cuts(case: Case, judge, name):
     reference = case.reference(sum(CUTS[name]))
     logits = run_in_chunks(case, reference.tokens, CUTS[name], case.ours.model.make_cache())
     judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
+
+
+@pytest.mark.parametrize("cuts", [[80], [40, 37, 1, 1, 1]], ids=["prefill", "chunks and decode"])
+def test_a_batch_without_padding(case: Case, judge, cuts):
+    """Three rows, three selections."""
+    tokens = case.tokens(80, batch=3)
+    reference = Reference(case, tokens)
+    logits = run_in_chunks(case, tokens, cuts, case.ours.model.make_cache())
+    judge.values(
+        case.name, "logits (batch of 3)", logits, reference.hf["logits"], reference.bound("logits", local=False)
+    )
 
 
 def test_rewind(case: Case, judge, reference):

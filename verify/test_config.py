@@ -102,3 +102,35 @@ def test_a_config_as_hf_saves_it(case: Case, judge, tmp_path):
     saved = glm_dsa.ModelArgs.from_dict({**read_json(tmp_path / "config.json"), **kept}, **case.spec.overrides)
     same = dataclasses.replace(saved, conventions=case.args.conventions) == case.args
     judge.holds(case.name, "config", same, "the same arguments from HF's own config.json")
+
+
+OPTIONAL = (
+    "tie_word_embeddings", "attention_bias", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor", "rms_norm_eps",
+    "first_k_dense_replace", "n_shared_experts", "moe_layer_freq", "num_key_value_heads", "rope_interleave",
+    "index_skip_topk_offset", "index_topk_freq",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+@pytest.mark.parametrize("base", ["glm-5.2", "glm-4.7"])
+def test_a_missing_key_means_what_hf_takes_it_for(judge, base, key):
+    """transformers drops keys as it saves."""
+    config = {
+        k: v for k, v in (checkpoints.glm_5_2() if base == "glm-5.2" else checkpoints.glm_4_7()).items() if k != key
+    }
+    args, built = glm_dsa.ModelArgs.from_dict(config), hf.config_for(config)
+    names = (
+        "tie_word_embeddings", "attention_bias", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor",
+        "rms_norm_eps", "n_shared_experts",
+    )  # fmt: skip
+    ours = {name: getattr(args, name) for name in names} | {
+        "mlp": list(args.mlp_layer_types),
+        "types": list(args.indexer_types),
+    }
+    ours["interleave"] = args.main_rope == "interleaved"
+    theirs = {name: getattr(built, name) for name in names} | {"mlp": list(built.mlp_layer_types)}
+    theirs |= {
+        "types": list(getattr(built, "indexer_types", [])),
+        "interleave": getattr(built, "rope_interleave", True),
+    }
+    judge.holds(f"{base} without {key}", "config", ours == theirs, f"as HF fills it in (ours {ours}, HF {theirs})")

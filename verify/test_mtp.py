@@ -1,9 +1,13 @@
 """Multi-token prediction: four chained draft steps, with the selection reused and made anew."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from reference import hf
+from reference.capture import capture
 from reference.equations import Equations
 from reference.mtp import Mtp
 from verify import compare, tolerances
@@ -14,17 +18,29 @@ CLAIM = "MTP, chained draft steps"
 STEPS = 4
 
 
-def references(case: Case, conventions, length):
-    """(tokens fed at each step, HF's drafts, the equations' drafts), from HF's hidden after the final norm."""
-    reference = case.reference(length)
-    random = np.random.default_rng([case.seed, 7])
-    following = random.integers(3, case.args.vocab_size, (1, STEPS))
-    tokens = [np.concatenate([reference.tokens[:, 1:], following[:, :1]], axis=1)]
-    tokens += [following[:, i : i + 1] for i in range(1, STEPS)]
-    hidden = reference.hf["norm"]
-    mtp = Mtp(case.hf_with_mtp, case.folder, conventions.mtp_reuses_selection, conventions.mtp_zero_first_embedding)
-    truth = Equations(case.config, case.weights, conventions).draft(hidden.astype(np.float64), tokens, STEPS)
-    return hidden, tokens, mtp.draft(hidden, tokens, STEPS), truth
+class Oracles:
+    """HF's drafts and the equations', two rows at a time, from HF's hidden after the final norm, on given tokens."""
+
+    def __init__(self, case: Case, conventions, length):
+        random = np.random.default_rng([case.seed, length])
+        tokens = case.tokens(length, batch=2)
+        with capture(case.hf) as seen:
+            hf.forward(case.hf, tokens)
+        following = random.integers(3, case.args.vocab_size, (2, STEPS))
+        self.hidden = seen["norm"]
+        self.fed = [np.concatenate([tokens[:, 1:], following[:, :1]], axis=1)]  # the next token of each
+        self.fed += [following[:, i : i + 1] for i in range(1, STEPS)]
+        mtp = Mtp(case.hf_with_mtp, case.folder, conventions.mtp_reuses_selection, conventions.mtp_zero_first_embedding)
+        self.hf = mtp.draft(self.hidden, self.fed, STEPS)
+        self.keys = mtp.index_keys()
+        equations = Equations(case.config, case.weights, conventions)
+        self.truth = equations.draft(self.hidden.astype(np.float64), self.fed, STEPS)
+        self.true_keys = equations.stages.get(f"layers.{case.args.num_hidden_layers}.self_attn.indexer.k")
+
+    def bound(self, case: Case, step, which):
+        """From the largest error of HF's in the steps so far. which: 0 logits, 1 hidden."""
+        errors = [compare.values(self.hf[i][which], self.truth[i][which]).error for i in range(step + 1)]
+        return tolerances.bound(max(errors), self.hf[step][which], max(case.longest, self.hidden.shape[1] + STEPS))
 
 
 @pytest.mark.needs("mtp")
@@ -43,50 +59,58 @@ def test_draft_steps_that_reuse_the_first_selection(case: Case, judge, regime):
 
 
 def check(case: Case, judge, regime, overrides):
-    conventions = case.conventions.__class__(**{**vars(case.conventions), **overrides})
-    hidden, tokens, hf, truth = references(case, conventions, case.lengths[0 if regime == "short" else -1])
-
+    conventions = dataclasses.replace(case.conventions, **overrides)
+    oracles = Oracles(case, conventions, case.lengths[0 if regime == "short" else -1])
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
     drafts = ours.model.draft(
-        mx.array(hidden),
-        mx.array(tokens[0]),
+        mx.array(oracles.hidden),
+        mx.array(oracles.fed[0]),
         cache,
         STEPS,
-        choose=lambda step, _: mx.array(tokens[(step + 1) % STEPS][:, 0]),
+        choose=lambda step, _: mx.array(oracles.fed[(step + 1) % STEPS][:, 0]),
     )
-    written = (cache.length, cache.index_length if cache.has_indexer else cache.length)
-    due = tokens[0].shape[1] + STEPS - 1
-    judge.holds(
-        case.name,
-        "mtp cache",
-        written == (due, due),
-        f"each step writes its latent and its indexer key: {written} of {due}",
-    )
-    error = 0.0
+    due = oracles.fed[0].shape[1] + STEPS - 1
+    judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
     for step in range(STEPS):
-        (hf_logits, hf_hidden, _), (true_logits, true_hidden) = hf[step], truth[step]
-        for stage, mine, ref, true in (
-            ("hidden", drafts[step].hidden, hf_hidden, true_hidden), ("logits", drafts[step].logits, hf_logits, true_logits)
-        ):  # fmt: skip
-            error = max(error, compare.values(ref, true).error)
-            bound = tolerances.bound(error, ref, max(case.longest, due))
-            judge.values(case.name, f"mtp step {step} {stage}", to_numpy(mine), ref, bound)
+        for which, stage in ((1, "hidden"), (0, "logits")):
+            mine = to_numpy(getattr(drafts[step], stage))
+            judge.values(
+                case.name, f"mtp step {step} {stage}", mine, oracles.hf[step][which], oracles.bound(case, step, which)
+            )
+    if cache.has_indexer:
+        own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
+        written = to_numpy(cache.index_keys[:, : cache.index_length])
+        bound = tolerances.bound(
+            max(own, compare.values(oracles.hf[-1][1], oracles.truth[-1][1]).error), oracles.keys, case.longest
+        )
+        judge.values(case.name, "mtp cache, indexer keys of every step", written, oracles.keys, bound)
 
 
 @pytest.mark.needs("mtp")
-def test_drafts_rewind(case: Case, judge):
-    """Rejected drafts, trimmed, leave no trace in the MTP layer's cache."""
-    hidden, tokens, *_ = references(case, case.conventions, case.lengths[-1])
-    model = case.ours.model
+def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge):
+    """Rejected drafts, trimmed, leave no trace; the rest of the prompt follows in two chunks."""
+    oracles, model = Oracles(case, case.conventions, case.lengths[-1]), case.ours.model
+    cache, seen, length = model.make_mtp_cache(), [], oracles.hidden.shape[1]
+    for rows in (slice(0, 9), slice(9, 40), slice(40, length)):
+        seen.append(
+            model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)[0].logits
+        )
+        judge.holds(case.name, "mtp cache", cache.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
+    logits = np.concatenate([to_numpy(part) for part in seen], axis=1)
+    judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(case, 0, 0))
 
-    def first_step(cache, rows):
-        return model.draft(mx.array(hidden[:, rows]), mx.array(tokens[0][:, rows]), cache, 1)[0].logits
 
-    straight, rewound = model.make_mtp_cache(), model.make_mtp_cache()
-    first_step(straight, slice(0, 40 if hidden.shape[1] > 40 else 8))
-    cut = straight.length
-    model.draft(mx.array(hidden[:, :cut]), mx.array(tokens[0][:, :cut]), rewound, STEPS)
-    judge.holds(case.name, "mtp cache", rewound.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
-    ours = to_numpy(first_step(rewound, slice(cut, None)))
-    judge.values(case.name, "mtp logits (rewound)", ours, to_numpy(first_step(straight, slice(cut, None))), 0.0)
+@pytest.mark.needs("mtp")
+def test_a_left_padded_batch(case: Case, judge):
+    """A row behind pads drafts what it drafts alone."""
+    oracles, model, pads = Oracles(case, case.conventions, case.lengths[-1]), case.ours.model, 7
+    padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (oracles.hidden, oracles.fed[0])]
+    cache = model.make_mtp_cache(left_padding=[pads, pads])
+    drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, STEPS,
+                         choose=lambda step, _: mx.array(oracles.fed[(step + 1) % STEPS][:, 0]))  # fmt: skip
+    for step, draft in enumerate(drafts):
+        logits = to_numpy(draft.logits)[:, pads if step == 0 else 0 :]
+        judge.values(
+            case.name, f"mtp step {step} logits (padded)", logits, oracles.hf[step][0], oracles.bound(case, step, 0)
+        )

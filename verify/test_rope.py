@@ -11,7 +11,7 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as interleaved
 from glm_dsa import ModelArgs
 from glm_dsa.rope import RotaryEmbedding, rotate, softmax_scale
 from reference import checkpoints, equations, hf
-from reference.capture import _reinterleave
+from reference.capture import reinterleave
 from verify import compare, tolerances
 from verify.candidate import to_numpy
 
@@ -24,6 +24,10 @@ SCALINGS = {
     "linear": {"rope_theta": 1000000, "rope_type": "linear", "factor": 4.0},
     "yarn": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0},
     "yarn with mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    "yarn, other betas": {**YARN, "beta_fast": 12.0, "beta_slow": 2.0},
+    "yarn, not truncated": {**YARN, "truncate": False},
+    "yarn, attention factor": {**YARN, "attention_factor": 1.3},
+    "yarn, factor 1": {**YARN, "factor": 1.0},
 }
 
 
@@ -56,12 +60,13 @@ def rotated_by_hf(config, x, at, layout):
     if layout == "half-split":
         return half_split.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0].numpy()
     turned, _ = interleaved.apply_rotary_pos_emb_interleave(q, q, cos, sin, unsqueeze_dim=2)
-    return _reinterleave(turned.numpy(), 64)
+    return reinterleave(turned.numpy(), 64)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_frequencies(judge, scaling):
-    config = config_of(scaling)
+@pytest.mark.parametrize("width", [64, 16])
+def test_frequencies(judge, scaling, width):
+    config = config_of(scaling) | {"qk_rope_head_dim": width, "qk_head_dim": 12 + width}
     built = hf.config_for(config)
     rope_type = built.rope_parameters["rope_type"]
     if rope_type == "default":
@@ -77,6 +82,8 @@ def test_frequencies(judge, scaling):
         abs(ours.magnitude - magnitude) < 1e-6 and abs(true_magnitude - magnitude) < 1e-6,
         f"factor on cos and sin {magnitude:.6g}",
     )
+    turned = ours(mx.array([0])).cos
+    judge.holds(scaling, "magnitude", abs(float(turned[0, 0]) / magnitude - 1) < 1e-6, "and it is applied")
     relative = np.abs(to_numpy(ours.frequencies) / truth - 1).max()
     judge.holds(scaling, "frequencies", relative <= 2.0**-23, f"exact to the last bit of float32 ({relative:.1e})")
     hf_relative = np.abs(theirs.double().numpy() / truth - 1).max()

@@ -96,6 +96,22 @@ def test_routing_and_experts(judge, config, bias, request):
         judge.values(name, f"mlp.{stage}", to_numpy(mine[stage]), seen[f"layers.0.mlp.{stage}"], bound(stage))
 
 
+def test_scores_that_all_underflow(judge):
+    """sigmoid(-200) is 0 in float32: weights are 0 / (0 + 1e-20) = 0, not NaN."""
+    config = checkpoints.tiny(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    model, ours, _ = modules(config, 5, (0.0, 0.2))
+    x = np.full((1, 4, config["hidden_size"]), 200.0, np.float32)
+    weight = np.full((config["n_routed_experts"], config["hidden_size"]), -1 / config["hidden_size"], np.float32)
+    model.model.layers[0].mlp.gate.weight.data = torch.from_numpy(weight)
+    ours.gate.weight = mx.array(weight)
+    with capture(model) as seen, glm_dsa.trace.capture(ours) as mine:
+        model.model.layers[0].mlp(torch.from_numpy(x))
+        ours(mx.array(x))
+    judge.values(
+        "underflow", "mlp.gate.weights", to_numpy(mine["gate.weights"]), seen["layers.0.mlp.gate.weights"], 0.0
+    )
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_sorting_by_expert_changes_nothing(judge, tokens, monkeypatch):
     """From 64 token-expert pairs on the experts are sorted: one form must equal the other."""
