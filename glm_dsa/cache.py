@@ -70,7 +70,7 @@ class LayerCache:
 
     def trim(self, tokens: int) -> int:
         """Forgets the last `tokens` tokens in every part. Returns how many there were to forget."""
-        tokens = min(tokens, self.length)
+        tokens = max(0, min(tokens, self.length))
         self.length -= tokens
         if self.has_indexer:
             self.index_length = min(self.index_length, self.length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import mlx.nn as nn
 from . import weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError
-from .keys import read_json
+from .keys import read_json, unique_pairs
 from .model import Model, parameters_of
 
 INDEX = "model.safetensors.index.json"
@@ -52,15 +53,16 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
 def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) -> tuple[Model, dict[str, Stored]]:
     """As `load`, but lazy: headers are read and every name and shape is checked, no tensor is."""
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; the folder of a checkpoint (config.json, *.safetensors) is due")
     try:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: not a folder; that of a checkpoint (config.json, *.safetensors) is due")
         args = ModelArgs.from_file(path, **overrides)
         stored = read_headers(path)
         if weights.is_hf_layout(stored):
             weights.check_names(args, {name: s.shape for name, s in stored.items()})
         model = Model(args)
         tensors = model.sanitize(read_tensors(stored))
+        weights.check_dtypes(tensors)
         quantize_as_stored(model, tensors)
         weights.report_differences(
             {name: value.shape for name, value in parameters_of(model).items()},
@@ -70,6 +72,8 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
         raise CheckpointError(str(error)) from None
     except WeightsError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     if dtype is not None:
         tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
     model.load_weights(list(tensors.items()), strict=True)
@@ -108,7 +112,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    if not (folder / INDEX).exists():
+    if not (folder / INDEX).is_symlink() and not (folder / INDEX).exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise CheckpointError(
@@ -137,19 +141,22 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 def read_header(file: Path) -> dict[str, Stored]:
     """The header of one safetensors file, checked against the file's size. Raises `CheckpointError`."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file}: no regular file")
         with file.open("rb") as stream:
             first = stream.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut short in its header ({size} bytes)")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=unique_pairs)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file}: the header is not valid JSON; not a safetensors file?") from None
+        raise CheckpointError(f"{file}: the header is not valid JSON ({error}); not a safetensors file?") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is no JSON object; not a safetensors file?")
     header.pop("__metadata__", None)
@@ -177,12 +184,12 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: {name} has no dtype, shape and data_offsets; the header is damaged") from None
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
-    if not whole or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    if not whole or len(shape) > 8 or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
-            f"{file}: {name}, {dtype} {list(shape)}, does not fill bytes {begin} to {end}; the header is damaged"
+            f"{file}: {name}, {dtype} {list(shape[:8])}, does not fill bytes {begin} to {end}; the header is damaged"
         )
     return Stored(file, dtype, shape), (begin, end)
 
@@ -215,30 +222,14 @@ def check_values(stored: dict[str, Stored]) -> None:
                 raise CheckpointError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged")
 
 
-# Only affine keeps scales in the weights' dtype; each other mode has one (bits, group size) and scales of one byte.
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
-MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
-
-
 def quantize_as_stored(model: Model, tensors: dict[str, mx.array]) -> None:
     """Turns the modules whose weights are stored packed into quantized ones, each with the bits that its shapes show."""
 
     def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
             return False
-        weight, scales = tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
-        width = module.weight.shape[-1]
-        if weight is None or not scales.ndim or not scales.shape[-1] or width % scales.shape[-1]:
-            raise WeightsError(f"{path}: scales of {list(scales.shape)} do not go with a width of {width}")
-        bits, group_size = weight.shape[-1] * 32 // width, width // scales.shape[-1]
-        fits_affine = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
-        mode = MODES.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine" if fits_affine else None
-        if mode is None:
-            raise WeightsError(
-                f"{path}: {bits} bits in groups of {group_size}, scales {scales.dtype}: no packing of mlx"
-            )
         has_scale = {"global_scale": True} if f"{path}.global_scale" in tensors else {}
-        return {"group_size": group_size, "bits": bits, "mode": mode, **has_scale}
+        return weights.packing_of(path, tensors, module.weight.shape[-1]) | has_scale
 
     if any(name.endswith(".scales") for name in tensors):
         nn.quantize(model, class_predicate=packing)

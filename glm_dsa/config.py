@@ -144,7 +144,10 @@ class ModelArgs:
     def from_file(cls, path: str | Path, **overrides: Any) -> ModelArgs:
         """Reads a config.json, or the one inside a checkpoint folder. Raises `ConfigError` naming the file."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
+        try:
+            path = path / "config.json" if path.is_dir() else path
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}") from None
         params = read_json(path)
         try:
             return cls.from_dict(params, **overrides)
@@ -161,7 +164,7 @@ class ModelArgs:
         read, resolve = Reader(params), _Resolver(overrides)
         model_type = read.choice("model_type", tuple(DEFAULTS))
         read.fixed()
-        layers = read.count("num_hidden_layers", most=512)
+        layers = read.count("num_hidden_layers", most=256)
         fields = {
             "model_type": model_type,
             "num_hidden_layers": layers,
@@ -331,7 +334,7 @@ def describe_schedule(types: tuple[str, ...]) -> str:
 
 
 def _feed_forward(read: Reader, defaults: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    experts, groups = read.count("n_routed_experts", most=4096), read.count("n_group", 1)
+    experts, groups = read.count("n_routed_experts", most=1024), read.count("n_group", 1)
     read.equal("num_experts", experts, "n_routed_experts")
     top_groups, topk = read.count("topk_group", 1), read.count("num_experts_per_tok")
     if experts % groups or (groups > 1 and experts // groups < 2):

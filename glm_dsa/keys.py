@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
 }
 
+LARGEST_INT, LARGEST_JSON = 10**15, 64 << 20
 _MISSING = object()
 
 
@@ -134,12 +137,12 @@ class Reader:
     def fixed(self) -> None:
         for key, allowed in FIXED.items():
             value = self.raw(key, allowed[0])
-            if value not in allowed:
+            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 raise ConfigError(f"{key} = {value!r}: this architecture has {allowed[0]!r}")
 
     def equal(self, key: str, due: int, why: str) -> None:
         value = self.raw(key, due)
-        if value != due:
+        if value != due or type(value) is not int:
             raise ConfigError(f"{key} = {value!r}: must equal {why} = {due}")
 
     def rope(self) -> tuple[float, dict[str, Any] | None]:
@@ -173,6 +176,7 @@ class Reader:
             )
 
 
+LARGEST_SCALING = 1e9
 SCALINGS = {  # rope_type: (keys that must be there, keys that may be)
     "linear": ({"factor"}, set()),
     "yarn": (
@@ -195,21 +199,33 @@ def _scaling(kind: Any, rest: dict[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(f"rope_parameters for {kind!r}: missing {sorted(missing)}, not known {sorted(unknown)}")
     for key, value in rest.items():
         least = 1 if key in ("factor", "original_max_position_embeddings") else 0
-        if key != "truncate" and (not is_number(value) or not least <= value < math.inf):
-            raise ConfigError(f"rope_parameters.{key} = {value!r}: a finite number of at least {least} is due")
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise ConfigError(f"rope_parameters.truncate = {value!r}: true or false is due")
+        elif not is_number(value) or not least <= value <= LARGEST_SCALING:
+            raise ConfigError(f"rope_parameters.{key} = {value!r}: a number from {least} to {LARGEST_SCALING:g} is due")
     return {"rope_type": kind, **rest}
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """True for numbers that fit a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= LARGEST_INT
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ConfigError` naming the file."""
+    """A JSON object from a regular file. Raises `ConfigError` naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_untag)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+            what = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
+            raise ConfigError(f"{path}: {what}; a JSON file of at most {LARGEST_JSON:,} bytes is due")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_pairs)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; a checkpoint folder or a config.json is due") from None
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -217,6 +233,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _untag(value: dict[str, Any]) -> Any:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> Any:
+    """For json's object_pairs_hook: a key that comes twice means two things. Raises ValueError."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {twice!r} comes twice")
     # transformers writes non-finite floats as {"__float__": "Infinity"}
-    return float(value["__float__"]) if set(value) == {"__float__"} else value
+    if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return value

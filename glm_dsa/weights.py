@@ -22,7 +22,10 @@ from .errors import WeightsError
 FP8_BLOCK = 128
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PACKED = ("weight", "scales", "biases")  # the parts of a quantized matrix in MLX
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)", re.DOTALL)
+LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.*)", re.DOTALL)
+# Only affine keeps scales in the weights' dtype; each other mode has one (bits, group size) and scales of one byte.
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 class TensorSpec(NamedTuple):
@@ -181,8 +184,10 @@ def _dequantize_fp8(tensors: dict[str, mx.array]) -> None:
 
 def dequantize_fp8(weight: mx.array, scale: mx.array, name: str = "weight") -> mx.array:
     """e4m3 bytes [M, N] times float32 block scales [ceil(M/128), ceil(N/128)] -> bfloat16 [M, N], rounded once."""
-    if weight.dtype != mx.uint8:
-        raise WeightsError(f"{name}: {weight.dtype} beside a block scale; FP8 (e4m3) is due")
+    if weight.dtype != mx.uint8 or weight.ndim != 2 or scale.dtype != mx.float32:
+        raise WeightsError(
+            f"{name}: {weight.dtype} {list(weight.shape)} beside a block scale {scale.dtype}; FP8 rows and F32 are due"
+        )
     rows, columns = weight.shape
     due = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     if scale.shape != due:
@@ -191,6 +196,34 @@ def dequantize_fp8(weight: mx.array, scale: mx.array, name: str = "weight") -> m
         )
     scale = mx.repeat(mx.repeat(scale.astype(mx.float32), FP8_BLOCK, 0)[:rows], FP8_BLOCK, 1)[:, :columns]
     return (mx.from_fp8(weight, dtype=mx.float32) * scale).astype(mx.bfloat16)
+
+
+def packing_of(path: str, tensors: Mapping[str, mx.array], width: int) -> dict[str, Any]:
+    """{group_size, bits, mode} of a packed matrix, from the shapes of its parts and the width of a row unpacked.
+
+    config.json need not say, and is wrong for some modules of mixed builds. Raises `WeightsError`.
+    """
+    weight, scales = tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
+    if weight is None or weight.dtype != mx.uint32 or not weight.ndim or not scales.ndim or not scales.shape[-1]:
+        raise WeightsError(f"{path}: scales without a packed weight (U32) beside them")
+    bits, group_size = weight.shape[-1] * 32 // width, width // scales.shape[-1]
+    fits_affine = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+    mode = MODES.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine" if fits_affine else None
+    if mode is None or bits * width != weight.shape[-1] * 32 or group_size * scales.shape[-1] != width:
+        raise WeightsError(
+            f"{path}: weight {list(weight.shape)}, scales {list(scales.shape)} {scales.dtype} do not pack rows of {width}"
+        )
+    if mode == "affine" and f"{path}.biases" not in tensors:
+        raise WeightsError(f"{path}: affine scales without biases")
+    return {"group_size": group_size, "bits": bits, "mode": mode}
+
+
+def check_dtypes(tensors: Mapping[str, mx.array]) -> None:
+    """Whatever is not part of a packed matrix is floating point. Raises `WeightsError`."""
+    for name, tensor in tensors.items():
+        is_packed = f"{name.rpartition('.')[0]}.scales" in tensors
+        if not is_packed and not mx.issubdtype(tensor.dtype, mx.floating):
+            raise WeightsError(f"{name} is {tensor.dtype}; floating point is due, or packed weights with scales")
 
 
 def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> None:
@@ -211,17 +244,17 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
     name = f"{attention}.kv_b_proj"
     if f"{name}.weight" not in tensors:
         return
-    weight: mx.array = tensors.pop(f"{name}.weight")
     packing: dict[str, Any] = {}
     if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
-        if f"{name}.biases" not in tensors:
-            raise WeightsError(f"{name}: packed without biases; only affine kv_b_proj can be split, convert it anew")
-        scales, biases = tensors.pop(f"{name}.scales"), tensors.pop(f"{name}.biases")
-        packing = {
-            "bits": weight.shape[-1] * 32 // args.kv_lora_rank,
-            "group_size": args.kv_lora_rank // scales.shape[-1],
-        }
-        weight = mx.dequantize(weight, scales, biases, **packing)
+        packing = packing_of(name, tensors, args.kv_lora_rank)
+        packed: list[Any] = [tensors.pop(f"{name}.{part}") for part in PACKED if f"{name}.{part}" in tensors]
+        if any(part.ndim != 2 or part.shape[0] != packed[0].shape[0] for part in packed):
+            raise WeightsError(
+                f"{name}: weight, scales and biases of {[list(part.shape) for part in packed]} do not match"
+            )
+        weight = mx.dequantize(packed[0], *packed[1:], **packing)
+    else:
+        weight = tensors.pop(f"{name}.weight")
     heads = (args.num_attention_heads, args.qk_nope_head_dim + args.v_head_dim, args.kv_lora_rank)
     if weight.shape != (heads[0] * heads[1], heads[2]):
         raise WeightsError(f"{name}.weight is {list(weight.shape)}, {[heads[0] * heads[1], heads[2]]} is due")

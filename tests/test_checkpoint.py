@@ -1,12 +1,15 @@
 """Damaged, missing and hostile checkpoint files: one line that names file and tensor, exit code 1, nothing written."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 
 import glm_dsa
 from glm_dsa.__main__ import main
+from glm_dsa.model import parameters_of
 from reference import checkpoints
 
 INDEX = checkpoints.INDEX
@@ -188,7 +192,7 @@ def unlisted_shard(folder):
 
 def layers_without_number(folder):
     edit_json(folder / "config.json", num_hidden_layers=10**9)
-    return "num_hidden_layers = 1000000000", "at most 512"
+    return "num_hidden_layers = 1000000000", "at most 256"
 
 
 def control_characters(folder):
@@ -196,15 +200,80 @@ def control_characters(folder):
     return "\\x1b[2Jrotary\\nflavour", "neither handled"
 
 
+def fifo(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    return "config.json", "no regular file"
+
+
+def endless_shard(folder):
+    file = shard_of(folder, NORM)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    return file.name, "missing, though"
+
+
+def huge_integer(folder):
+    edit_json(folder / "config.json", routed_scaling_factor=10**400)
+    return "routed_scaling_factor = 1000", "a finite number"
+
+
+def key_twice(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"hidden_size": 128,', 1))
+    return "config.json", "'hidden_size' comes twice"
+
+
+def tensor_twice(folder):
+    file = shard_of(folder, NORM)
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = raw[8 : 8 + length].replace(
+        b"{", b'{"model.norm.weight":{"dtype":"BF16","shape":[64],"data_offsets":[0,128]},', 1
+    )
+    file.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+    return file.name, "'model.norm.weight' comes twice"
+
+
+def dtype_no_string(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(dtype=["BF16"]))
+    return NORM, "has dtype ['BF16']"
+
+
+def many_dimensions(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(shape=[2**60] * 200_000))
+    return NORM, "does not fill"
+
+
+def integers_for_weights(folder):
+    edit_header(shard_of(folder, WQ), lambda h: h[WQ].update(dtype="U32", shape=[48, 32]))
+    return WQ, "[48, 64] is due"
+
+
+def long_shard_name(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][NORM] = "x" * 5000 + ".safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    return str(folder), "File name too long"
+
+
+def dangling_index(folder):
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("nowhere")
+    return INDEX, "No such file"
+
+
 FAULTS = [
     truncated, no_safetensors, empty_file, missing_shard, missing_folder, no_weights, no_config, config_no_json, unknown_key,
     wrong_shape, unknown_dtype, overlapping, absurd_shape, index_points_outside, index_names_pickle, index_lies, index_no_json,
-    index_no_map, missing_tensor, extra_tensor, nan, unlisted_shard, layers_without_number, control_characters,
+    index_no_map, missing_tensor, extra_tensor, nan, unlisted_shard, layers_without_number, control_characters, fifo,
+    endless_shard, huge_integer, key_twice, tensor_twice, dtype_no_string, many_dimensions, integers_for_weights,
+    long_shard_name, dangling_index,
 ]  # fmt: skip
 
 
 def snapshot(folder):
-    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} if folder.exists() else {}
+    return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()} if folder.exists() else {}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
@@ -222,6 +291,59 @@ def test_bad_input_is_one_clear_line(folder, fault, capsys):
     assert named in str(error.value)
     assert said in str(error.value)
     assert snapshot(folder.parent) == before
+
+
+@pytest.fixture(scope="module")
+def packed(sound, tmp_path_factory):
+    """The same checkpoint in MLX layout, 8 bits in groups of 32."""
+    model = glm_dsa.load(sound)
+    nn.quantize(model, 32, 8, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0)
+    folder = tmp_path_factory.mktemp("packed") / "ck"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), parameters_of(model))
+    shutil.copy(sound / "config.json", folder)
+    return folder
+
+
+Q = "model.layers.0.self_attn.q_a_proj"
+EARLY = "model.layers.0.self_attn.kv_b_proj"
+U32, BYTES = mx.uint32, mx.uint8
+PACKING_FAULTS = {
+    "group size 0": {f"{Q}.scales": mx.zeros((48, 65)), f"{Q}.biases": mx.zeros((48, 65))},
+    "no groups": {f"{Q}.scales": mx.zeros((48, 0))},
+    "scalar scales": {f"{Q}.scales": mx.array(1.0)},
+    "scalar weight": {f"{Q}.weight": mx.array(1, dtype=U32)},
+    "no weight": {f"{Q}.weight": None},
+    "no biases": {f"{Q}.biases": None},
+    "7 bits": {f"{Q}.weight": mx.zeros((48, 14), U32)},
+    "unknown mode": {f"{Q}.scales": mx.zeros((48, 4), BYTES), f"{Q}.biases": None},
+    "integers unpacked": {"model.norm.weight": mx.zeros((64,), U32)},
+    "early build, no biases": {f"{EARLY}.weight": mx.zeros((128, 8), U32), f"{EARLY}.scales": mx.zeros((128, 1))},
+    "early build, one row": {
+        f"{EARLY}.weight": mx.zeros((8,), U32), f"{EARLY}.scales": mx.zeros((1,)), f"{EARLY}.biases": mx.zeros((1,))
+    },
+    "fp8 in three dimensions": {
+        f"{Q}.weight": mx.zeros((2, 4, 4), BYTES), f"{Q}.weight_scale_inv": mx.zeros((1, 1)), f"{Q}.scales": None,
+        f"{Q}.biases": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PACKING_FAULTS)
+def test_bad_packing_is_one_clear_line(packed, tmp_path, fault, capsys):
+    folder = Path(shutil.copytree(packed, tmp_path / "ck"))
+    tensors = mx.load(str(folder / "model.safetensors")) | PACKING_FAULTS[fault]
+    mx.eval([t for t in tensors.values() if t is not None])
+    mx.save_safetensors(str(folder / "model.safetensors"), {n: t for n, t in tensors.items() if t is not None})
+    assert main(["inventory", str(folder)]) == 1
+    out = capsys.readouterr()
+    assert out.err.count("\n") == 1
+    assert next(iter(PACKING_FAULTS[fault])).rpartition(".")[0] in out.err
+
+
+def test_a_sound_packed_folder(packed, capsys):
+    assert main(["inventory", str(packed), "--values"]) == 0
+    assert "layout: MLX" in capsys.readouterr().out
 
 
 def test_as_a_process(folder):

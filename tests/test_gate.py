@@ -59,6 +59,29 @@ def test_a_claim_with_skipped_tests_agrees_in_part():
     assert report.verdict_of("a") == "agrees in part"
 
 
+def test_a_run_that_ended_early_has_no_verdict():
+    """Interrupted, whatever the exit status says."""
+    report = report_with({"a": {"passed": 3}}, [GOOD])
+    report.planned["a"] = 4
+    report.finish()
+    assert report.verdict(0).startswith("NO VERDICT")
+    assert report.verdict_of("a") == "agrees in part"
+    assert report.not_verified["a: not run"] == "the run ended before"
+
+
+def test_an_earlier_report_does_not_stay(tmp_path):
+    (tmp_path / "report.jsonl").write_text('{"type": "footer", "verdict": "agrees"}')
+    Report(tmp_path).clear()
+    assert (tmp_path / "report.jsonl").read_text() == ""
+
+
+def test_a_single_test_is_a_part():
+    status, out = run("verify/test_rope.py::test_frequencies[64-linear]", "verify/test_layers.py", "--layers", "77")
+    assert status == 1
+    assert "rope, both layouts: left out: others of its tests: the command line names single ones" in out
+    assert "verdict: NO VERDICT" in out.strip().splitlines()[-1]
+
+
 def test_an_exact_check_that_failed_is_the_worst():
     assert Comparison("a", "case", "stage", FAULT).share == float("inf")
 
@@ -69,7 +92,9 @@ def test_an_exact_check_that_failed_is_the_worst():
         (["--layers", "0-x"], "--layers 0-x: numbers and ranges"),
         (["--index-topk", "8"], "--index-topk belongs to --checkpoint"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
+        (["--layers", "0-99999999999"], "--layers 0-99999999999: numbers and ranges"),
         (["--report", "README.md"], "--report README.md: a file is there"),
+        (["--report", "README.md/sub"], "Not a directory"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):
@@ -111,7 +136,7 @@ def test_a_checkpoint_of_ones_own(tmp_path):
     assert header["cases"] == ["release"]
     assert footer["comparisons"] == len(comparisons) > 100
     assert footer["verdict"] in last
-    assert {c["verdict"] for c in comparisons} == {"agrees"}
+    assert {c["verdict"] for c in comparisons} == {"agrees", "measured"}
     assert not [c for c in comparisons if c["stage"].startswith(("layers.2.", "layers.3."))]
 
 

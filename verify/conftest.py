@@ -38,11 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
         layers = _layers(config.getoption("--layers"))
         specs = _specs(config.getoption("--checkpoint"), config.getoption("--index-topk"))
         target = config.getoption("--report")
-        if target and Path(target).exists() and not Path(target).is_dir():
-            raise ValueError(f"--report {target}: a file is there; the name of a folder is due")
-    except ValueError as error:  # GlmDsaError too
+        out = report.Report(Path(target) if target else None)
+        out.clear()
+    except (ValueError, OSError) as error:  # GlmDsaError too
         pytest.exit(str(error), returncode=1)
-    out = report.Report(Path(target) if target else None)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"), "dtype": "float32", "device": "cpu",
         "command": "pytest " + shlex.join(config.invocation_params.args), "cases": [s.name for s in specs],
@@ -63,10 +62,10 @@ def _layers(text: str | None) -> set[int] | None:
         return None
     chosen: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"--layers {text}: numbers and ranges such as 0-3,6 are due")
-        chosen |= set(range(int(first), int(last or first) + 1))
+        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return chosen
 
 
@@ -137,6 +136,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
     for item in ours:
         out.claims.setdefault(item.module.CLAIM, Counter())  # type: ignore[attr-defined]
+    if any("::" in str(argument) for argument in config.args):
+        for claim in list(out.claims):
+            out.leave_out(claim, 1, "others of its tests: the command line names single ones")
     for claim in all_claims() if ours else ():
         out.claims.setdefault(claim, Counter())  # files that the command line does not name
     if ours:
@@ -147,11 +149,12 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(getattr(item, "module", None), "CLAIM"):
             out = item.config.stash[REPORT]
-            claim = item.module.CLAIM  # type: ignore[attr-defined]
-            out.claims.setdefault(claim, Counter())["deselected"] += 1
-            out.not_verified[f"{claim}: tests left out"] = (
-                f"{out.claims[claim]['deselected']} deselected on the command line"
-            )
+            out.leave_out(item.module.CLAIM, 1, "tests deselected on the command line")  # type: ignore[attr-defined]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    claims = (getattr(getattr(item, "module", None), "CLAIM", None) for item in session.items)
+    session.config.stash[REPORT].planned.update(claim for claim in claims if claim is not None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -185,6 +188,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last lines of a run, after pytest's own."""
     out = config.stash.get(REPORT, None)
-    if out is not None and out.comparisons and "exit_status" in out.header:
+    if out is not None and out.claims and "exit_status" in out.header:
         sys.stdout.write("\n" + "\n".join(out.lines(out.header["exit_status"])) + "\n")
         sys.stdout.flush()

@@ -70,15 +70,28 @@ class Report:
     header: dict[str, Any] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     claims: dict[str, Counter] = field(default_factory=dict)  # claim -> outcomes of its tests
+    planned: Counter = field(default_factory=Counter)  # claim -> tests that were collected and not deselected
     not_verified: dict[str, str] = field(default_factory=dict)  # what -> why
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     started: float = field(default_factory=time.time)
 
+    def clear(self) -> None:
+        """An earlier run's report must not be taken for this one's. Raises ValueError or OSError."""
+        if self.folder is None:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--report {self.folder}: a file is there; the name of a folder is due")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "report.jsonl").write_text("")
+
     def open(self) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "report.jsonl").write_text("")
-            self._write({"type": "header", **self.header})
+        self._write({"type": "header", **self.header})
+
+    def leave_out(self, claim: str, tests: int, why: str) -> None:
+        """Tests of a claim that this run was told not to run."""
+        outcomes = self.claims.setdefault(claim, Counter())
+        outcomes["left out"] += tests
+        self.not_verified[f"{claim}: left out"] = why
 
     def add(self, comparison: Comparison) -> None:
         self.comparisons.append(comparison)
@@ -95,14 +108,22 @@ class Report:
             return FAULT
         if not outcomes["passed"] or not any(c.claim == claim and c.verdict != MEASURED for c in self.comparisons):
             return NOT_VERIFIED
-        return AGREES if set(outcomes) <= {"passed"} else "agrees in part"
+        in_part = set(outcomes) > {"passed"} or claim in self.unfinished()
+        return "agrees in part" if in_part else AGREES
 
     def finish(self) -> None:
         """Turns what did not run into lines of its own."""
+        for claim in self.unfinished():
+            self.not_verified[f"{claim}: not run"] = "the run ended before"
         for claim, outcomes in self.claims.items():
             if self.verdict_of(claim) == NOT_VERIFIED and not any(w.startswith(claim) for w in self.not_verified):
                 why = "its tests ran, but compared nothing" if outcomes["passed"] else "none of its tests ran"
                 self.not_verified[claim] = why
+
+    def unfinished(self) -> list[str]:
+        """Claims of which a planned test did not run."""
+        ran = {c: sum(self.claims[c][o] for o in ("passed", "failed", "skipped")) for c in self.planned}
+        return [claim for claim, tests in self.planned.items() if ran[claim] < tests]
 
     def footer(self, exit_status: int) -> dict[str, Any]:
         verdicts = {claim: self.verdict_of(claim) for claim in self.claims}
@@ -120,7 +141,7 @@ class Report:
         faults = [claim for claim in self.claims if self.verdict_of(claim) == FAULT]
         if faults:
             return f"FAULT in {len(faults)} of {len(self.claims)} claims: {'; '.join(faults)}"
-        if exit_status or not self.comparisons:
+        if exit_status or not self.comparisons or self.unfinished():
             return f"NO VERDICT: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
         line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {len(self.comparisons)} comparisons"

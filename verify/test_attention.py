@@ -1,35 +1,43 @@
 """Attention under a given selection: all three forms against HF's, in prefill and in decode."""
 
+from functools import cache
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
 from verify.candidate import to_numpy
-from verify.cases import Case
+from verify.cases import Case, Reference
 
 CLAIM = "attention under an injected selection"
 FORMS = (EXPANDED, ABSORBED, GATHERED)
+
+
+@cache
+def two_rows(case: Case, length: int) -> Reference:
+    """Each row makes a selection of its own."""
+    return Reference(case, case.tokens(length, batch=2))
 
 
 def attend(case: Case, reference, layer, monkeypatch, form, cuts):
     """Our attention of one layer on HF's normalized input and HF's selection, in chunks."""
     model, start, seen = case.ours.model, 0, []
     monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
-    attention, cache = model.layers[layer].self_attn, model.make_cache()[layer]
+    attention, layer_cache = model.layers[layer].self_attn, model.make_cache()[layer]
     x = reference.hf[f"layers.{layer}.input_layernorm"]
     selection = reference.hf.get(f"layers.{layer}.self_attn.selection") if reference.is_sparse else None
     for cut in cuts:
         rows = slice(start, start + cut)
         start += cut
-        rotation, mask = model.model.rotation_and_mask(cut, cache)
+        rotation, mask = model.model.rotation_and_mask(cut, layer_cache)
         chosen = None
         if selection is not None:
             # HF's early rows list masked keys of the future; a chunk cannot see those, so any masked key will do.
             chosen = mx.array(np.where(selection[:, rows] < start, selection[:, rows], start - 1).astype(np.int32))
         part = mx.array(x[:, rows])
         with case.ours.captured() as stages:
-            attention(part, attention.query_latent(part), rotation, mask, cache, chosen)
+            attention(part, attention.query_latent(part), rotation, mask, layer_cache, chosen)
         seen.append({s: to_numpy(v) for s, v in stages.items()})
     return {s: np.concatenate([part[s] for part in seen], axis=1) for s in seen[0] if not s.endswith("selection")}
 
@@ -41,7 +49,7 @@ CUTS = {"prefill": [80], "decode": [40, 37, 1, 1, 1], "short prefill": [14], "sh
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(case: Case, judge, monkeypatch, form, cuts):
     """14 tokens are within index_topk = 16, 80 are five times as many."""
-    reference = case.reference(sum(cuts))
+    reference = two_rows(case, sum(cuts))
     if form == GATHERED and not reference.is_sparse:
         form = ABSORBED  # without a selection there is nothing to gather
     for layer in range(case.args.num_hidden_layers):

@@ -88,9 +88,13 @@ def check(case: Case, judge, regime, overrides):
 
 
 @pytest.mark.needs("mtp")
-def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge):
+@pytest.mark.parametrize("zero_first", [False, True], ids=["first kept", "first zeroed"])
+def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_first):
     """Rejected drafts, trimmed, leave no trace; the rest of the prompt follows in two chunks."""
-    oracles, model = Oracles(case, case.conventions, case.lengths[-1]), case.ours.model
+    overrides = {"mtp_zero_first_embedding": zero_first}
+    oracles = Oracles(case, dataclasses.replace(case.conventions, **overrides), case.lengths[-1])
+    model = Ours(case.folder, **{**case.spec.overrides, **overrides}).model
+    judge.holds(case.name, "mtp cache", model.make_mtp_cache(start=9).offset == 9, "starts where it is told to")
     cache, seen, length = model.make_mtp_cache(), [], oracles.hidden.shape[1]
     for rows in (slice(0, 9), slice(9, 40), slice(40, length)):
         seen.append(
