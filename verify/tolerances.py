@@ -14,7 +14,7 @@ r      how much less exact the bare mlx primitives (matmul, RMSNorm, softmax) ar
 4      ours and HF may err in opposite directions, and the largest of a sample varies with the sample.
 
 So no bound is above 32 times a, but where a lies below rounding itself, and for one listed reason: a stage that is a
-bare RMSNorm may err 4 times as much as `mx.fast.rms_norm` does at its width. At 6144 that is 10 times torch's error.
+bare RMSNorm may err 4 times as much as `mx.fast.rms_norm` does at its width. At 6144 that is 10 to 30 times torch's.
 """
 
 from __future__ import annotations
@@ -105,11 +105,17 @@ def reference_errors(hf: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarra
 
 @cache
 def rms_norm_error(width: int) -> float:
-    """What `mx.fast.rms_norm` errs against float64 on rows of unit variance."""
-    x = np.random.default_rng(width).standard_normal((64, width)).astype(np.float32)
-    exact = x.astype(np.float64)
-    truth = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
-    return values(np.array(mx.fast.rms_norm(mx.array(x), None, 1e-6)), truth).error
+    """What `mx.fast.rms_norm` errs against float64 on rows of unit variance: any, and such as a bf16 embedding has.
+
+    Values of 8 bits make rounding errors in one long sum alike: on a CPU these rows err 3 times as much at 6144.
+    """
+    rows = mx.array(np.random.default_rng(width).standard_normal((64, width)).astype(np.float32))
+    errors = []
+    for x in (rows, rows.astype(mx.bfloat16).astype(mx.float32)):
+        exact = np.array(x).astype(np.float64)
+        truth = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+        errors.append(values(np.array(mx.fast.rms_norm(x, None, 1e-6)), truth).error)
+    return max(errors)
 
 
 @cache
