@@ -133,6 +133,7 @@ def test_a_checkpoint_of_ones_own(tmp_path):
     ]
     assert (header["type"], footer["type"]) == ("header", "footer")
     assert header["versions"]["transformers"]
+    assert header["conventions"]["indexer_rope = interleaved (key indexer_rope_interleave)"] == ["release"]
     assert header["cases"] == ["release"]
     assert footer["comparisons"] == len(comparisons) > 100
     assert footer["verdict"] in last

@@ -49,10 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
     mx.set_default_device(mx.cpu)  # on a Mac the default would be Metal
     out.not_verified["16 bit, and Metal or CUDA"] = "the verdict is given in float32 on the CPU"
     for spec in specs:
+        for convention in spec.args.conventions:
+            out.conventions.setdefault(str(convention), []).append(spec.name)
         if spec.args.num_nextn_predict_layers and not spec.has_mtp:
             out.not_verified[f"MTP of {spec.name}"] = (
                 "config.json names an MTP layer, but the checkpoint has no tensors for it"
             )
+    out.header["conventions"] = out.conventions
     config.stash[REPORT] = out
     config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
 
@@ -89,26 +92,23 @@ _built: dict[str, cases.Case] = {}
 
 
 @pytest.fixture
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gate: report.Report) -> cases.Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cases.Case:
     spec: cases.Spec = request.param
     if spec.name not in _built:
         scratch = tmp_path_factory.getbasetemp() / "checkpoints"
-        _built[spec.name] = built = cases.Case(spec, scratch, request.config.getoption("--seed"))
-        for convention in built.args.conventions:
-            line = str(convention)
-            gate.conventions.setdefault(line, []).append(spec.name)
+        _built[spec.name] = cases.Case(spec, scratch, request.config.getoption("--seed"))
     return _built[spec.name]
 
 
 @pytest.fixture
 def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
-    name = request.node.name
-    file = Path(str(request.node.path)).name
     seed = request.config.getoption("--seed")
-    again = f"pytest verify/{file} -k {shlex.quote(name.replace('[', ' and ').replace(']', '').strip())}" + (
-        f" --seed {seed}" if seed else ""
-    )
-    return Judge(gate, request.module.CLAIM, again, seed, request.config.glm_layers)  # type: ignore[attr-defined]
+    again = ["pytest", request.node.nodeid] + (["--seed", str(seed)] if seed else [])
+    for option in ("--checkpoint", "--index-topk"):
+        value = request.config.getoption(option)
+        again += [] if value is None else [option, str(value)]
+    again += ["--real-shape"] if request.config.getoption("--real-shape") else []
+    return Judge(gate, request.module.CLAIM, shlex.join(again), seed, request.config.glm_layers)  # type: ignore[attr-defined]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

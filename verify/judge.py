@@ -88,7 +88,6 @@ class Judge:
         reference: Reference,
         local: bool,
         replaced: Mapping[str, Array] | None = None,
-        prefix: str = "",
     ) -> int:
         """Every stage in `ours` that the reference has, in order. Returns the number of ties met.
 
@@ -111,11 +110,11 @@ class Judge:
                 experts = case.args.n_routed_experts
                 used = replaced.get(topk, ours[topk])
                 self.values(
-                    case.name, prefix + stage, scatter(ours[stage], used, experts),
+                    case.name, stage, scatter(ours[stage], used, experts),
                     scatter(ref, reference.hf[topk], experts), reference.bound(stage, local),
                 )  # fmt: skip
             else:
-                self.values(case.name, prefix + stage, ours[stage], ref, reference.bound(stage, local))
+                self.values(case.name, stage, ours[stage], ref, reference.bound(stage, local))
             if ties and not replaced:
                 return ties
         return ties
