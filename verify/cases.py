@@ -87,7 +87,9 @@ def spec_of(folder: Path, index_topk: int | None) -> Spec:
     model, stored = assemble(folder, **overrides)
     args = model.args
     if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
-        raise ValueError(f"--checkpoint {folder}: HF loads bf16, fp16 or fp32 in HF layout; this one is packed")
+        raise ValueError(
+            f"--checkpoint {folder}: HF loads bf16, fp16 or fp32 in HF layout; this one is in MLX's, or packed"
+        )
     parameters = sum(math.prod(s.shape) for s in stored.values())
     if parameters > LARGEST:
         raise ValueError(
@@ -115,7 +117,7 @@ class Case:
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]
         self.args = spec.args
-        self._references: dict[int, Reference] = {}
+        self._references: dict[tuple[int, int], Reference] = {}
 
     @property
     def conventions(self) -> Conventions:
@@ -170,10 +172,10 @@ class Case:
         weights = (lambda name: self.weights(name).astype(np.float32)) if single else self.weights
         return Equations(self.config, weights, self.conventions, given)
 
-    def reference(self, length: int) -> Reference:
-        if length not in self._references:
-            self._references[length] = Reference(self, self.tokens(length))
-        return self._references[length]
+    def reference(self, length: int, batch: int = 1) -> Reference:
+        if (length, batch) not in self._references:
+            self._references[length, batch] = Reference(self, self.tokens(length, batch))
+        return self._references[length, batch]
 
 
 class Reference:

@@ -1,23 +1,15 @@
 """Attention under a given selection: all three forms against HF's, in prefill and in decode."""
 
-from functools import cache
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
 from verify.candidate import to_numpy
-from verify.cases import Case, Reference
+from verify.cases import Case
 
 CLAIM = "attention under an injected selection"
 FORMS = (EXPANDED, ABSORBED, GATHERED)
-
-
-@cache
-def two_rows(case: Case, length: int) -> Reference:
-    """Each row makes a selection of its own."""
-    return Reference(case, case.tokens(length, batch=2))
 
 
 def attend(case: Case, reference, layer, monkeypatch, form, cuts):
@@ -48,8 +40,8 @@ CUTS = {"prefill": [80], "decode": [40, 37, 1, 1, 1], "short prefill": [14], "sh
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(case: Case, judge, monkeypatch, form, cuts):
-    """14 tokens are within index_topk = 16, 80 are five times as many."""
-    reference = two_rows(case, sum(cuts))
+    """14 tokens are within index_topk = 16, 80 are five times as many. Two rows, each with a selection of its own."""
+    reference = case.reference(sum(cuts), batch=2)
     if form == GATHERED and not reference.is_sparse:
         form = ABSORBED  # without a selection there is nothing to gather
     for layer in range(case.args.num_hidden_layers):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from verify.candidate import to_numpy
-from verify.cases import Case, Reference
+from verify.cases import Case
 
 CLAIM = "caches: chunks, decode, rewind, padding"
 
@@ -46,9 +46,8 @@ def test_cuts(case: Case, judge, name):
 @pytest.mark.parametrize("cuts", [[80], [40, 37, 1, 1, 1]], ids=["prefill", "chunks and decode"])
 def test_a_batch_without_padding(case: Case, judge, cuts):
     """Three rows, three selections."""
-    tokens = case.tokens(80, batch=3)
-    reference = Reference(case, tokens)
-    logits = run_in_chunks(case, tokens, cuts, case.ours.model.make_cache())
+    reference = case.reference(80, batch=3)
+    logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
     judge.values(
         case.name, "logits (batch of 3)", logits, reference.hf["logits"], reference.bound("logits", local=False)
     )

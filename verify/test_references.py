@@ -16,7 +16,7 @@ FLOAT64 = 2.0**-29  # its rounding, in units of float32's
 
 
 @pytest.fixture
-def stop_when_they_disagree(request, gate):
+def stop_when_they_disagree(gate):
     """Nothing is judged by references that contradict each other."""
     yield
     if gate.claims[CLAIM]["failed"]:
