@@ -1,6 +1,7 @@
 """`python -m glm_dsa inventory PATH`: what a config or a checkpoint folder holds, counted and checked.
 
 Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
+`generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from .checkpoint import ITEM_BYTES, assemble, check_values
 from .config import ModelArgs
 from .errors import CheckpointError, GlmDsaError, printable
 
+MLX_LM = (
+    "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server",
+    "evaluate", "awq", "dwq", "dynamic_quant", "gptq",
+)  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glm_dsa", description="GLM-5.x in MLX: what a checkpoint holds.")
@@ -31,13 +37,37 @@ def main(arguments: list[str] | None = None) -> int:
         "--values", action="store_true", help="read every tensor: no NaN, no infinity (folders only)"
     )
     inventory.add_argument("--json", action="store_true", help="for machines")
-    options = parser.parse_args(arguments)
+    attach = commands.add_parser(
+        "attach", help="let any mlx-lm load a checkpoint with this definition: writes a model_file into its folder"
+    )
+    attach.add_argument("path", type=Path, help="the folder of a checkpoint")
+    attach.add_argument("--force", action="store_true", help="replace another model_file")
+    for command in MLX_LM:
+        commands.add_parser(
+            command, help=f"mlx-lm's own `{command}` on this definition, with its options", add_help=False
+        )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        print(render(count(options.path, options.values), options.json))
+        if arguments and arguments[0] in MLX_LM:  # whose options mlx-lm parses
+            from . import mlx_lm
+
+            return mlx_lm.run(arguments[0], arguments[1:])
+        options = parser.parse_args(arguments)
+        if options.command == "attach":
+            from . import mlx_lm
+
+            print(f"{mlx_lm.attach(options.path, options.force)}: written; config.json names it as model_file")
+        else:
+            print(render(count(options.path, options.values), options.json))
+        return 0
+    except ModuleNotFoundError as error:
+        if error.name != "mlx_lm":
+            raise
+        print(f"glm-dsa: {error}", file=sys.stderr)
+        return 1
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def count(path: Path, values: bool = False) -> dict[str, Any]:

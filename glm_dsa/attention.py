@@ -19,6 +19,7 @@ from .config import ModelArgs
 from .indexer import Indexer
 from .linear import MultiLinear
 from .rope import Rotation, rotate, softmax_scale
+from .store import LatentStore
 from .trace import tap
 
 EXPANDED, ABSORBED, GATHERED = "expanded", "absorbed", "gathered"
@@ -72,18 +73,18 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = mx.split(self.kv_a_proj_with_mqa(x), [self.latent], axis=-1)
         latent = tap(self, "kv_latent", self.kv_a_layernorm(latent))  # [B, S, R]
         k_rope = tap(self, "k_rope", rotate(k_rope[:, :, None], rotation, self.layout)[:, :, 0])  # [B, S, rope]
-        if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)  # [B, T, ..]
+        joined = mx.concatenate([latent, k_rope], axis=-1)  # [B, S, R + rope]
+        tokens = LatentStore.of(joined) if cache is None else cache.append(joined)  # all T of them
 
-        form = self.cheapest_form(length, latent.shape[1], None if selection is None else selection.shape[-1])
+        form = self.cheapest_form(length, tokens.length, None if selection is None else selection.shape[-1])
         if form == GATHERED:
             assert selection is not None
-            heads = self.attend_gathered(q_nope, q_rope, latent, k_rope, selection, mask)
+            heads = self.attend_gathered(q_nope, q_rope, tokens, selection, mask)
         else:
             if selection is not None:
-                mask = selection_mask(selection, latent.shape[1], mask)
+                mask = selection_mask(selection, tokens.length, mask)
             attend = self.attend_expanded if form == EXPANDED else self.attend_absorbed
-            heads = attend(q_nope, q_rope, latent, k_rope, mask)  # [B, H, S, value]
+            heads = attend(q_nope, q_rope, tokens, mask)  # [B, H, S, value]
         heads = tap(self, "heads", heads.swapaxes(1, 2).reshape(batch, length, -1))
         return tap(self, "output", self.o_proj(heads))
 
@@ -100,40 +101,32 @@ class MultiHeadLatentAttention(nn.Module):
         return min(cost, key=lambda form: cost[form])
 
     def attend_expanded(
-        self, q_nope: mx.array, q_rope: mx.array, latent: mx.array, k_rope: mx.array, mask: mx.array | None
+        self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, mask: mx.array | None
     ) -> mx.array:
-        """q [B, H, S, ..], latent [B, T, R], k_rope [B, T, rope] -> [B, H, S, value]."""
-        k_nope = self.embed_q(latent[:, None], transpose=False)  # [B, H, T, nope]
-        k_rope = mx.broadcast_to(k_rope[:, None], (*k_nope.shape[:-1], self.rope))
+        """q [B, H, S, ..], tokens [B, T, R + rope] -> [B, H, S, value]."""
+        latent, k_rope = mx.split(tokens.read()[:, None], [self.latent], axis=-1)  # [B, 1, T, ..]
+        k_nope = self.embed_q(latent, transpose=False)  # [B, H, T, nope]
+        k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:-1], self.rope))
         return mx.fast.scaled_dot_product_attention(
             mx.concatenate([q_nope, q_rope], axis=-1),
             mx.concatenate([k_nope, k_rope], axis=-1),
-            self.unembed_out(latent[:, None]),  # [B, H, T, value]
+            self.unembed_out(latent),  # [B, H, T, value]
             scale=self.scale,
             mask=mask,
         )
 
     def attend_absorbed(
-        self, q_nope: mx.array, q_rope: mx.array, latent: mx.array, k_rope: mx.array, mask: mx.array | None
+        self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, mask: mx.array | None
     ) -> mx.array:
-        """The same, with the latent as the one key and value of all heads."""
-        summed = mx.fast.scaled_dot_product_attention(
-            mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1),  # [B, H, S, R + rope]
-            mx.concatenate([latent, k_rope], axis=-1)[:, None],  # [B, 1, T, R + rope]
-            latent[:, None],
-            scale=self.scale,
-            mask=mask,
+        """The same, with [latent | rotary key] as the one key of all heads, and the latent as their one value."""
+        keys = tokens.read()[:, None]  # [B, 1, T, R + rope]
+        queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1)  # [B, H, S, R + rope]
+        return self.unembed_out(
+            mx.fast.scaled_dot_product_attention(queries, keys, keys[..., : self.latent], scale=self.scale, mask=mask)
         )
-        return self.unembed_out(summed)
 
     def attend_gathered(
-        self,
-        q_nope: mx.array,
-        q_rope: mx.array,
-        latent: mx.array,
-        k_rope: mx.array,
-        selection: mx.array,
-        mask: mx.array | None,
+        self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, selection: mx.array, mask: mx.array | None
     ) -> mx.array:
         """The absorbed form over selection [B, S, K], in blocks of queries. Nothing here has T times S elements."""
         batch, length, chosen = selection.shape
@@ -145,17 +138,13 @@ class MultiHeadLatentAttention(nn.Module):
             picked = selection[:, rows]  # [B, s, K]
             if summed:  # each block waits for the one before, so that only one of them is in memory
                 picked = mx.stop_gradient(mx.depends(picked, summed[-1]))
-            flat = picked.reshape(batch, -1, 1)
-            keys = [
-                mx.take_along_axis(part, flat, axis=1).reshape(*picked.shape, part.shape[-1])
-                for part in (latent, k_rope)
-            ]
-            scores = (queries[:, rows] * self.scale) @ mx.concatenate(keys, axis=-1).swapaxes(-1, -2)  # [B, s, H, K]
+            keys = tokens.take(picked)  # [B, s, K, R + rope]
+            scores = (queries[:, rows] * self.scale) @ keys.swapaxes(-1, -2)  # [B, s, H, K]
             if mask is not None:
                 allowed = mx.broadcast_to(mask[:, 0, rows], (*picked.shape[:2], mask.shape[-1]))
                 allowed = mx.take_along_axis(allowed, picked, axis=-1)[:, :, None]
                 scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
-            summed.append(mx.softmax(scores, axis=-1, precise=True) @ keys[0])  # [B, s, H, R]
+            summed.append(mx.softmax(scores, axis=-1, precise=True) @ keys[..., : self.latent])  # [B, s, H, R]
         return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
 
 

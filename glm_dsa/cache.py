@@ -1,116 +1,365 @@
 """What a layer remembers of the tokens so far: latent and rotary key on every layer, indexer keys on full layers.
 
-One `LayerCache` holds all of it, so that growing, rewinding and copying act on every part together.
+One `LayerCache` holds all of it, so that growing, rewinding, copying, saving, batching and quantizing act on every part
+together, or fail before they change anything. It has the methods that mlx-lm asks of a cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import mlx.core as mx
 
-STEP = 256  # tokens by which the buffers grow
+from .errors import CacheError
+from .store import Columns, KvQuantization, LatentStore
+
+FORMAT = "glm-dsa cache 1"  # of `state`, and so of saved prompt caches
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Values a token: latent, rotary key, and the indexer's key (0 on layers that share a selection)."""
+
+    latent: int
+    rope: int
+    index: int = 0
 
 
 class LayerCache:
     """The cache of one layer.
 
-    latent      [B, T, R]     the normalized KV latent
-    k_rope      [B, T, D]     the rotary key, one for all heads
-    index_keys  [B, T, D_I]   the indexer's keys; only where `has_indexer` (never on shared layers)
+    latents     [B, T, R + D]   the normalized KV latent, and the rotary key that all heads share; packed if quantized
+    index_keys  [B, T, D_I]     the indexer's keys, never packed; only where the layer has an indexer of its own
 
     Rows of a batch may be left-padded: `left_padding` counts the pads of each row, and positions start after them.
-    `start` is the position of the first token (0, but for tests of far positions).
+    `start` is the position of the first token (0, but for tests of far positions). `model` says whose cache it is.
     """
 
-    def __init__(self, has_indexer: bool, left_padding: list[int] | None = None, start: int = 0) -> None:
-        self.has_indexer = has_indexer
-        self.left_padding = None if left_padding is None else mx.array(left_padding)
+    def __init__(
+        self,
+        widths: Widths,
+        quantization: KvQuantization | None = None,
+        left_padding: Sequence[int] | None = None,
+        start: int = 0,
+        model: str = "",
+    ) -> None:
+        self.widths = widths
+        if quantization is not None:
+            quantization.check(self.widths.latent, self.widths.rope)
+        self.quantization = quantization
+        self.left_padding = None if left_padding is None else list(left_padding)
+        self.right_padding: list[int] | None = None
         self.start = start
-        self.length = 0
-        self.index_length = 0
-        self.latent: mx.array | None = None
-        self.k_rope: mx.array | None = None
-        self.index_keys: mx.array | None = None
+        self.model = model
+        self.latents = LatentStore(quantization, self._boundary(quantization))
+        self.index_keys = Columns()
+
+    @property
+    def has_indexer(self) -> bool:
+        return self.widths.index > 0
+
+    @property
+    def length(self) -> int:
+        """Columns in use: tokens, and the pads before them."""
+        return self.latents.length
+
+    @property
+    def batch(self) -> int | None:
+        """Rows; None as long as nothing says how many."""
+        if self.left_padding is not None:
+            return len(self.left_padding)
+        buffers = self.latents.plain.buffers or self.latents.packed.buffers
+        return buffers[0].shape[0] if buffers else None
+
+    @property
+    def dtype(self) -> mx.Dtype | None:
+        """Of what is cached, and of scales and biases where it is packed; None before the first token."""
+        held = self.latents.plain.buffers or self.latents.packed.buffers[1:]
+        return held[0].dtype if held else None
 
     @property
     def offset(self) -> int | mx.array:
         """Position of the next token: an int, or one for each row of a left-padded batch."""
         offset = self.start + self.length
-        return offset if self.left_padding is None else offset - self.left_padding
+        return offset if self.left_padding is None else offset - mx.array(self.left_padding)
 
-    def append(self, latent: mx.array, k_rope: mx.array) -> tuple[mx.array, mx.array]:
-        """Stores S new tokens, [B, S, R] and [B, S, D]; returns all T of them."""
-        end = self.length + latent.shape[1]
-        self.latent = _store(self.latent, latent, self.length)
-        if self.index_keys is not None:
+    # -- appending and reading
+
+    def append(self, joined: mx.array) -> LatentStore:
+        """Stores [latent | rotary key] of S new tokens, [B, S, R + D]; returns the store of all T."""
+        self._check_fits(joined, self.widths.latent + self.widths.rope, self.dtype, "latent and rotary key")
+        if self.index_keys.length:
             # Keys that no selection reads yet (T <= index_topk, later draft steps) would stay an ever longer graph.
-            self.latent = mx.depends(self.latent, self.index_keys)
-        self.k_rope = _store(self.k_rope, k_rope, self.length)
-        self.length = end
-        return self.latent[:, :end], self.k_rope[:, :end]
+            joined = mx.depends(joined, self.index_keys.buffers[0])
+        self.latents.append(joined, self._first_packed())
+        return self.latents
 
     def append_index_keys(self, keys: mx.array) -> mx.array:
         """Stores S new indexer keys, [B, S, D_I]; returns all T of them. Raises where the layer has no indexer."""
         if not self.has_indexer:
-            raise ValueError(
+            raise CacheError(
                 "this layer's cache holds no indexer keys: a shared layer reuses a selection, it makes none"
             )
-        end = self.index_length + keys.shape[1]
-        self.index_keys = _store(self.index_keys, keys, self.index_length)
-        self.index_length = end
-        return self.index_keys[:, :end]
+        held = self.index_keys.buffers
+        self._check_fits(keys, self.widths.index, held[0].dtype if held else None, "indexer key")
+        self.index_keys.append(keys)
+        return self.index_keys.read()[0]
 
     def make_mask(self, queries: int, **_: Any) -> mx.array | None:
         """Which keys each of the next `queries` positions may see, bool [1 or B, 1, S, T]; None where it is all."""
-        return causal_mask(queries, self.length, self.left_padding)
+        padding = None if self.left_padding is None else mx.array(self.left_padding)
+        return causal_mask(queries, self.length, padding)
+
+    # -- rewinding and quantizing
 
     def is_trimmable(self) -> bool:
         return True
 
     def trim(self, tokens: int) -> int:
-        """Forgets the last `tokens` tokens in every part. Returns how many there were to forget."""
-        tokens = max(0, min(tokens, self.length))
-        self.length -= tokens
-        if self.has_indexer:
-            self.index_length = min(self.index_length, self.length)
+        """Forgets the last `tokens` tokens in every part; returns how many. Raises where there are not so many."""
+        there = self.length - max(self.left_padding or [0])
+        if not 0 <= tokens <= there:
+            raise CacheError(f"trim({tokens}): this cache holds {there} tokens" + self._in_its_shortest_row())
+        self._check_settled("trim")
+        self.latents.trim(tokens)
+        self.index_keys.trim(max(self.index_keys.length - self.latents.length, 0))
         return tokens
 
-    def to_quantized(self, **_: Any) -> None:
-        """mlx-lm asks for this under --kv-bits. Raises: ignoring it in silence is what stock mlx-lm does here."""
-        raise ValueError(
-            "this cache keeps latents in the model's dtype; KV quantization (--kv-bits) is not supported yet"
-        )
+    def to_quantized(self, group_size: int = 64, bits: int = 8, start: int = 0) -> LayerCache:
+        """A cache of the same tokens, with latents and rotary keys packed from token `start` on.
+
+        mlx-lm calls this after each chunk and step under --kv-bits, once its --quantized-kv-start is reached: on a cache
+        that is packed already it changes nothing. Raises `CacheError` where that one was packed otherwise.
+        """
+        if self.quantization is not None:
+            if (self.quantization.bits, self.quantization.group_size) != (bits, group_size):
+                raise CacheError(
+                    f"KV quantization to {bits} bit in groups of {group_size} was asked for, but this cache is packed "
+                    f"already, {self.quantization}; ask for the same, or make the cache anew"
+                )
+            return self
+        quantization = KvQuantization(bits, group_size, start)
+        quantization.check(self.widths.latent, self.widths.rope)
+        twin = self._twin()
+        twin.quantization = quantization
+        twin.latents = LatentStore(quantization, twin._boundary(quantization))
+        if self.length:
+            twin.latents.append(self.latents.read(), twin._first_packed())
+        twin.index_keys = self.index_keys.between(0, self.index_keys.length)
+        return twin
+
+    # -- batches
+
+    @classmethod
+    def merge(cls, caches: Sequence[LayerCache]) -> LayerCache:
+        """The rows of all caches as one left-padded batch. Raises `CacheError` where they are not of one kind."""
+        cls._check_alike(caches)
+        first, length = caches[0], max(c.length for c in caches)
+        moved = [length - c.length for c in caches]
+        twin = first._twin()
+        twin.left_padding = [
+            pad + by for c, by in zip(caches, moved, strict=True) for pad in c.left_padding or [0] * (c.batch or 1)
+        ]
+        rows = [len(c.left_padding) if c.left_padding else c.batch or 1 for c in caches]
+        latents = [c.latents.shifted(by) if c.length else c.latents for c, by in zip(caches, moved, strict=True)]
+        boundary = max(twin._boundary(twin.quantization), *(store.boundary for store in latents))
+        twin.latents = LatentStore.stacked(list(zip(latents, rows, strict=True)), length, boundary)
+        keys = [c.index_keys.shifted(by) if c.length else c.index_keys for c, by in zip(caches, moved, strict=True)]
+        twin.index_keys = Columns.stacked(list(zip(keys, rows, strict=True)), length)
+        return twin
+
+    def extend(self, other: LayerCache) -> None:
+        """Adds the rows of another cache below these."""
+        self._become(self.merge([self, other]))
+
+    def filter(self, rows: Sequence[int] | mx.array) -> None:
+        """Keeps only these rows, in this order, and no more pads than the longest of them needs."""
+        self._check_settled("filter")
+        self._become(self._rows([int(row) for row in rows]))
+
+    def extract(self, row: int) -> LayerCache:
+        """One row as a cache of its own, without padding."""
+        self._check_settled("extract")
+        single = self._rows([row])
+        single.left_padding = None
+        return single
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announces padding of what is appended next. Right padding is rolled to the left by `finalize`."""
+        del lengths  # follows from the padding
+        rows = len(left_padding or right_padding or [])
+        if self.left_padding is None:
+            self.left_padding = [0] * rows
+        if rows not in (0, len(self.left_padding)):
+            raise CacheError(f"padding for {rows} rows; this batch has {len(self.left_padding)}")
+        if left_padding is not None:
+            if self.length:
+                raise CacheError("left padding can only be announced before the first token")
+            self.left_padding = [a + int(b) for a, b in zip(self.left_padding, left_padding, strict=True)]
+            self.latents.boundary = self._boundary(self.quantization)
+        if right_padding is not None and max(right_padding) > 0:
+            self.right_padding = [int(p) for p in right_padding]
+
+    def finalize(self) -> None:
+        """Moves right padding, if there was any, in front of each row."""
+        padding, self.right_padding = self.right_padding, None
+        if padding is None:
+            return
+        rows = [self.extract(i) for i in range(len(padding))]
+        for row, pads in zip(rows, padding, strict=True):
+            row.trim(pads)
+        self._become(self.merge(rows))
 
     def size(self) -> int:
         return self.length
 
     def empty(self) -> bool:
-        return self.latent is None
+        return self.length == 0
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.latent, self.k_rope, self.index_keys) if part is not None)
+        """What the buffers take, with the columns that they have in reserve."""
+        return self.latents.nbytes + self.index_keys.nbytes
+
+    # -- saving: mlx-lm rebuilds a cache from its class and this alone
 
     @property
     def state(self) -> tuple[Any, ...]:
+        """Everything, as arrays, numbers, strings, lists of numbers and None. Columns in reserve are left out."""
+        q = self.quantization
+        parts = [*_parts(self.latents.plain, 1), *_parts(self.latents.packed, 3), *_parts(self.index_keys, 1)]
         return (
-            self.latent, self.k_rope, self.index_keys, self.left_padding,
-            self.has_indexer, self.start, self.length, self.index_length,
+            FORMAT, self.model, list(astuple(self.widths)), None if q is None else [q.bits, q.group_size, q.start],
+            self.latents.boundary, self.left_padding, self.right_padding, self.start, *parts,
         )  # fmt: skip
 
     @state.setter
-    def state(self, value: tuple[Any, ...]) -> None:
-        self.latent, self.k_rope, self.index_keys, self.left_padding, *rest = value
-        has_indexer, start, length, index_length = rest
-        self.has_indexer = bool(has_indexer)
-        self.start, self.length, self.index_length = int(start), int(length), int(index_length)
+    def state(self, value: Sequence[Any]) -> None:
+        if not len(value) or not isinstance(value[0], str) or value[0] != FORMAT:
+            found = value[0] if len(value) and isinstance(value[0], str) else "something else"
+            raise CacheError(
+                f"this cache was saved as {found!r}, {FORMAT!r} is due: it comes from another version of "
+                "this definition. Make the prompt cache anew"
+            )
+        try:
+            _, model, widths, packing, boundary, left, right, start, plain, words, scales, biases, keys = value
+            quantization = None if packing is None else KvQuantization(*(int(n) for n in packing))
+            fresh = LayerCache(Widths(*(int(w) for w in widths)), quantization, left, int(start), model)
+            fresh.right_padding = right
+            fresh.latents.boundary = int(boundary)
+            fresh.latents.plain = Columns([] if plain is None else [plain])
+            fresh.latents.packed = Columns([] if words is None else [words, scales, biases])
+            fresh.index_keys = Columns([] if keys is None else [keys])
+            fresh._check_whole()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CacheError(f"this saved cache is damaged ({error}); make the prompt cache anew") from None
+        self._become(fresh)
 
     @classmethod
-    def from_state(cls, state: tuple[Any, ...]) -> LayerCache:
+    def from_state(cls, state: Sequence[Any]) -> LayerCache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache
+
+    def __repr__(self) -> str:
+        kind = "in the model's dtype" if self.quantization is None else str(self.quantization)
+        rows = "" if self.left_padding is None else f"{len(self.left_padding)} rows, "
+        return f"LayerCache({rows}{self.length} tokens, {kind}, {self.nbytes:,} bytes)"
+
+    # -- helpers
+
+    def _boundary(self, quantization: KvQuantization | None) -> int:
+        """The first column at which no row is before its quantization's start."""
+        if quantization is None or not quantization.start:
+            return 0
+        return quantization.start + max(self.left_padding or [0])
+
+    def _first_packed(self) -> mx.array | None:
+        """The column of each row's quantization start, int [B or 1, 1]; None where the boundary is all of them."""
+        if self.quantization is None or not self.latents.boundary:
+            return None
+        starts = [self.quantization.start + pads for pads in self.left_padding or [0]]
+        return mx.array(starts)[:, None] if min(starts) < self.latents.boundary else None
+
+    def _twin(self) -> LayerCache:
+        """Another cache of the same kind, holding nothing."""
+        return LayerCache(self.widths, self.quantization, self.left_padding, self.start, self.model)
+
+    def _become(self, other: LayerCache) -> None:
+        self.__dict__ = other.__dict__
+
+    def _rows(self, rows: list[int]) -> LayerCache:
+        there = self.batch or 1
+        if not rows or any(not 0 <= row < there for row in rows):
+            raise CacheError(f"rows {rows} of a batch of {there}")
+        twin = self._twin()
+        padding = self.left_padding or [0] * there
+        spare = min(padding[row] for row in rows)
+        twin.left_padding = [padding[row] - spare for row in rows]
+        indices = mx.array(rows)
+        twin.latents = self.latents.rows(indices).shifted(-spare) if self.length else self.latents.shifted(-spare)
+        twin.index_keys = self.index_keys.rows(indices).shifted(-spare)
+        return twin
+
+    def _check_fits(self, new: mx.array, width: int, dtype: mx.Dtype | None, what: str) -> None:
+        is_other = dtype is not None and new.dtype != dtype
+        if is_other or new.shape[-1] != width or self.batch not in (None, new.shape[0]):
+            raise CacheError(
+                f"{what} {list(new.shape)} {new.dtype} for a cache of {self.batch or 'any number of'} rows, width "
+                f"{width}, {dtype or 'any dtype'}: it belongs to another model, dtype or batch"
+            )
+
+    def _check_whole(self) -> None:
+        """Raises ValueError where the parts are not of one shape, as `append` would have left them."""
+        width, q, rows, length = self.widths.latent + self.widths.rope, self.quantization, self.batch, self.length
+        parts = [(self.latents.plain, self.latents.plain.length, [width])]
+        if q is not None:
+            packed = [width * q.bits // 32, width // q.group_size, width // q.group_size]
+            parts.append((self.latents.packed, self.latents.packed.length, packed))
+        elif self.latents.packed.length:
+            raise ValueError("packed tokens without a quantization")
+        parts.append((self.index_keys, length if self.has_indexer else 0, [self.widths.index]))
+        for columns, tokens, due in parts:
+            shapes = [(rows, tokens, w) for w in due] if tokens else []
+            if [buffer.shape for buffer in columns.buffers] != shapes:
+                raise ValueError(f"tensors of {[b.shape for b in columns.buffers]}, {shapes} are due")
+
+    def _check_settled(self, what: str) -> None:
+        if self.right_padding is not None:
+            raise CacheError(f"{what}: right padding was announced and not yet finalized")
+
+    def _in_its_shortest_row(self) -> str:
+        return " in its shortest row" if self.left_padding else ""
+
+    @staticmethod
+    def _check_alike(caches: Sequence[LayerCache]) -> None:
+        for cache in caches:
+            if not isinstance(cache, LayerCache):
+                raise CacheError(f"a batch of LayerCache and {type(cache).__name__}: caches of one kind are due")
+            cache._check_settled("merge")
+        for what, kinds in (
+            ("quantization", [c.quantization or "none" for c in caches]),
+            ("widths", [c.widths for c in caches]),
+            ("model", [c.model for c in caches]),
+            ("first position", [c.start for c in caches]),
+            ("dtype", [c.dtype for c in caches if c.length]),
+        ):
+            if len(set(kinds)) > 1:
+                raise CacheError(
+                    f"caches of different {what} cannot be one batch: {', '.join(sorted(set(map(str, kinds))))}"
+                )
+
+
+def _parts(columns: Columns, count: int) -> list[mx.array | None]:
+    return list(columns.read()) if columns.length else [None] * count
 
 
 def causal_mask(queries: int, offset: int, left_padding: mx.array | None = None) -> mx.array | None:
@@ -123,13 +372,41 @@ def causal_mask(queries: int, offset: int, left_padding: mx.array | None = None)
     return mask if left_padding is None else mask & (keys >= left_padding[:, None, None, None])
 
 
-def _store(buffer: mx.array | None, new: mx.array, at: int) -> mx.array:
-    end = at + new.shape[1]
-    if buffer is None or buffer.shape[1] < end:
-        size = -(-end // STEP) * STEP
-        grown = mx.zeros((new.shape[0], size, new.shape[2]), new.dtype)
-        if buffer is not None:
-            grown[:, :at] = buffer[:, :at]
-        buffer = grown
-    buffer[:, at:end] = new
-    return buffer
+def check_caches(caches: Sequence[Any], due: Sequence[Widths], model: str, rows: int) -> None:
+    """Raises `CacheError` where a model's layers, of these widths, could not go on from these caches with `rows` rows."""
+    if len(caches) != len(due):
+        raise CacheError(f"{len(caches)} caches for {len(due)} layers: this is another model's cache; use make_cache()")
+    for layer, (cache, widths) in enumerate(zip(caches, due, strict=True)):
+        if not isinstance(cache, LayerCache):
+            raise CacheError(
+                f"layer {layer}: the cache is a {type(cache).__name__}, made by another definition; make it anew"
+            )
+        if cache.widths != widths:
+            raise CacheError(
+                f"layer {layer}: a cache of {cache.widths}, {widths} is due: it is another model's; make it anew"
+            )
+        if cache.model and cache.model != model:
+            raise CacheError(
+                f"layer {layer}: the cache was made by model {cache.model}, this is {model} (weights or conventions "
+                "differ); make it anew"
+            )
+        if cache.batch not in (None, rows):
+            raise CacheError(f"layer {layer}: a cache of {cache.batch} rows, for a batch of {rows}")
+    lengths = {c.length for c in caches} | {c.index_keys.length for c in caches if c.has_indexer}
+    if len(lengths) > 1:
+        raise CacheError(
+            f"the layers' caches hold between {min(lengths)} and {max(lengths)} tokens: an earlier run was cut short, "
+            "or they were not trimmed together. Start anew"
+        )
+
+
+def cache_bytes(widths: Widths, itemsize: int, quantization: KvQuantization | None = None) -> tuple[int, int]:
+    """Bytes a token of one layer, in a model whose dtype has `itemsize` bytes: (latent and rotary key, indexer key).
+
+    Of tokens before the quantization's start, the first is (latent + rope) * itemsize instead.
+    """
+    width = widths.latent + widths.rope
+    return (
+        width * itemsize if quantization is None else quantization.bytes_per_token(width, itemsize),
+        widths.index * itemsize,
+    )

@@ -24,6 +24,10 @@ class WeightsError(GlmDsaError):
     """Tensors that do not make this model: names them."""
 
 
+class CacheError(GlmDsaError):
+    """A cache that cannot do what it was asked to; it is unchanged."""
+
+
 def printable(text: str) -> str:
     """One line that a terminal cannot be steered by: control characters and lone surrogates escaped, length bounded."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])

@@ -23,6 +23,8 @@ class _Stacked(nn.Module):
 class _QuantizedStacked(nn.Module):
     """Packed as `mx.quantize` packs; `global_scale` (nvfp4 only): a float32 scale for each matrix besides."""
 
+    plain_class = _Stacked
+
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str, global_scale: bool = False) -> None:
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
@@ -41,6 +43,18 @@ class _QuantizedStacked(nn.Module):
 
     def packing(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def dequantized(self) -> _Stacked:
+        """The unpacked module that this one stands for."""
+        biases, scale = self.get("biases"), self.get("global_scale")
+        if scale is None:
+            weight = mx.dequantize(self.weight, self.scales, biases, **self.packing())
+        else:
+            parts = zip(self.weight, self.scales, scale, strict=True)
+            weight = mx.stack([mx.dequantize(w, s, None, **self.packing(), global_scale=g) for w, s, g in parts])
+        plain = self.plain_class(*weight.shape)
+        plain.weight = weight
+        return plain
 
 
 class QuantizedMultiLinear(_QuantizedStacked):
@@ -83,3 +97,7 @@ class SwitchLinear(_Stacked):
         self, group_size: int = 64, bits: int = 4, mode: str = "affine", global_scale: bool = False
     ) -> QuantizedSwitchLinear:
         return QuantizedSwitchLinear(self.weight, group_size, bits, mode, global_scale)
+
+
+QuantizedMultiLinear.plain_class = MultiLinear
+QuantizedSwitchLinear.plain_class = SwitchLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from mlx.utils import tree_flatten
 
 from . import weights
 from .block import DecoderLayer
-from .cache import LayerCache, causal_mask
+from .cache import LayerCache, Widths, causal_mask, check_caches
 from .config import ModelArgs
 from .mtp import Draft, MtpLayer, last_selection
 from .rope import RotaryEmbedding
+from .store import KvQuantization
 from .trace import tap
 
 
@@ -36,7 +38,7 @@ class Backbone(nn.Module):
     ) -> mx.array:
         """int [B, S] -> hidden after the final norm, [B, S, hidden]."""
         x = tap(self, "embed", self.embed_tokens(tokens) if input_embeddings is None else input_embeddings)
-        caches: Sequence[LayerCache | None] = cache or [None] * self.depth
+        caches: Sequence[LayerCache | None] = [None] * self.depth if cache is None else cache
         rotation, mask = self.rotation_and_mask(x.shape[1], caches[0])
         selection = None
         for layer, layer_cache in zip(self.layers[: self.depth], caches, strict=True):
@@ -58,13 +60,19 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Backbone(args)
+        self._fingerprint_of: _Fingerprint | None = None
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def __call__(
         self, inputs: mx.array, cache: list[LayerCache] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        """tokens int [B, S] -> logits [B, S, V]. With `input_embeddings` [B, S, hidden] the tokens are not looked up."""
+        """tokens int [B, S] -> logits [B, S, V]. With `input_embeddings` [B, S, hidden] the tokens are not looked up.
+
+        Raises `CacheError` where `cache` is not this model's, before it is changed.
+        """
+        if cache is not None:
+            check_caches(cache, [self._widths(layer) for layer in self.layers], self.fingerprint, inputs.shape[0])
         return self.logits(self.model(inputs, cache, input_embeddings))
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -100,20 +108,18 @@ class Model(nn.Module):
 
         Raises ValueError where the model has no MTP layer.
         """
-        if self.mtp is None:
-            raise ValueError(
-                "this model has no MTP layer (num_nextn_predict_layers = 0, or its checkpoint has no tensors)"
-            )
+        mtp = self._mtp_layer()
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least 1 draft step")
+        check_caches([cache], [self._widths(mtp)], self.fingerprint, hidden.shape[0])
         choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))
         drafts: list[Draft] = []
         tokens, reuse = next_tokens, None
         for step in range(steps):
             rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)
             embeddings = self._draft_embeddings(tokens, cache)
-            out, selection = self.mtp.step(hidden, embeddings, rotation, mask, cache, reuse)
-            logits = self.mtp.shared_head.head(out) if self.args.mtp_owns_embeddings else self.logits(out)
+            out, selection = mtp.step(hidden, embeddings, rotation, mask, cache, reuse)
+            logits = mtp.shared_head.head(out) if self.args.mtp_owns_embeddings else self.logits(out)
             drafts.append(Draft(logits, out, tokens))
             if reuse is None and self.args.mtp_reuses_selection:
                 reuse = last_selection(selection, cache)
@@ -121,16 +127,30 @@ class Model(nn.Module):
             tokens = choose(step, logits[:, -1])[:, None]
         return drafts
 
+    def _mtp_layer(self) -> MtpLayer:
+        if self.mtp is None:
+            raise ValueError(
+                "this model has no MTP layer (num_nextn_predict_layers = 0, or its checkpoint has no tensors)"
+            )
+        return self.mtp
+
     def _draft_embeddings(self, tokens: mx.array, cache: LayerCache) -> mx.array:
-        assert self.mtp is not None
-        embed = self.mtp.embed_tokens if self.args.mtp_owns_embeddings else self.model.embed_tokens
+        embed = self._mtp_layer().embed_tokens if self.args.mtp_owns_embeddings else self.model.embed_tokens
         if not self.args.mtp_zero_first_embedding:
             return embed(tokens)
         return mx.where((positions(tokens.shape[1], cache) == 0)[..., None], 0, embed(tokens))
 
-    def make_mtp_cache(self, left_padding: list[int] | None = None, start: int = 0) -> LayerCache:
+    def make_mtp_cache(
+        self,
+        left_padding: list[int] | None = None,
+        start: int = 0,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+    ) -> LayerCache:
         """The MTP layer's cache. Kept apart from `make_cache`, whose length mlx-lm holds to that of `layers`."""
-        return LayerCache(self.args.has_indexer, left_padding, start)
+        quantization = None if kv_bits is None else KvQuantization(kv_bits, kv_group_size, quantized_kv_start)
+        return LayerCache(self._widths(self._mtp_layer()), quantization, left_padding, start, self.fingerprint)
 
     # -- what mlx-lm asks for
 
@@ -138,9 +158,44 @@ class Model(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return self.model.layers[: self.args.num_hidden_layers]
 
-    def make_cache(self, left_padding: list[int] | None = None, start: int = 0) -> list[LayerCache]:
-        """One empty cache for each layer of `layers`. Indexer keys are kept on full layers only."""
-        return [LayerCache(layer.runs_indexer, left_padding, start) for layer in self.layers]
+    def make_cache(
+        self,
+        left_padding: list[int] | None = None,
+        start: int = 0,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+    ) -> list[LayerCache]:
+        """One empty cache for each layer of `layers`. Indexer keys are kept on full layers only.
+
+        With `kv_bits`, latents and rotary keys are packed from token `quantized_kv_start` on, and attended so from then
+        on however the tokens are cut into calls. Raises `CacheError` where bits or group size do not fit the model.
+        """
+        quantization = None if kv_bits is None else KvQuantization(kv_bits, kv_group_size, quantized_kv_start)
+        return [
+            LayerCache(self._widths(layer), quantization, left_padding, start, self.fingerprint)
+            for layer in self.layers
+        ]
+
+    def _widths(self, layer: DecoderLayer) -> Widths:
+        a = self.args
+        return Widths(a.kv_lora_rank, a.qk_rope_head_dim, a.index_head_dim if layer.runs_indexer else 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this model's caches from those of another, in a few letters: what shapes and turns the cached values,
+        and two small norms for the weights. Builds of one model in different bits share it."""
+        norms = [self.model.norm.weight, self.layers[0].self_attn.kv_a_layernorm.weight]
+        known = self._fingerprint_of
+        if known is None or any(a is not b for a, b in zip(norms, known.norms, strict=True)):
+            a, digest = self.args, hashlib.sha256()
+            shape = [self._widths(layer) for layer in self.layers]
+            conventions = [(c.name, str(c.value)) for c in a.conventions]
+            digest.update(repr((a.model_type, shape, conventions, a.rope_theta, a.index_topk)).encode())
+            for norm in norms:
+                digest.update(bytes(memoryview(norm.astype(mx.float32))))  # type: ignore[arg-type]
+            known = self._fingerprint_of = _Fingerprint(norms, digest.hexdigest()[:12])
+        return known.text
 
     def sanitize(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it."""
@@ -156,8 +211,21 @@ class Model(nn.Module):
     def cast_predicate(self):
         return lambda name: "e_score_correction_bias" not in name
 
+    @property
+    def quant_predicate(self):
+        """What a conversion to few bits packs by default: not the indexer, whose near ties decide what is attended to.
+        (The router and its correction bias cannot be packed at all.)"""
+        return lambda path, _: ".indexer." not in path
+
     def __repr__(self) -> str:
         return f"Model({self.model_type}, {len(self.layers)} layers, {'with' if self.mtp else 'no'} MTP)"
+
+
+class _Fingerprint:
+    """What `Model.fingerprint` was made of. No list or array of the module's own: those would be parameters."""
+
+    def __init__(self, norms: list[mx.array], text: str) -> None:
+        self.norms, self.text = norms, text
 
 
 def positions(length: int, cache: LayerCache) -> mx.array:

@@ -74,5 +74,4 @@ def last_selection(selection: mx.array | None, cache: LayerCache) -> mx.array:
     """The last query's selection, [B, 1, K]; where every key was selected, their indices written out."""
     if selection is not None:
         return selection[:, -1:]
-    assert cache.latent is not None
-    return mx.broadcast_to(mx.arange(cache.length), (cache.latent.shape[0], 1, cache.length))
+    return mx.broadcast_to(mx.arange(cache.length), (cache.batch or 1, 1, cache.length))

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from . import hf
 
@@ -96,6 +98,15 @@ def glm_4_7(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ONLY_INDEXER}
 
 
+def packable(**changes: Any) -> dict[str, Any]:
+    """GLM-5.2's shape of things at widths that groups of 64 divide: weights and latents can be quantized as they come."""
+    wide = {
+        "kv_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "qk_head_dim": 128, "v_head_dim": 64,
+        "index_head_dim": 128, "q_lora_rank": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "vocab_size": 320,
+    }  # fmt: skip
+    return glm_5_2(**wide | changes)
+
+
 def write(
     folder: str | Path,
     config: Mapping[str, Any],
@@ -146,6 +157,23 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
             if module == "kv_a_proj_with_mqa":  # a small latent beside a rotary key of unit variance
                 latent = parameter.shape[0] - model.config.qk_rope_head_dim
                 parameter[:latent] *= 0.03
+
+
+def write_tokenizer(folder: str | Path) -> Path:
+    """A real, small tokenizer in HF's format: every byte a token, some special ones, a chat template. 262 tokens."""
+    special = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|sep|>"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1])
+    wrapped.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|sep|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    wrapped.save_pretrained(folder)
+    return Path(folder)
 
 
 def _add_mtp_tensors(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -1,89 +1,470 @@
-"""The cache of a layer: growing, rewinding, copying and saving act on every part together."""
+"""The cache of a layer: growing, rewinding, copying, saving, batching and quantizing act on every part together."""
 
 import copy
 
 import mlx.core as mx
 import pytest
 
-from glm_dsa.cache import STEP, LayerCache, causal_mask
+from glm_dsa.cache import LayerCache, Widths, cache_bytes, causal_mask
+from glm_dsa.errors import CacheError
+from glm_dsa.store import STEP, KvQuantization
+
+WIDTHS = Widths(64, 32, 6)
+INT8 = KvQuantization(8, 32)
 
 
-def filled(tokens, has_indexer=True, dtype=mx.float32):
-    cache = LayerCache(has_indexer)
-    rows = mx.arange(tokens, dtype=mx.float32)[None, :, None]
-    cache.append((mx.zeros((1, tokens, 8)) + rows).astype(dtype), (mx.zeros((1, tokens, 4)) + rows).astype(dtype))
-    if has_indexer:
-        cache.append_index_keys((mx.zeros((1, tokens, 6)) + rows).astype(dtype))
+def vectors(tokens, width, batch=1, dtype=mx.float32, key=0):
+    return mx.random.normal((batch, tokens, width), key=mx.random.key(key)).astype(dtype)
+
+
+def fill(cache, tokens, dtype=mx.float32, key=0, batch=1):
+    """Appends random vectors to every part; returns them."""
+    joined = vectors(tokens, cache.widths.latent + cache.widths.rope, batch, dtype, key)
+    keys = vectors(tokens, 6, batch, dtype, key + 1000)
+    if cache.has_indexer:
+        cache.append_index_keys(keys)
+    cache.append(joined)
+    return joined, keys
+
+
+def filled(tokens, widths=WIDTHS, quantization=None, dtype=mx.float32, key=0):
+    cache = LayerCache(widths, quantization)
+    fill(cache, tokens, dtype, key)
     return cache
 
 
 def contents(cache):
-    parts = [cache.latent[:, : cache.length], cache.k_rope[:, : cache.length]]
-    return parts + ([cache.index_keys[:, : cache.index_length]] if cache.has_indexer else [])
+    return [cache.latents.read()] + (cache.index_keys.read() if cache.has_indexer else [])
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        a.dtype == b.dtype and mx.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def unchanged(cache):
+    """A snapshot, to be compared after an error."""
+    return copy.deepcopy(cache.state)
+
+
+def is_as(cache, snapshot):
+    for now, then in zip(cache.state, snapshot, strict=True):
+        equal = mx.array_equal(now, then).item() if isinstance(now, mx.array) else now == then
+        if not equal:
+            return False
+    return True
+
+
+KINDS = {"plain": None, "int8": INT8, "int8 from token 20 on": KvQuantization(8, 32, 20), "int4": KvQuantization(4, 32)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def quantization(request):
+    return request.param
 
 
 @pytest.mark.parametrize("tokens", [1, STEP - 1, STEP, STEP + 1, 3 * STEP + 7])
-def test_growing_keeps_what_was_there(tokens):
-    cache = filled(tokens)
-    latent, _ = cache.append(mx.full((1, 3, 8), -1.0), mx.full((1, 3, 4), -1.0))
-    keys = cache.append_index_keys(mx.full((1, 3, 6), -1.0))
-    assert latent.shape[1] == keys.shape[1] == tokens + 3
-    assert latent[0, :, 0].tolist() == keys[0, :, 0].tolist() == [*range(tokens), -1, -1, -1]
+def test_growing_keeps_what_was_there(quantization, tokens):
+    cache = filled(tokens, quantization=quantization)
+    before = contents(cache)
+    fill(cache, 3, key=5)
+    after = contents(cache)
+    assert [part.shape[1] for part in after] == [tokens + 3] * 2
+    assert same([part[:, :tokens] for part in after], before)
 
 
-def test_trim_acts_on_every_part():
-    cache = filled(40)
-    assert cache.trim(15) == 15
-    assert [p.shape[1] for p in contents(cache)] == [25, 25, 25]
-    assert cache.trim(100) == 25  # what there is, as mlx-lm expects
-    assert cache.size() == cache.index_length == 0
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_packed_is_what_mx_quantize_packs(bits, dtype):
+    cache = LayerCache(WIDTHS, KvQuantization(bits, 32))
+    joined = mx.concatenate([fill(cache, n, dtype, key=n)[0] for n in (5, 1, 30)], axis=1)
+    assert same(cache.latents.packed.read(), mx.quantize(joined, group_size=32, bits=bits))
+
+
+@pytest.mark.parametrize("start", [0, 1, 20, 35, 36, 100])
+def test_tokens_are_packed_from_the_start_asked_for(start):
+    cuts = [(36,), (1,) * 36, (19, 2, 15), (20, 16)]
+    caches = []
+    for cut in cuts:
+        cache, at = LayerCache(WIDTHS, KvQuantization(8, 32, start)), 0
+        joined, keys = vectors(36, 96), vectors(36, 6, key=1)
+        for n in cut:
+            cache.append_index_keys(keys[:, at : at + n])
+            cache.append(joined[:, at : at + n])
+            at += n
+        caches.append(cache)
+    first = min(start, 36)
+    for cache in caches:
+        assert (cache.latents.plain.length, cache.latents.packed.length) == (first, 36 - first)
+        read = cache.latents.read()
+        assert mx.array_equal(read[:, :first], joined[:, :first])
+        if first < 36:
+            assert mx.array_equal(read[:, first:], INT8.rounded(joined[:, first:]))
+        assert mx.array_equal(cache.index_keys.read()[0], keys)
+
+
+def test_what_is_taken_is_what_would_be_read(quantization):
+    """Unpacking what was selected equals unpacking everything, then selecting, exactly; in a batch too."""
+    one, two = filled(40, quantization=quantization), filled(23, quantization=quantization, key=7)
+    for cache in (one, LayerCache.merge([one, two])):
+        rows, length = cache.batch, cache.length
+        selection = mx.random.randint(0, length, (rows, 5, 9), key=mx.random.key(3)).astype(mx.uint32)
+        every = cache.latents.read()
+        picked = mx.take_along_axis(every[:, None], selection[..., None], axis=2)
+        assert mx.array_equal(cache.latents.take(selection), picked)
+
+
+def test_trim_acts_on_every_part(quantization):
+    cache = filled(40, quantization=quantization)
+    kept = [part[:, :15] for part in contents(cache)]
     assert cache.is_trimmable()
+    assert cache.trim(25) == 25
+    assert same(contents(cache), kept)
+    joined, _ = fill(cache, 25, key=9)
+    assert cache.length == cache.index_keys.length == 40
+    again = LayerCache(WIDTHS, quantization)
+    again.append(vectors(40, 96)[:, :15])
+    again.append(joined)
+    assert mx.array_equal(cache.latents.read(), again.latents.read())
+
+
+@pytest.mark.parametrize("tokens", [-1, 41, 1000])
+def test_more_than_there_is_cannot_be_trimmed(tokens):
+    cache = filled(40)
+    before = unchanged(cache)
+    with pytest.raises(CacheError, match=r"holds 40 tokens"):
+        cache.trim(tokens)
+    assert is_as(cache, before)
+
+
+def test_a_batch_is_trimmed_no_further_than_its_shortest_row():
+    batch = LayerCache.merge([filled(30), filled(8, key=3)])
+    with pytest.raises(CacheError, match=r"trim\(9\): this cache holds 8 tokens in its shortest row"):
+        batch.trim(9)
+    assert batch.trim(8) == 8
 
 
 def test_shared_layers_have_no_indexer_keys():
-    cache = filled(5, has_indexer=False)
-    with pytest.raises(ValueError, match="a shared layer reuses a selection"):
+    cache = LayerCache(Widths(64, 32))
+    with pytest.raises(CacheError, match="a shared layer reuses a selection"):
         cache.append_index_keys(mx.zeros((1, 1, 6)))
 
 
-def test_state_carries_everything():
-    """mlx-lm rebuilds a cache through __new__ and the state alone."""
+# -- quantizing what is there
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_quantizing_later_packs_what_is_there(start):
     cache = filled(30)
-    cache.start = 100
-    again = LayerCache.from_state(cache.state)
-    assert again.offset == cache.offset == 130
-    assert all(mx.array_equal(a, b) for a, b in zip(contents(again), contents(cache), strict=True))
-    again.append(mx.zeros((1, 1, 8)), mx.zeros((1, 1, 4)))
+    twin = cache.to_quantized(group_size=32, bits=8, start=start)
+    assert same(contents(twin), contents(filled(30, quantization=KvQuantization(8, 32, start))))
+    fill(twin, 4, key=2)
     assert cache.length == 30
+    assert twin.length == 34
+
+
+def test_quantizing_a_padded_batch_rounds_each_row_from_its_own_start():
+    rows = [filled(30), filled(22, key=3)]
+    twin = LayerCache.merge(rows).to_quantized(32, 8, start=20)
+    alone = [row.to_quantized(32, 8, start=20) for row in rows]
+    assert mx.array_equal(twin.extract(0).latents.read(), alone[0].latents.read())
+    assert mx.array_equal(twin.extract(1).latents.read(), alone[1].latents.read())
+
+
+def test_quantizing_twice_changes_nothing():
+    """mlx-lm asks after every step."""
+    cache = filled(30).to_quantized(group_size=32, bits=8)
+    assert cache.to_quantized(group_size=32, bits=8) is cache
+    native = filled(30, quantization=KvQuantization(8, 32, 20))
+    assert native.to_quantized(group_size=32, bits=8) is native
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64)])
+def test_quantizing_otherwise_than_it_is_packed(bits, group_size):
+    """mlx-lm checks this for its own class only."""
+    cache = LayerCache(Widths(128, 64), KvQuantization(8, 32))
+    fill(cache, 5)
+    before = unchanged(cache)
+    with pytest.raises(CacheError, match="packed already, 8 bit in groups of 32; ask for the same"):
+        cache.to_quantized(group_size=group_size, bits=bits)
+    assert is_as(cache, before)
+
+
+@pytest.mark.parametrize(
+    ("widths", "bits", "group_size", "message"),
+    [
+        (
+            WIDTHS,
+            8,
+            64,
+            r"groups of 64 do not divide this model's rotary key \(qk_rope_head_dim\) of 32; groups of 32 do",
+        ),
+        (Widths(96, 64), 8, 64, r"latent \(kv_lora_rank\) of 96; groups of 32 do"),
+        (Widths(48, 16), 8, 32, "none that MLX packs does: keep this cache unquantized"),
+        (WIDTHS, 7, 32, "bits 7; one of 2, 3, 4, 5, 6, 8 is due"),
+        (WIDTHS, 0, 32, "bits 0"),
+        (WIDTHS, True, 32, "bits True"),
+        (WIDTHS, 8, 48, "group size 48; one of 32, 64, 128 is due"),
+        (WIDTHS, 8, 0, "group size 0"),
+    ],
+)
+def test_bits_and_groups_that_do_not_fit(widths, bits, group_size, message):
+    cache = LayerCache(widths)
+    fill(cache, 5)
+    before = unchanged(cache)
+    with pytest.raises(CacheError, match=message):
+        cache.to_quantized(group_size=group_size, bits=bits)
+    assert is_as(cache, before)
+    with pytest.raises(CacheError, match=message):
+        LayerCache(widths, KvQuantization(bits, group_size))
+
+
+@pytest.mark.parametrize("start", [-1, 1.5, None])
+def test_a_start_that_is_no_token(start):
+    with pytest.raises(CacheError, match="start"):
+        LayerCache(WIDTHS, KvQuantization(8, 32, start))
+
+
+# -- copies and files
+
+
+def test_state_carries_everything(quantization):
+    """mlx-lm rebuilds a cache through __new__ and the state alone."""
+    cache = filled(30, quantization=quantization)
+    cache.start, cache.model = 100, "a model"
+    again = LayerCache.from_state(cache.state)
+    assert (again.offset, again.model, again.widths) == (cache.offset, "a model", WIDTHS) == (130, "a model", WIDTHS)
+    assert again.quantization == quantization
+    assert same(contents(again), contents(cache))
+    for one in (cache, again):
+        fill(one, 7, key=4)
+    assert same(contents(again), contents(cache))
 
 
 def test_state_carries_the_padding():
-    cache = LayerCache(False, left_padding=[0, 2])
-    cache.append(mx.zeros((2, 5, 8)), mx.zeros((2, 5, 4)))
+    cache = LayerCache(Widths(64, 32), left_padding=[0, 2])
+    cache.append(mx.zeros((2, 5, 96)))
     again = LayerCache.from_state(cache.state)
     assert again.offset.tolist() == [5, 3]
     assert mx.array_equal(again.make_mask(2), cache.make_mask(2))
 
 
-def test_copies_are_independent():
-    cache = filled(10)
+def test_what_was_trimmed_is_not_saved():
+    cache = filled(30)
+    cache.trim(10)
+    assert [part.shape[1] for part in cache.state if isinstance(part, mx.array)] == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: (), "another version"),
+        (lambda s: ("glm-dsa cache 0", *s[1:]), "saved as 'glm-dsa cache 0', 'glm-dsa cache 1' is due"),
+        (lambda s: (mx.zeros(3), mx.zeros(3)), "something else"),
+        (lambda s: s[:-1], "damaged"),
+        (lambda s: (*s[:2], None, *s[3:]), "damaged"),
+        (lambda s: (*s[:3], [8, 7, 0], *s[4:]), "damaged"),
+        (lambda s: (*s[:8], s[8][..., :5], *s[9:]), "damaged"),
+        (lambda s: (*s[:12], s[12][:, :7]), "damaged"),
+        (lambda s: (*s[:8], None, *s[9:]), "damaged"),
+    ],
+)
+def test_a_state_of_another_version_or_damaged(damage, message):
+    cache, other = filled(30), filled(4, key=8)
+    before = unchanged(other)
+    with pytest.raises(CacheError, match=message):
+        LayerCache.from_state(damage(cache.state))
+    with pytest.raises(CacheError, match=message):
+        other.state = damage(cache.state)
+    assert is_as(other, before)
+
+
+def test_copies_are_independent(quantization):
+    cache = filled(10, quantization=quantization)
     twin = copy.deepcopy(cache)
-    twin.append(mx.full((1, 1, 8), 9.0), mx.full((1, 1, 4), 9.0))
-    cache.append(mx.full((1, 1, 8), 5.0), mx.full((1, 1, 4), 5.0))
-    assert twin.latent[0, 10, 0].item() == 9.0
-    assert cache.latent[0, 10, 0].item() == 5.0
+    expected = [contents(filled(10, quantization=quantization))[0]]
+    for key, one in ((1, twin), (2, cache)):
+        joined, _ = fill(one, 12, key=key)
+        fresh = LayerCache(WIDTHS, quantization)
+        fresh.append(mx.concatenate([vectors(10, 96), joined], axis=1))
+        assert mx.array_equal(one.latents.read(), fresh.latents.read())
+        assert mx.array_equal(one.latents.read()[:, :10], expected[0])
 
 
-@pytest.mark.parametrize(("has_indexer", "width"), [(True, 18), (False, 12)])
+# -- batches
+
+
+def test_a_batch_holds_what_its_rows_held(quantization):
+    rows = [filled(n, quantization=quantization, key=n) for n in (30, 1, 18, 300)]
+    batch = LayerCache.merge(rows)
+    assert batch.left_padding == [270, 299, 282, 0]
+    assert batch.offset.tolist() == [30, 1, 18, 300]
+    for i, row in enumerate(rows):
+        assert same(contents(batch.extract(i)), contents(row))
+        assert batch.extract(i).left_padding is None
+
+
+def test_rows_of_a_batch_go_on_as_they_would_alone(quantization):
+    """Also where the quantization's start lies at different columns, and is passed at different steps."""
+    rows = [filled(n, quantization=quantization, key=n) for n in (18, 3, 26)]
+    batch = LayerCache.merge(rows)
+    for step in range(20):
+        joined, keys = fill(batch, 1, key=100 + step, batch=3)
+        for i, row in enumerate(rows):
+            row.append_index_keys(keys[i : i + 1])
+            row.append(joined[i : i + 1])
+    for i, row in enumerate(rows):
+        assert same(contents(batch.extract(i)), contents(row))
+
+
+def test_extending_filtering_and_extracting(quantization):
+    rows = {n: filled(n, quantization=quantization, key=n) for n in (30, 4, 18, 25)}
+    batch = LayerCache.merge([rows[4], rows[18]])
+    batch.extend(LayerCache.merge([rows[30], rows[25]]))
+    batch.filter([3, 0])
+    assert batch.left_padding == [0, 21]
+    batch.extend(rows[30])
+    assert batch.left_padding == [5, 26, 0]
+    batch.filter(mx.array([1, 0]))
+    for i, n in enumerate((4, 25)):
+        assert same(contents(batch.extract(i)), contents(rows[n]))
+
+
+def test_empty_caches_join_a_batch(quantization):
+    empty = LayerCache.merge([LayerCache(WIDTHS, quantization) for _ in range(2)])
+    assert (empty.batch, empty.length, empty.offset.tolist()) == (2, 0, [0, 0])
+    empty.extend(filled(24, quantization=quantization))
+    assert empty.offset.tolist() == [0, 0, 24]
+    joined, _ = fill(empty, 25, batch=3, key=5)
+    alone = LayerCache(WIDTHS, quantization)
+    alone.append(joined[1:2])
+    assert mx.array_equal(empty.extract(1).latents.read(), alone.latents.read())
+
+
+def test_right_padding_is_moved_to_the_left(quantization):
+    """mlx-lm pads prompts on the right, then asks for it to be rolled."""
+    lengths = [30, 12, 21]
+    batch = LayerCache.merge([LayerCache(WIDTHS, quantization) for _ in lengths])
+    batch.prepare(lengths=lengths, right_padding=[30 - n for n in lengths])
+    joined, keys = fill(batch, 30, batch=3)
+    batch.finalize()
+    assert batch.offset.tolist() == lengths
+    for i, n in enumerate(lengths):
+        alone = LayerCache(WIDTHS, quantization)
+        alone.append_index_keys(keys[i : i + 1, :n])
+        alone.append(joined[i : i + 1, :n])
+        assert same(contents(batch.extract(i)), contents(alone))
+    batch.finalize()  # nothing is pending any more
+    assert batch.offset.tolist() == lengths
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: filled(5, quantization=INT8),
+            "different quantization cannot be one batch: 8 bit in groups of 32, none",
+        ),
+        (lambda: filled(5, widths=Widths(96, 32, 6)), "different widths"),
+        (lambda: filled(5, widths=Widths(64, 32)), "different widths"),
+        (lambda: filled(5, dtype=mx.bfloat16), "different dtype"),
+        (lambda: LayerCache(WIDTHS, model="another"), "different model"),
+        (lambda: LayerCache(WIDTHS, start=7), "different first position"),
+        (lambda: object(), "LayerCache and object"),
+    ],
+)
+def test_caches_of_different_kinds_are_no_batch(other, message):
+    cache = filled(5)
+    before = unchanged(cache)
+    with pytest.raises(CacheError, match=message):
+        LayerCache.merge([cache, other()])
+    with pytest.raises(CacheError, match=message):
+        cache.extend(other())
+    assert is_as(cache, before)
+
+
+@pytest.mark.parametrize("rows", [[], [2], [-1]])
+def test_rows_that_are_not_there(rows):
+    batch = LayerCache.merge([filled(5), filled(3)])
+    before = unchanged(batch)
+    with pytest.raises(CacheError, match="of a batch of 2"):
+        batch.filter(rows)
+    assert is_as(batch, before)
+
+
+def test_nothing_else_is_done_while_right_padding_is_pending():
+    batch = LayerCache.merge([LayerCache(WIDTHS), LayerCache(WIDTHS)])
+    batch.prepare(right_padding=[0, 2])
+    fill(batch, 6, batch=2)
+    for action in (
+        lambda: batch.trim(1),
+        lambda: batch.filter([0]),
+        lambda: batch.extract(0),
+        lambda: batch.extend(batch),
+    ):
+        with pytest.raises(CacheError, match="not yet finalized"):
+            action()
+    with pytest.raises(CacheError, match="before the first token"):
+        batch.prepare(left_padding=[1, 0])
+    with pytest.raises(CacheError, match="3 rows; this batch has 2"):
+        batch.prepare(right_padding=[1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("new", "what"), [((1, 1, 90), "width 96"), ((2, 1, 96), "1 rows"), ((1, 1, 96, mx.bfloat16), "float32")]
+)
+def test_what_does_not_fit_is_not_appended(new, what):
+    cache = filled(5)
+    before = unchanged(cache)
+    *shape, dtype = new if isinstance(new[-1], mx.Dtype) else (*new, mx.float32)
+    with pytest.raises(CacheError, match=what):
+        cache.append(mx.zeros(shape, dtype))
+    assert is_as(cache, before)
+
+
+# -- bytes
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(mx.float32, 4), (mx.bfloat16, 2)])
-def test_nbytes_tells_the_truth(has_indexer, width, dtype, size):
-    """Latent 8, rotary key 4, and on full layers indexer keys 6, up to the growth step. No zeros beside the keys."""
-    assert LayerCache(has_indexer).nbytes == 0
-    assert filled(STEP + 1, has_indexer, dtype).nbytes == 2 * STEP * width * size
+@pytest.mark.parametrize("widths", [WIDTHS, Widths(64, 32)])
+def test_nbytes_tells_the_truth(quantization, widths, dtype, size):
+    """Up to the growth step of each part. No zeros beside the indexer's keys."""
+    assert LayerCache(widths, quantization).nbytes == 0
+    plain, index = cache_bytes(widths, size)
+    packed, _ = cache_bytes(widths, size, quantization)
+    start = quantization.start if quantization else 0
+    due = 2 * STEP * (packed + index) if not start else STEP * plain + 2 * STEP * packed + 2 * STEP * index
+    assert filled(STEP + start + 1, widths, quantization, dtype).nbytes == due
+
+
+def test_bytes_at_glm_5_2_widths():
+    """1152 a token and layer in 16 bit; in int8 612, or 648 with float32 scales; 256 for the indexer."""
+    widths = Widths(512, 64, 128)
+    assert cache_bytes(widths, 2) == (1152, 256)
+    assert cache_bytes(widths, 2, KvQuantization()) == (612, 256)
+    assert cache_bytes(widths, 4, KvQuantization()) == (648, 512)
+    assert cache_bytes(Widths(512, 64), 2, KvQuantization(4)) == (324, 0)
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, 32768])
+@pytest.mark.parametrize("quantization", [None, KvQuantization(), KvQuantization(4)], ids=str)
+def test_bytes_measured_are_those_predicted(tokens, quantization):
+    """At GLM-5.2's widths, in 16 bit, grown in chunks: the README's table."""
+    cache = LayerCache(Widths(512, 64, 128), quantization)
+    for _ in range(tokens // 1024):
+        cache.append_index_keys(mx.zeros((1, 1024, 128), mx.bfloat16))
+        cache.append(mx.zeros((1, 1024, 576), mx.bfloat16))
+        mx.eval(cache.state[8:])
+    assert cache.nbytes == tokens * sum(cache_bytes(cache.widths, 2, quantization))
+    assert sum(p.nbytes for p in cache.state if isinstance(p, mx.array)) == cache.nbytes
+
+
+# -- positions and masks
 
 
 def test_positions_start_after_the_pads():
-    cache = LayerCache(True, left_padding=[0, 3], start=10)
+    cache = LayerCache(WIDTHS, left_padding=[0, 3], start=10)
     assert cache.offset.tolist() == [10, 7]
     assert cache.make_mask(4)[1, 0].tolist() == [[False] * 4, [False] * 4, [False] * 4, [False] * 3 + [True]]
 
@@ -92,3 +473,7 @@ def test_masks():
     assert causal_mask(1, 7) is None
     assert causal_mask(2, 1)[0, 0].tolist() == [[True, True, False], [True, True, True]]
     assert causal_mask(1, 2, mx.array([0, 2]))[:, 0, 0].tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_what_a_cache_says_of_itself():
+    assert repr(filled(30, quantization=INT8)).startswith("LayerCache(30 tokens, 8 bit in groups of 32, ")

@@ -1,0 +1,269 @@
+"""mlx-lm on this definition. The one file that knows mlx-lm; written against 0.32.
+
+`register()` puts this definition in the place of mlx-lm's own, for this process: whatever mlx-lm loads from then on, by
+`mlx_lm.load` or by its commands, runs on it. What mlx-lm decides by its own classes is decided here for ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_unflatten
+
+try:
+    import mlx_lm.models.cache
+    import mlx_lm.utils
+    from mlx_lm.tuner.lora import LoRASwitchLinear
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "mlx_lm":
+        raise
+    raise ModuleNotFoundError("glm_dsa.mlx_lm needs mlx-lm: pip install 'glm-dsa[mlx-lm]'", name=error.name) from None
+
+from .cache import LayerCache, cache_bytes
+from .config import ModelArgs
+from .errors import CacheError, CheckpointError, GlmDsaError
+from .linear import QuantizedMultiLinear, QuantizedSwitchLinear, SwitchLinear
+from .model import Model
+from .store import KvQuantization
+
+__all__ = ["COMMANDS", "Model", "ModelArgs", "attach", "register", "run"]
+
+MODEL_TYPES = ("glm_moe_dsa", "glm4_moe_lite")
+COMMANDS = {  # mlx-lm's commands that load a model: the module of each
+    "benchmark": "benchmark",
+    "cache_prompt": "cache_prompt",
+    "chat": "chat",
+    "convert": "convert",
+    "fuse": "fuse",
+    "generate": "generate",
+    "lora": "lora",
+    "perplexity": "perplexity",
+    "server": "server",
+    "evaluate": "evaluate",
+    "awq": "quant.awq",
+    "dwq": "quant.dwq",
+    "dynamic_quant": "quant.dynamic_quant",
+    "gptq": "quant.gptq",
+}
+MODEL_FILE = "glm_dsa_model.py"
+MODEL_FILE_TEXT = '''\
+"""Written by `python -m glm_dsa attach`: mlx-lm runs it when it loads this model with trust_remote_code=True."""
+
+try:
+    from glm_dsa.mlx_lm import Model, ModelArgs, register
+except ImportError as error:
+    raise ImportError("this model runs on glm-dsa, with mlx-lm: pip install 'glm-dsa[mlx-lm]'") from error
+
+register()
+'''
+
+log = logging.getLogger("glm_dsa")
+
+
+# -- registration
+
+
+def register() -> None:
+    """From now on, mlx-lm loads GLM-5.x and 4.7-Flash with this definition, in this process. Repeating it is harmless.
+
+    Raises `GlmDsaError` where mlx-lm has changed so that this would not hold.
+    """
+    for model_type in MODEL_TYPES:
+        name = f"mlx_lm.models.{model_type}"
+        sys.modules[name] = sys.modules[__name__]
+        setattr(mlx_lm.models, model_type, sys.modules[__name__])
+    mlx_lm.models.cache.LayerCache = LayerCache  # type: ignore[attr-defined]  # where load_prompt_cache looks classes up by name
+    SwitchLinear.to_lora = QuantizedSwitchLinear.to_lora = _to_lora  # type: ignore[attr-defined]
+    for (module, name), wrapper in WRAPPERS.items():
+        _wrap(module, name, wrapper)
+
+
+def _wrap(module_name: str, name: str, wrapper: Callable[..., Any]) -> None:
+    module = importlib.import_module(module_name)
+    original = getattr(module, name, None)
+    if not callable(original):
+        raise GlmDsaError(f"{module_name}.{name} is no more: this mlx-lm is not one that glm-dsa knows (0.32 is)")
+    if not hasattr(original, "wrapped_by_glm_dsa"):
+        wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+        wrapped.wrapped_by_glm_dsa = True  # type: ignore[attr-defined]
+        setattr(module, name, wrapped)
+
+
+# -- KV quantization
+
+
+def _quantize_kv(
+    original: Callable[..., None],
+    prompt_cache: list[Any],
+    quantized_kv_start: int,
+    kv_group_size: int,
+    kv_bits: int | None,
+) -> None:
+    """mlx-lm's switch, after each chunk and step, once `quantized_kv_start` tokens are there. Made visible, and what
+    cannot work is refused at the first chunk, not when that many tokens have been computed."""
+    first = prompt_cache[0] if prompt_cache else None
+    if kv_bits is None or not isinstance(first, LayerCache):
+        return original(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+    if first.quantization is None:
+        KvQuantization(kv_bits, kv_group_size).check(first.widths.latent, first.widths.rope)
+    else:
+        first.to_quantized(kv_group_size, kv_bits)  # raises where it is packed otherwise
+    was = first.quantization
+    original(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+    now = prompt_cache[0].quantization
+    if was is None and now is not None:
+        size = first.dtype.size if first.dtype else 0
+        log.info(
+            "KV cache: %s from here on, the %d tokens so far included: %d bytes a token and layer instead of %d",
+            now, first.length, cache_bytes(first.widths, size, now)[0], cache_bytes(first.widths, size)[0],
+        )  # fmt: skip
+
+
+# -- conversion
+
+
+def _dequantize_model(original: Callable[[Any], Any], model: Any) -> Any:
+    """mlx-lm unpacks its own classes only, and would save a model that is packed in parts, under a config that says not."""
+    packed = (QuantizedMultiLinear, QuantizedSwitchLinear)
+    ours = [(name, m.dequantized()) for name, m in model.named_modules() if isinstance(m, packed)]
+    if ours:
+        model.update_modules(tree_unflatten(ours))
+    return original(model)
+
+
+def _quantize_model(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Says so where a predicate packs the indexer: it may be asked for, but is no default."""
+    before = set(_packed_indexers(model))
+    model, config = original(model, *args, **kwargs)
+    packed = [name for name in _packed_indexers(model) if name not in before]
+    if packed:
+        log.warning(
+            "%d modules of the indexer are quantized now (%s, ...): it decides which tokens are attended to beyond "
+            "index_topk, and near ties flip. The default leaves it alone.",
+            len(packed), packed[0],
+        )  # fmt: skip
+    return model, config
+
+
+def _packed_indexers(model: Any) -> list[str]:
+    if not isinstance(model, Model):
+        return []
+    return [name for name, module in model.named_modules() if ".indexer." in name and "scales" in module]
+
+
+def _mixed_recipe(original: Callable[..., Any], recipe: str, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """A mixed recipe by name says how many bits, not what: what the model leaves alone by default stays as it is."""
+    bits_of = original(recipe, model, *args, **kwargs)
+    if not isinstance(model, Model):
+        return bits_of
+    return lambda path, module: model.quant_predicate(path, module) and bits_of(path, module)
+
+
+WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("mlx_lm.generate", "maybe_quantize_kv_cache"): _quantize_kv,
+    ("mlx_lm.utils", "dequantize_model"): _dequantize_model,
+    ("mlx_lm.convert", "dequantize_model"): _dequantize_model,
+    ("mlx_lm.fuse", "dequantize_model"): _dequantize_model,
+    ("mlx_lm.utils", "quantize_model"): _quantize_model,
+    ("mlx_lm.convert", "quantize_model"): _quantize_model,
+    ("mlx_lm.convert", "mixed_quant_predicate_builder"): _mixed_recipe,
+}
+
+
+# -- LoRA
+
+
+class LoRAExperts(LoRASwitchLinear):
+    """mlx-lm's low-rank update of stacked experts, around ours. (Its own asks for the classes and attributes of its own.)"""
+
+    @staticmethod
+    def from_base(linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> LoRAExperts:
+        experts, outputs, inputs = linear.weight.shape
+        if isinstance(linear, QuantizedSwitchLinear):
+            inputs = inputs * 32 // linear.bits
+        lora = LoRAExperts(inputs, outputs, experts, r=r, dropout=dropout, scale=scale)
+        lora.linear = linear
+        return lora
+
+    def fuse(self, dequantize: bool = False) -> Any:
+        linear = self.linear
+        plain = linear.dequantized() if isinstance(linear, QuantizedSwitchLinear) else linear
+        fused = SwitchLinear(*plain.weight.shape)
+        fused.weight = plain.weight + (self.scale * self.lora_b @ self.lora_a).astype(plain.weight.dtype)
+        if linear is plain or dequantize:
+            return fused
+        return fused.to_quantized(**linear.packing(), global_scale="global_scale" in linear)
+
+
+def _to_lora(self: Any, r: int, scale: float, dropout: float) -> LoRAExperts:
+    return LoRAExperts.from_base(self, r, dropout, scale)
+
+
+# -- commands
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """mlx-lm's own command on this definition. Returns its exit status."""
+    register()
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[glm-dsa] %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    if any(a == "--max-kv-size" or a.startswith("--max-kv-size=") for a in arguments):
+        raise CacheError(
+            "--max-kv-size: mlx-lm hands it only to models without a cache of their own, so it would do nothing here; "
+            "leave it out"
+        )
+    module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
+    sys.argv = [f"python -m glm_dsa {command}", *arguments]
+    module.main()
+    return 0
+
+
+def attach(folder: str | Path, force: bool = False) -> Path:
+    """Writes a `model_file` into a checkpoint folder, and its name into config.json: with trust_remote_code, any mlx-lm
+    then loads this checkpoint with this definition. Returns the file. Repeating it is harmless.
+
+    Raises `CheckpointError`, having changed nothing, where the folder is none of our models', or names another file.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    try:
+        ModelArgs.from_file(folder)
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
+    known = config.get("model_file")
+    if known not in (None, MODEL_FILE) and not force:
+        raise CheckpointError(
+            f"{config_file}: model_file is {known!r} already; --force puts {MODEL_FILE!r} in its place"
+        )
+    target = folder / MODEL_FILE
+    if target.exists() and target.read_text(encoding="utf-8", errors="replace") != MODEL_FILE_TEXT and not force:
+        raise CheckpointError(f"{target}: is there already, and not what would be written; --force overwrites it")
+    _replace(target, MODEL_FILE_TEXT)
+    if known != MODEL_FILE:
+        _replace(config_file, json.dumps(config | {"model_file": MODEL_FILE}, indent=2, ensure_ascii=False) + "\n")
+    return target
+
+
+def _replace(file: Path, text: str) -> None:
+    """All of it, or none."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from None
