@@ -26,7 +26,11 @@ MLX_LM = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m glm_dsa", description="GLM-5.x in MLX: what a checkpoint holds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m glm_dsa",
+        description="GLM-5.x in MLX.",
+        epilog=f"mlx-lm's own commands, with their own options, on this definition: {', '.join(MLX_LM)}.",
+    )
     parser.add_argument("--version", action="version", version=f"glm-dsa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     inventory = commands.add_parser(
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(render(count(options.path, options.values), options.json))
         return 0
     except ModuleNotFoundError as error:
-        if error.name != "mlx_lm":
+        if error.name is None or error.name.partition(".")[0] != "mlx_lm":
             raise
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1

@@ -53,6 +53,7 @@ COMMANDS = {  # mlx-lm's commands that load a model: the module of each
     "dynamic_quant": "quant.dynamic_quant",
     "gptq": "quant.gptq",
 }
+TRACEBACK = "GLM_DSA_TRACEBACK"  # environment variable: mlx-lm's errors as they come
 MODEL_FILE = "glm_dsa_model.py"
 MODEL_FILE_TEXT = '''\
 """Written by `python -m glm_dsa attach`: mlx-lm runs it when it loads this model with trust_remote_code=True."""
@@ -66,6 +67,7 @@ register()
 '''
 
 log = logging.getLogger("glm_dsa")
+_waiting_for: dict[str, int] = {}  # the start that --kv-bits has not reached yet, and the tokens so far
 
 
 # -- registration
@@ -119,7 +121,10 @@ def _quantize_kv(
     was = first.quantization
     original(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
     now = prompt_cache[0].quantization
-    if was is None and now is not None:
+    _waiting_for.clear()
+    if now is None:
+        _waiting_for.update(start=quantized_kv_start, tokens=first.length)
+    elif was is None:
         size = first.dtype.size if first.dtype else 0
         log.info(
             "KV cache: %s from here on, the %d tokens so far included: %d bytes a token and layer instead of %d",
@@ -226,7 +231,22 @@ def run(command: str, arguments: Sequence[str]) -> int:
         )
     module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
     sys.argv = [f"python -m glm_dsa {command}", *arguments]
-    module.main()
+    try:
+        module.main()
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, ModuleNotFoundError) as error:  # what mlx-lm raises for a user's mistakes
+        if isinstance(error, GlmDsaError) or TRACEBACK in os.environ:
+            raise
+        what = str(error) or type(error).__name__
+        if type(error).__name__ == "HFValidationError":
+            what = f"no such folder, and no name of the hub either: {what}"
+        raise GlmDsaError(f"mlx-lm {command}: {what} (set {TRACEBACK}=1 to see where)") from error
+    if _waiting_for:
+        log.warning(
+            "KV cache: not quantized. --kv-bits begins at token %(start)d (--quantized-kv-start), this run ended at "
+            "%(tokens)d", _waiting_for,
+        )  # fmt: skip
     return 0
 
 

@@ -117,13 +117,6 @@ def test_keys_that_no_selection_reads_are_still_evaluated(model):
     assert abs(mx.get_active_memory() - before) < 1024
 
 
-def test_kv_bits_are_refused_and_not_ignored(model):
-    """Stock mlx-lm ignores --kv-bits for this architecture in silence."""
-    steps = generate_step(mx.array([1, 2, 3]), model, max_tokens=4, kv_bits=8, quantized_kv_start=0)
-    with pytest.raises(ValueError, match=r"KV quantization .* is not supported yet"):
-        list(steps)
-
-
 def test_input_embeddings_replace_the_lookup(model):
     tokens = mx.array([[5, 6, 7]])
     embedded = model.model.embed_tokens(tokens)
