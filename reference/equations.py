@@ -172,9 +172,10 @@ def routing_weights(logits: Array, experts: Array, config: Mapping[str, Any]) ->
 
 
 class Equations:
-    """The model as a recorder of stages. `given` puts selections and routings in the place of its own choices.
+    """The model as a recorder of stages. `given` puts selections and routings in the place of its own choices, and what a
+    cache reads back in the place of its own latents and rotary keys.
 
-    stages: {stage name: array}, spelled as everywhere in the project. given: {stage name: indices}.
+    stages: {stage name: array}, its own, spelled as everywhere in the project. given: {stage name: array}.
     """
 
     def __init__(
@@ -259,9 +260,9 @@ class Equations:
         q_rope = self.record(f"{stage}.q_rope", rope(q[..., nope:], positions, c, conv.main_rope))
         down = self._linear(w, "kv_a_proj_with_mqa", x)
         latent = rms_norm(down[..., : c["kv_lora_rank"]], w("kv_a_layernorm.weight"), conv.latent_norm_eps)
-        latent = self.record(f"{stage}.kv_latent", latent)
+        latent = self.choose(f"{stage}.kv_latent", latent)
         k_rope = rope(down[:, :, None, c["kv_lora_rank"] :], positions, c, conv.main_rope)[:, :, 0]
-        k_rope = self.record(f"{stage}.k_rope", k_rope)
+        k_rope = self.choose(f"{stage}.k_rope", k_rope)
 
         kv = (latent @ w("kv_b_proj.weight").T).reshape(batch, -1, heads, nope + value)
         scores = np.einsum("bshd,bthd->bhst", q[..., :nope], kv[..., :nope], optimize=True)

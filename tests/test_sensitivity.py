@@ -9,13 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from glm_dsa import attention, block, cache, indexer, model, moe, mtp, rope, weights
+from glm_dsa import attention, block, cache, indexer, model, moe, mtp, rope, store, weights
 from glm_dsa.rope import rotate
+from glm_dsa.store import KvQuantization
 from verify import (
     cases,
     test_attention,
     test_cache,
     test_indexer,
+    test_kv_quantization,
     test_layers,
     test_logits,
     test_mtp,
@@ -330,9 +332,8 @@ def key_not_written_on_reuse(patch):
     original = mtp.MtpLayer.step
 
     def step(self, hidden, embeddings, rotation, mask, layer_cache, reuse=None):
-        before = layer_cache.index_length
         out = original(self, hidden, embeddings, rotation, mask, layer_cache, reuse)
-        layer_cache.index_length = before if reuse is not None else layer_cache.index_length
+        layer_cache.index_keys.trim(1 if reuse is not None else 0)
         return out
 
     patch.setattr(mtp.MtpLayer, "step", step)
@@ -369,6 +370,116 @@ def main_models_selection(patch):
         return original(self, hidden, embeddings, rotation, mask, layer_cache, foreign)
 
     patch.setattr(mtp.MtpLayer, "step", step)
+
+
+def kv_bits_ignored(patch):
+    patch.setattr(store.LatentStore, "append", lambda self, values, _=None: self.plain.append(values))
+
+
+def indexer_keys_packed_too(patch):
+    original = cache.LayerCache.append_index_keys
+
+    def append(self, keys):
+        padded = mx.pad(keys, [(0, 0), (0, 0), (0, -keys.shape[-1] % 32)])
+        return original(
+            self, KvQuantization(8, 32).rounded(padded)[..., : keys.shape[-1]] if self.quantization else keys
+        )
+
+    patch.setattr(cache.LayerCache, "append_index_keys", append)
+
+
+def own_tokens_attended_in_float(patch):
+    """As mlx-lm's switch after each chunk does: a call's tokens are packed when they have been attended to."""
+    original, read = cache.LayerCache.append, store.LatentStore.read
+
+    def append(self, joined):
+        stored = original(self, joined)
+        before = read(stored)[:, : -joined.shape[1]]
+        return store.LatentStore.of(mx.concatenate([before, joined], axis=1))
+
+    patch.setattr(cache.LayerCache, "append", append)
+
+
+def biases_forgotten(patch):
+    original = KvQuantization.unpack
+    patch.setattr(KvQuantization, "unpack", lambda self, w, s, b: original(self, w, s, mx.zeros_like(b)))
+
+
+def packing_starts_late(patch):
+    patch.setattr(cache.LayerCache, "_boundary", lambda self, q: (q.start + 1) if q and q.start else 0)
+    patch.setattr(cache.LayerCache, "_first_packed", lambda self: None)  # which would round that token all the same
+
+
+def scales_in_16_bit(patch):
+    original = KvQuantization.pack
+    patch.setattr(
+        KvQuantization,
+        "pack",
+        lambda self, x: [a.astype(mx.bfloat16).astype(a.dtype) if i else a for i, a in enumerate(original(self, x))],
+    )
+
+
+def taken_one_further(patch):
+    original = store.LatentStore.take
+    patch.setattr(
+        store.LatentStore, "take", lambda self, tokens: original(self, mx.minimum(tokens + 1, self.length - 1))
+    )
+
+
+KV_FAULTS = {
+    "kv-bits-no-op": (kv_bits_ignored, "layers.0.cache"),
+    "kv-quantizes-indexer": (indexer_keys_packed_too, "layers.0.cache.index_keys"),
+    "kv-own-tokens-in-float": (own_tokens_attended_in_float, "layers.0.self_attn.heads (8 bit"),
+    "kv-biases-forgotten": (biases_forgotten, "layers.0.cache (8 bit"),
+    "kv-starts-late": (packing_starts_late, "layers.0.cache"),
+    "kv-scales-in-16-bit": (scales_in_16_bit, "layers.0.cache.scales"),
+    "kv-takes-the-next-token": (taken_one_further, "layers.0.cache (from 0)"),
+}
+
+
+def kv(case):
+    """The claims about the packed cache, in their order."""
+    cuts = [40, 37, 1, 1, 1]
+    checks = [
+        lambda: caught(test_kv_quantization.test_packed_is_mx_quantize_of_the_latents, case, Judge, 8, cuts),
+        lambda: caught(test_kv_quantization.test_the_error_of_each_value, case, Judge, 8, mx.float32),
+        lambda: caught(test_kv_quantization.test_reading_what_was_selected, case, Judge, 0),
+        lambda: caught(
+            test_kv_quantization.test_the_run_is_the_equations_on_what_is_read_back, case, Judge, 8, 45, cuts
+        ),
+    ]
+    return next((found for check in checks if (found := check())), None)
+
+
+@pytest.mark.parametrize("fault", KV_FAULTS)
+def test_a_fault_of_the_packed_cache_is_caught(built, fault, monkeypatch):
+    patch, stage = KV_FAULTS[fault]
+    case = built("glm-5.2-interleaved")
+    with monkeypatch.context() as context:
+        patch(context)
+        found = kv(case)
+    check_of(found, stage)
+    assert kv(case) is None, "the fault outlived its patch"
+
+
+@pytest.mark.parametrize("name", ["glm-5.2-interleaved", "glm-4.7"])
+def test_four_bits_for_eight_drift_too_far(built, name, monkeypatch):
+    """Where nothing else would tell them apart."""
+    case = built(name)
+    original = test_kv_quantization.packed_run
+    monkeypatch.setattr(test_kv_quantization, "packed_run", lambda c, t, cuts, bits: original(c, t, cuts, 4))
+    found = caught(test_kv_quantization.test_drift_of_the_logits, case, Judge)
+    assert found is not None
+    assert "KL" in found.stage
+
+
+def test_attention_that_loses_more_than_packing_explains_is_caught(built, monkeypatch):
+    case = built("glm-5.2-interleaved")
+    original = KvQuantization.unpack
+    monkeypatch.setattr(KvQuantization, "unpack", lambda self, w, s, b: original(self, w, s, b * 1.1))
+    found = caught(test_kv_quantization.test_what_attention_may_lose, case, Judge)
+    assert found is not None
+    assert found.stage == "layers.0.self_attn.heads"
 
 
 FAULTS = {

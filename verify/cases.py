@@ -45,12 +45,13 @@ class Spec:
 
     @property
     def has(self) -> set[str]:
-        """What a test can need: an indexer, shared layers, MTP."""
+        """What a test can need: an indexer, shared layers, MTP, a cache that can be packed."""
         args = self.args
         parts = {
             "indexer": args.has_indexer,
             "shared": "shared" in args.indexer_types,
             "mtp": args.num_nextn_predict_layers > 0 and self.has_mtp,
+            "packable": bool(group_size(args)),
         }
         return {part for part, there in parts.items() if there}
 
@@ -65,8 +66,10 @@ def default_specs() -> list[Spec]:
     yarn = {"rope_theta": 1000000, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
             "beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
     scaled = checkpoints.tiny(num_hidden_layers=3, first_k_dense_replace=1, rope_parameters=yarn)
+    # latents and rotary keys that groups of 32 divide: their cache can be packed
+    packable = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_head_dim": 44}
     bases: list[tuple[str, Mapping[str, Any], float, dict[str, Any]]] = [
-        ("glm-5.2", checkpoints.glm_5_2(), 0.0, {}),
+        ("glm-5.2", checkpoints.glm_5_2(index_head_dim=40, **packable), 0.0, {}),
         ("glm-5.1", scaled, 0.0, {"latent_norm_eps": 1e-5}),
         ("grouped", grouped, -1.2, {}),  # every biased score negative: a losing group filled with 0 would win
     ]
@@ -75,8 +78,14 @@ def default_specs() -> list[Spec]:
         for name, config, bias, overrides in bases
         for layout in ("interleaved", "half-split")
     ]
-    flash = checkpoints.glm_4_7()
+    flash = checkpoints.glm_4_7(**packable | {"qk_head_dim": None})
     return [*specs, Spec("glm-4.7", flash), Spec("glm-4.7-half-split", flash, {"main_rope": "half-split"})]
+
+
+def group_size(args: ModelArgs) -> int:
+    """The largest group that MLX packs and that divides latent and rotary key; 0 where none does."""
+    fitting = (g for g in (64, 32) if args.kv_lora_rank % g == 0 and args.qk_rope_head_dim % g == 0)
+    return next(fitting, 0)
 
 
 def spec_of(folder: Path, index_topk: int | None) -> Spec:

@@ -82,6 +82,14 @@ class Judge:
             self._fault(case, stage, f"does not hold: {expected}")
         self.report.add(Comparison(self.claim, case, stage, AGREES, note=expected))
 
+    def at_most(self, case: str, stage: str, ours: float, limit: float, why: str) -> None:
+        """One figure against its limit."""
+        if not self._is_wanted(stage):
+            return
+        if not ours <= limit:
+            self._fault(case, stage, f"{ours:.3g}, {ours / limit:.3g} times its bound ({why})", error=ours, bound=limit)
+        self.report.add(Comparison(self.claim, case, stage, AGREES, ours, limit, note=why))
+
     def stages(
         self,
         ours: Mapping[str, Any],

@@ -155,3 +155,55 @@ def sigmoid_ratio() -> float:
     ours, theirs = np.array(mx.sigmoid(mx.array(x))), torch.sigmoid(torch.from_numpy(x)).numpy()
     errors = [float(np.max(np.abs(out - truth) / truth)) for out in (ours, theirs)]
     return float(min(MOST_RATIO, max(1.0, errors[0] / max(errors[1], HALF_ULP))))
+
+
+# -- packed values
+
+
+def packing_error(
+    values: np.ndarray, group_size: int, bits: int, unit: float = HALF_ULP, smallest: float = 0.0
+) -> np.ndarray:
+    """How far `mx.dequantize(mx.quantize(values))` may lie from the values, for each of them: [.., W] -> [.., W].
+
+    In a group of range R, n = 2^bits - 1 steps of R / n would do, each value half a step off. MLX moves the step so that
+    the end of larger magnitude, `edge`, is a whole number of steps from zero: step = edge / rint(edge * n / R). Where that
+    made it smaller, the n steps no longer reach the far end, which is clipped: off by R - n * step, at most one step. Then
+    the scale, rounded to the dtype of the values (`unit`: half an ulp of 1; `smallest`: its smallest number), counts up to
+    n times, the product n * step rounds once, and so does the sum with the bias. The quotient that is rounded to a whole
+    step has float32's error.
+    """
+    groups = values.astype(np.float64).reshape(*values.shape[:-1], -1, group_size)
+    low, high, steps = groups.min(-1), groups.max(-1), 2**bits - 1
+    spread = np.maximum(high - low, 1e-7 * steps)  # mx.quantize's smallest scale
+    edge = np.maximum(np.abs(low), np.abs(high))
+    bounds = []
+    for nudge in (-1e-3, 1e-3):  # computed in float32, a quotient near one half is rounded either way
+        whole = np.rint(edge * steps / spread + nudge)
+        step = np.where(whole > 0, edge / np.maximum(whole, 1), spread / steps)
+        clipped = np.maximum(spread - steps * step, 0)
+        scale_error = np.maximum(unit * step, smallest / 2)
+        rounding = steps * (scale_error + unit * step + 4 * HALF_ULP * step) + 2 * unit * edge + smallest
+        bounds.append(np.maximum(0.5 * step, clipped) + rounding)
+    return np.broadcast_to(np.maximum(*bounds)[..., None], groups.shape).reshape(values.shape)
+
+
+def attention_error(
+    queries: np.ndarray, tokens: np.ndarray, errors: np.ndarray, allowed: np.ndarray, latent: int, scale: float
+) -> np.ndarray:
+    """How far a head's sum of latents may move when each token [latent | rotary key] moves by up to `errors`.
+
+    queries [B, S, H, W] (absorbed), tokens and errors [B, T, W], allowed bool [B, S, T] -> [B, S, H, R].
+    A score moves by at most d = scale * |q| . e, so a weight p becomes p exp(d_t) / sum p exp(d), which differs from p by
+    at most p (exp(d_t + D) - 1), D the largest d of the row. With sum (p' - p) = 0,
+    |o' - o| <= sum |p' - p| (|c - o| + e) + sum p e.
+    """
+    scores = np.einsum("bshw,btw->bsht", queries, tokens, optimize=True) * scale
+    scores = np.where(allowed[:, :, None], scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    d = np.where(allowed[:, :, None], np.einsum("bshw,btw->bsht", np.abs(queries), errors, optimize=True) * scale, 0)
+    moved = p * np.expm1(d + d.max(-1, keepdims=True))
+    c, e = tokens[..., :latent], errors[..., :latent]
+    o = np.einsum("bsht,btr->bshr", p, c, optimize=True)
+    apart = np.abs(c[:, None, None] - o[:, :, :, None]) + e[:, None, None]  # [B, S, H, T, R]
+    return np.einsum("bsht,bshtr->bshr", moved, apart, optimize=True) + np.einsum("bsht,btr->bshr", p, e, optimize=True)
