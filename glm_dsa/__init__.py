@@ -5,26 +5,30 @@ Axes, as written behind array-producing lines:
   E experts   K selected keys   V vocabulary   Q query latent width
 """
 
-from .cache import LayerCache
+from .cache import LayerCache, Widths
 from .checkpoint import load
 from .config import Convention, ModelArgs
-from .errors import CheckpointError, ConfigError, GlmDsaError, WeightsError
+from .errors import CacheError, CheckpointError, ConfigError, GlmDsaError, WeightsError
 from .model import Model
 from .mtp import Draft
+from .store import KvQuantization
 from .version import __version__
 from .weights import TensorSpec, inventory
 
 __all__ = [
+    "CacheError",
     "CheckpointError",
     "ConfigError",
     "Convention",
     "Draft",
     "GlmDsaError",
+    "KvQuantization",
     "LayerCache",
     "Model",
     "ModelArgs",
     "TensorSpec",
     "WeightsError",
+    "Widths",
     "__version__",
     "inventory",
     "load",

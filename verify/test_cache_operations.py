@@ -1,0 +1,379 @@
+"""Any sequence of prefill, decode, rewind, quantizing, copying, saving and batching equals the same tokens run afresh."""
+
+import copy
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from glm_dsa import CacheError, KvQuantization, LayerCache
+from glm_dsa.cache import Widths
+from verify import compare, tolerances
+from verify.candidate import to_numpy
+from verify.cases import Case, group_size
+from verify.test_kv_quantization import under_packing_noise
+
+CLAIM = "cache operations, any sequence"
+pytestmark = pytest.mark.needs("packable")
+
+PROBE = 7  # the token by which two caches are compared: what the model says of it after them
+
+
+def through_a_file(cache: LayerCache, folder) -> LayerCache:
+    """Saved and loaded, as anyone may who knows `state` and `from_state` only."""
+    parts = dict(enumerate(cache.state))
+    arrays = {str(i): part for i, part in parts.items() if isinstance(part, mx.array)}
+    rest = {i: part for i, part in parts.items() if str(i) not in arrays}
+    mx.save_safetensors(str(folder / "cache.safetensors"), arrays, {"rest": json.dumps(rest)})
+    arrays, metadata = mx.load(str(folder / "cache.safetensors"), return_metadata=True)
+    mx.eval(arrays)  # mx.load is lazy, and the next cache goes into the same file
+    rest = {int(i): part for i, part in json.loads(metadata["rest"]).items()}
+    return LayerCache.from_state([rest[i] if i in rest else arrays[str(i)] for i in range(len(parts))])
+
+
+def picks(rows: int):
+    return st.lists(st.integers(0, rows - 1), min_size=1, max_size=4, unique=True)
+
+
+# -- contents, bit for bit
+
+
+class Row:
+    """A cache beside what it must hold: the vectors appended, and from which on they are packed."""
+
+    def __init__(self, cache: LayerCache, start: int | None) -> None:
+        self.cache, self.start = cache, start
+        self.vectors, self.keys = np.zeros((0, 96), np.float32), np.zeros((0, 6), np.float32)
+
+    def copy(self, cache: LayerCache) -> "Row":
+        twin = Row(cache, self.start)
+        twin.vectors, twin.keys = self.vectors, self.keys
+        return twin
+
+    def grow(self, vectors, keys) -> None:
+        self.vectors, self.keys = np.concatenate([self.vectors, vectors]), np.concatenate([self.keys, keys])
+
+    def trim(self, tokens: int) -> None:
+        left = len(self.vectors) - tokens
+        self.vectors, self.keys = self.vectors[:left], self.keys[:left]
+
+    def due(self) -> np.ndarray:
+        start = len(self.vectors) if self.start is None else self.start
+        if start >= len(self.vectors):
+            return self.vectors
+        packed = to_numpy(KvQuantization(8, 32).rounded(mx.array(self.vectors[start:])))
+        return np.concatenate([self.vectors[:start], packed])
+
+
+class Contents(RuleBasedStateMachine):
+    """Caches without a model: random vectors in, the same out."""
+
+    def __init__(self, judge, folder) -> None:
+        super().__init__()
+        self.judge, self.folder = Shrinkable(judge), folder
+        self.rows: list[Row] = []
+        self.random = np.random.default_rng(0)
+
+    def check(self, row: Row, what: str) -> None:
+        self.judge.holds("vectors", what, row.cache.length == len(row.vectors), "as many tokens as were kept")
+        if row.cache.length:
+            self.judge.values("vectors", what, to_numpy(row.cache.latents.read())[0], row.due(), 0.0)
+            self.judge.values("vectors", what, to_numpy(row.cache.index_keys.read()[0])[0], row.keys, 0.0)
+
+    def draw(self, rows: int, tokens: int):
+        return (self.random.standard_normal((rows, tokens, w)).astype(np.float32) for w in (96, 6))
+
+    def grow(self, cache: LayerCache, rows: list[Row], lengths: list[int]) -> None:
+        vectors, keys = self.draw(len(rows), max(lengths))
+        cache.append_index_keys(mx.array(keys))
+        cache.append(mx.array(vectors))
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            row.grow(vectors[i, :length], keys[i, :length])
+
+    def new(self) -> None:
+        quantization = None if self.start is None else KvQuantization(8, 32, self.start)
+        self.rows.append(Row(LayerCache(Widths(64, 32, 6), quantization), self.start))
+
+    @initialize(start=st.sampled_from([None, 0, 5, 20]))
+    def begin(self, start) -> None:
+        self.start = start
+        self.new()
+
+    @rule(row=st.integers(0, 3), tokens=st.sampled_from([1, 1, 1, 3, 8, 300]))
+    def append(self, row, tokens) -> None:
+        row = self.rows[row % len(self.rows)]
+        self.grow(row.cache, [row], [tokens])
+        self.check(row, "append")
+
+    @rule(row=st.integers(0, 3), tokens=st.integers(0, 30))
+    def trim(self, row, tokens) -> None:
+        row = self.rows[row % len(self.rows)]
+        if tokens > len(row.vectors):
+            with pytest.raises(CacheError):
+                row.cache.trim(tokens)
+        else:
+            row.cache.trim(tokens)
+            row.trim(tokens)
+        self.check(row, "trim")
+
+    @precondition(lambda self: len(self.rows) < 6)
+    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "file"]))
+    def another(self, row, how) -> None:
+        row = self.rows[row % len(self.rows)]
+        if how == "new":
+            return self.new()
+        cache = copy.deepcopy(row.cache) if how == "copy" else through_a_file(row.cache, self.folder)
+        self.rows.append(row.copy(cache))
+        self.check(self.rows[-1], how)
+
+    @rule(row=st.integers(0, 3), start=st.sampled_from([0, 5, 20]))
+    def quantize(self, row, start) -> None:
+        row = self.rows[row % len(self.rows)]
+        was = row.cache
+        row.cache = was.to_quantized(group_size=32, bits=8, start=start)
+        if row.start is None:
+            row.start = start
+        else:
+            self.judge.holds("vectors", "quantize", row.cache is was, "what is packed stays as it is")
+        self.check(row, "quantize")
+
+    @rule(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=4, max_size=4), decoded=st.integers(0, 2))
+    def through_a_batch(self, data, lengths, decoded) -> None:
+        """Merged; a right-padded chunk and some steps appended; some rows dropped, one added; each taken out again."""
+        chosen = [self.rows[i] for i in data.draw(picks(len(self.rows)))]
+        if len({row.start for row in chosen}) > 1:
+            with pytest.raises(CacheError, match="different quantization"):
+                LayerCache.merge([row.cache for row in chosen])
+            for row in chosen:
+                self.check(row, "merge refused")
+            return
+        batch = LayerCache.merge([row.cache for row in chosen])
+        rows = [row.copy(row.cache) for row in chosen]
+        lengths = lengths[: len(rows)]
+        if longest := max(lengths):
+            batch.prepare(lengths=lengths, right_padding=[longest - n for n in lengths])
+            self.grow(batch, rows, lengths)
+            batch.finalize()
+        for _ in range(decoded):
+            self.grow(batch, rows, [1] * len(rows))
+        keep = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
+        batch.filter(keep)
+        rows = [rows[i] for i in keep]
+        if data.draw(st.booleans()):
+            batch.extend(chosen[0].cache)
+            rows.append(chosen[0].copy(chosen[0].cache))
+        least = min(len(row.vectors) for row in rows)
+        tokens = data.draw(st.integers(0, min(least, 4)))
+        batch.trim(tokens)
+        for i, row in enumerate(rows):
+            row.trim(tokens)
+            row.cache = batch.extract(i)
+            self.check(row, "batch")
+        for row in chosen:
+            self.check(row, "merge leaves its parts alone")
+        self.rows = (rows + self.rows)[:6]
+
+
+def run(machine, examples: int, steps: int) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+
+
+class Shrinkable:
+    """A judge whose faults hypothesis can shrink to the shortest sequence: pytest's own outcomes it lets through."""
+
+    def __init__(self, judge) -> None:
+        self.judge = judge
+
+    def __getattr__(self, name):
+        def check(*arguments):
+            try:
+                return getattr(self.judge, name)(*arguments)
+            except pytest.fail.Exception as fault:
+                raise AssertionError(str(fault)) from None
+
+        return check
+
+
+def test_contents_are_preserved(judge, tmp_path):
+    """Without a model, whatever is done: each vector is read back as it was stored, or as its packing says."""
+    run(lambda: Contents(judge, tmp_path), examples=60, steps=25)
+
+
+# -- what the model says
+
+
+class Conversation:
+    """A cache of each layer, and how it came to be: runs of tokens, and the moment of quantizing.
+
+    `exact`: the runs are the very calls that made the cache, so that repeating them must give the same bits.
+    """
+
+    def __init__(self, cache, options) -> None:
+        self.cache, self.options = cache, options
+        self.history: list = []
+        self.exact = True
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(run) for run in self.history if isinstance(run, list))
+
+    def copy(self, cache) -> "Conversation":
+        twin = Conversation(cache, self.options)
+        twin.history, twin.exact = copy.deepcopy(self.history), self.exact
+        return twin
+
+    def trim(self, tokens: int) -> None:
+        for run in reversed([run for run in self.history if isinstance(run, list)]):
+            gone = min(tokens, len(run))
+            if gone < len(run) and gone:
+                self.exact = False
+            del run[len(run) - gone :]
+            tokens -= gone
+        self.history = [step for step in self.history if step != []]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cache[0].quantization is not None
+
+
+class Conversations(RuleBasedStateMachine):
+    def __init__(self, case: Case, judge, folder, options, noise: float) -> None:
+        super().__init__()
+        self.case, self.judge, self.folder, self.options = case, Shrinkable(judge), folder, options
+        self.noise = noise  # bound on logits of a packed cache under other cuts
+        self.model, self.group = case.ours.model, group_size(case.args)
+        self.random = np.random.default_rng(0)
+        self.all = [self.fresh()]
+
+    def fresh(self) -> Conversation:
+        return Conversation(self.model.make_cache(**self.options), self.options)
+
+    def some(self, count: int) -> list[int]:
+        return self.random.integers(3, self.case.args.vocab_size, count).tolist()
+
+    def feed(self, cache, tokens) -> None:
+        mx.eval(self.model(mx.array([tokens]), cache))
+
+    def replay(self, row: Conversation):
+        cache = self.model.make_cache(**row.options)
+        for step in row.history:
+            if isinstance(step, list):
+                self.feed(cache, step)
+            else:
+                cache = [c.to_quantized(self.group, 8, step) for c in cache]
+        return cache
+
+    def check(self, row: Conversation, what: str) -> None:
+        """What the model says next, here and after the same tokens run afresh."""
+        ours, ref = (
+            self.case.ours.forward(np.array([[PROBE]]), c) for c in (copy.deepcopy(row.cache), self.replay(row))
+        )
+        name, length = f"{self.case.name}{', packed' if row.is_packed else ''}", row.tokens + 1
+        if row.exact:
+            self.judge.values(name, f"logits ({what}, same cuts)", ours["logits"], ref["logits"], 0.0)
+            return
+        reference = self.case.reference(80)
+        bound = self.noise if row.is_packed else reference.bound("logits", local=False)
+        self.judge.values(name, f"logits ({what}, other cuts)", ours["logits"], ref["logits"], bound)
+        if ref.get("layers.0.self_attn.indexer.topk") is not None:
+            stage = "layers.0.self_attn.indexer."
+            noise = reference.bound(stage + "scores", local=False).absolute(ref[stage + "scores"])
+            topk = self.case.args.index_topk
+            mine, theirs, scores = ours[stage + "topk"], ref[stage + "topk"], ref[stage + "scores"]
+            self.judge.holds(name, stage + "scores", scores.shape[-1] == length, "one score for each token")
+            self.judge.selection(name, f"{stage}topk ({what})", mine, theirs, scores, topk, noise)
+
+    @rule(row=st.integers(0, 3), count=st.sampled_from([1, 1, 2, 5, 13, 30]))
+    def run(self, row, count) -> None:
+        row = self.all[row % len(self.all)]
+        if row.tokens + count > 120:
+            return
+        tokens = self.some(count)
+        self.feed(row.cache, tokens)
+        row.history.append(tokens)
+        self.check(row, "run")
+
+    @rule(row=st.integers(0, 3), count=st.integers(0, 15))
+    def trim(self, row, count) -> None:
+        row = self.all[row % len(self.all)]
+        count = min(count, row.tokens)
+        for cache in row.cache:
+            cache.trim(count)
+        row.trim(count)
+        self.check(row, "trim")
+
+    @precondition(lambda self: any(not row.is_packed for row in self.all))
+    @rule(start=st.sampled_from([0, 0, 20]))
+    def quantize(self, start) -> None:
+        row = next(row for row in self.all if not row.is_packed)
+        row.cache = [c.to_quantized(self.group, 8, start) for c in row.cache]
+        row.history.append(start)
+        self.check(row, "quantize")
+
+    @precondition(lambda self: len(self.all) < 4)
+    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "file"]))
+    def another(self, row, how) -> None:
+        row = self.all[row % len(self.all)]
+        if how == "new":
+            self.all.append(self.fresh())
+            return
+        cache = copy.deepcopy(row.cache) if how == "copy" else [through_a_file(c, self.folder) for c in row.cache]
+        self.all.append(row.copy(cache))
+        self.check(self.all[-1], how)
+
+    @rule(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=4, max_size=4), decoded=st.integers(0, 3))
+    def through_a_batch(self, data, lengths, decoded) -> None:
+        rows = [self.all[i] for i in data.draw(picks(len(self.all)))]
+        first = rows[0].cache[0].quantization
+        rows = [row for row in rows if row.cache[0].quantization == first and row.tokens <= 100]
+        if not rows:
+            return
+        batch = [LayerCache.merge(layers) for layers in zip(*(row.cache for row in rows), strict=True)]
+        lengths = lengths[: len(rows)]
+        chunks = [self.some(n) for n in lengths]
+        if longest := max(lengths):
+            for cache in batch:
+                cache.prepare(lengths=lengths, right_padding=[longest - n for n in lengths])
+            mx.eval(self.model(mx.array([c + [0] * (longest - len(c)) for c in chunks]), batch))
+            for cache in batch:
+                cache.finalize()
+        for _ in range(decoded):
+            step = [self.some(1) for _ in rows]
+            mx.eval(self.model(mx.array(step), batch))
+            chunks = [chunk + token for chunk, token in zip(chunks, step, strict=True)]
+        keep = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
+        for cache in batch:
+            cache.filter(keep)
+        for i, kept in enumerate(keep):
+            row = rows[kept]
+            row.cache = [cache.extract(i) for cache in batch]
+            if chunks[kept]:
+                row.history.append(chunks[kept])
+                row.exact = False
+            self.check(row, "batch")
+
+
+@pytest.mark.needs("packable", "shared")
+@pytest.mark.parametrize("start", [None, 0, 20])
+def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start):
+    """Same cuts: the same bits. Other cuts, or batched: within the bound, and the same selections but for ties."""
+    options = (
+        {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
+    )
+    noise = noise_of_packing(case)
+    run(lambda: Conversations(case, judge, tmp_path, options, noise), examples=12, steps=10)
+
+
+def noise_of_packing(case: Case) -> float:
+    """4 times how far the equations' logits move, over their rms, when each latent moves at random by what packing may lose.
+
+    Between two cuts float noise pushes a few values over a rounding step: less than all values moving at once.
+    """
+    truth, tokens = case.equations(), case.tokens(80)
+    truth.forward(tokens)
+    moved = [under_packing_noise(case, truth.stages, tokens, draw) for draw in range(3)]
+    return tolerances.SAFETY * max(compare.values(logits, truth.stages["logits"]).error for logits in moved)
