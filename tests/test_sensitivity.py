@@ -3,11 +3,13 @@
 Where a value is compared, the fault must move it by at least 100 times the bound that the gate uses there.
 """
 
+import copy
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from hypothesis import Phase
 
 from glm_dsa import attention, block, cache, indexer, model, moe, mtp, rope, store, weights
 from glm_dsa.rope import rotate
@@ -16,6 +18,7 @@ from verify import (
     cases,
     test_attention,
     test_cache,
+    test_cache_operations,
     test_indexer,
     test_kv_quantization,
     test_layers,
@@ -480,6 +483,71 @@ def test_attention_that_loses_more_than_packing_explains_is_caught(built, monkey
     found = caught(test_kv_quantization.test_what_attention_may_lose, case, Judge)
     assert found is not None
     assert found.stage == "layers.0.self_attn.heads"
+
+
+def trim_forgets_the_index_keys(patch):
+    patch.setattr(cache.LayerCache, "trim", lambda self, tokens: self.latents.trim(tokens))
+
+
+def extract_takes_a_pad(patch):
+    original = cache.LayerCache.extract
+
+    def extract(self, row):
+        self.left_padding = [max(pads - 1, 0) for pads in self.left_padding]
+        return original(self, row)
+
+    patch.setattr(cache.LayerCache, "extract", extract)
+
+
+def filter_forgets_the_index_keys(patch):
+    original = cache.LayerCache._rows
+
+    def rows(self, chosen):
+        out = original(self, chosen)
+        out.index_keys = self.index_keys.rows(mx.array(sorted(chosen))).shifted(out.length - self.length)
+        return out
+
+    patch.setattr(cache.LayerCache, "_rows", rows)
+
+
+def right_padding_stays(patch):
+    patch.setattr(cache.LayerCache, "finalize", lambda self: setattr(self, "right_padding", None))
+
+
+def copies_share(patch):
+    patch.setattr(cache.LayerCache, "__deepcopy__", lambda self, _: copy.copy(self), raising=False)
+
+
+def rows_are_packed_at_the_boundary(patch):
+    patch.setattr(cache.LayerCache, "_first_packed", lambda self: None)
+
+
+def saved_without_its_start(patch):
+    original = cache.LayerCache.state
+
+    def state(self):
+        value = list(original.fget(self))
+        value[3] = value[3] and [*value[3][:2], 0]
+        return tuple(value)
+
+    patch.setattr(cache.LayerCache, "state", property(state, original.fset))
+
+
+OPERATION_FAULTS = (
+    trim_forgets_the_index_keys, extract_takes_a_pad, filter_forgets_the_index_keys, right_padding_stays, copies_share,
+    rows_are_packed_at_the_boundary, saved_without_its_start,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", OPERATION_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_of_a_cache_operation_is_found(fault, monkeypatch, tmp_path):
+    """By the random sequences, within as many as the gate draws."""
+    fault(monkeypatch)
+    judge = Judge(Report(), "claim", "again", 0)
+    with pytest.raises(Exception, match=r"FAULT|dimensions must match"):
+        test_cache_operations.run(
+            lambda: test_cache_operations.Contents(judge, tmp_path), examples=60, steps=25, phases=[Phase.generate]
+        )
 
 
 FAULTS = {

@@ -178,8 +178,8 @@ class Contents(RuleBasedStateMachine):
         self.rows = (rows + self.rows)[:6]
 
 
-def run(machine, examples: int, steps: int) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+def run(machine, examples: int, steps: int, **more) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps, **more))
 
 
 class Shrinkable:
