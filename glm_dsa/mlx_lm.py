@@ -233,7 +233,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     sys.argv = [f"python -m glm_dsa {command}", *arguments]
     try:
         module.main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):
         return 130
     except (OSError, ValueError, ModuleNotFoundError) as error:  # what mlx-lm raises for a user's mistakes
         if isinstance(error, GlmDsaError) or TRACEBACK in os.environ:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,21 +87,28 @@ def test_an_exact_check_that_failed_is_the_worst():
     assert Comparison("a", "case", "stage", FAULT).share == float("inf")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--layers", "0-x"], "--layers 0-x: numbers and ranges"),
-        (["--index-topk", "8"], "--index-topk belongs to --checkpoint"),
-        (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
-        (["--layers", "0-99999999999"], "--layers 0-99999999999: numbers and ranges"),
-        (["--report", "README.md"], "--report README.md: a file is there"),
-        (["--report", "README.md/sub"], "Not a directory"),
-    ],
-)
-def test_bad_options_are_one_line(arguments, message):
-    status, out = run("verify/", *arguments)
+BAD_OPTIONS = {
+    "--layers 0-x": "--layers 0-x: numbers and ranges",
+    "--index-topk 8": "--index-topk belongs to --checkpoint",
+    "--checkpoint nowhere": "--checkpoint nowhere: no such folder",
+    "--layers 0-99999999999": "--layers 0-99999999999: numbers and ranges",
+    "--report README.md": "--report README.md: a file is there",
+    "--report README.md/sub": "Not a directory",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """Two at a time: each spends its time importing."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD_OPTIONS, pool.map(lambda o: run("verify/", *o.split()), BAD_OPTIONS), strict=True))
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_are_one_line(refusals, options):
+    status, out = refusals[options]
     assert status == 1
-    assert message in out
+    assert BAD_OPTIONS[options] in out
     assert "Traceback" not in out
 
 

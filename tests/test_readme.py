@@ -2,14 +2,20 @@
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
 import pytest
 
+from glm_dsa import KvQuantization, LayerCache, Model, Widths
 from glm_dsa.__main__ import main
+from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
+from glm_dsa.mlx_lm import COMMANDS
 from reference import checkpoints
 from verify import conftest as gate
 
@@ -45,21 +51,51 @@ class Recorder:
         self.names.append(name)
 
 
-def test_every_option_is_in_the_readme_and_every_option_in_it_exists():
+def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
     recorder = Recorder()
     gate.pytest_addoption(recorder)
     section = README.split("## Options of the gate")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)) == set(recorder.names)
-    known = {*recorder.names, "--values", "--json", "--version", "--kv-bits"}  # the last is mlx-lm's, named as refused
+    known = {
+        *recorder.names,
+        "--values",
+        "--json",
+        "--version",
+        "--max-kv-size",
+        *options_of_mlx_lm("generate", capsys),
+    }
+    for line in commands():
+        named = set(re.findall(r"--[a-z][a-z-]+", line))
+        if line.split()[0] in COMMANDS:
+            assert named <= options_of_mlx_lm(line.split()[0], capsys), line
+        known |= named
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
-def test_every_command_of_the_command_line_runs(tmp_path, capsys):
-    folder = checkpoints.write(tmp_path / "ck", checkpoints.glm_5_2(num_hidden_layers=4))
-    commands = re.findall(r"^python -m glm_dsa (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert len(commands) >= 4
-    for command in commands:
-        arguments = [str({"DIR": folder, "config.json": folder / "config.json"}.get(a, a)) for a in command.split()]
+def commands() -> list[str]:
+    """What follows `python -m glm_dsa` in the README."""
+    return re.findall(r"^python -m glm_dsa (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+def options_of_mlx_lm(command, capsys) -> set[str]:
+    module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [command, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            module.main()
+    return set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+
+
+def test_every_command_of_the_command_line_runs(registered, tmp_path, capsys, monkeypatch):
+    folder = checkpoints.write(tmp_path / "ck", checkpoints.packable(num_hidden_layers=4))
+    checkpoints.write_tokenizer(folder)
+    assert len(commands()) >= 10
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for line in commands():
+        paths = {"DIR": folder, "config.json": folder / "config.json", "OUT": tmp_path / "out"}
+        arguments = [str(paths.get(a, a)).replace("OUT", str(tmp_path / "cache")) for a in shlex.split(line)]
+        if arguments[0] in ("server", "lora"):
+            continue  # tried in test_mlx_lm.py, and their options above
         if arguments == ["--version"]:
             with pytest.raises(SystemExit, match="0"):
                 main(arguments)
@@ -68,13 +104,45 @@ def test_every_command_of_the_command_line_runs(tmp_path, capsys):
         assert capsys.readouterr().out
 
 
-def test_the_python_example_runs(tmp_path):
+def test_the_python_examples_run(registered, tmp_path):
     folder = checkpoints.write(tmp_path / "ck", checkpoints.glm_5_2(num_hidden_layers=4))
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        names: dict = {}
-        exec(block.replace("path/to/checkpoint", str(folder)), names)  # noqa: S102
-        assert [d.logits.shape for d in names["drafts"]] == [(1, 4, 160), (1, 1, 160), (1, 1, 160)]
-        assert {layer.length for layer in names["cache"]} == {4}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    exec(blocks[0].replace("path/to/checkpoint", str(folder)), names)  # noqa: S102
+    assert [d.logits.shape for d in names["drafts"]] == [(1, 4, 160), (1, 1, 160), (1, 1, 160)]
+    assert {layer.length for layer in names["cache"]} == {4}
+    exec(blocks[1], {})  # noqa: S102
+    assert mlx_lm.utils._get_classes({"model_type": "glm_moe_dsa"})[0] is Model
+
+
+def cache_table() -> str:
+    """Measured: one layer with an indexer and one without, filled by mlx-lm's chunks; 21 and 57 of them."""
+    rows = ["| tokens | 16 bit | int8, groups of 64 | int4, groups of 64 |", "|---|---|---|---|"]
+    for tokens in (1024, 8192, 32768):
+        cells = []
+        for quantization in (None, KvQuantization(8), KvQuantization(4)):
+            sizes = []
+            for index in (128, 0):
+                cache = LayerCache(Widths(512, 64, index), quantization)
+                for _ in range(tokens // 1024):
+                    if index:
+                        cache.append_index_keys(mx.zeros((1, 1024, 128), mx.bfloat16))
+                    cache.append(mx.zeros((1, 1024, 576), mx.bfloat16))
+                sizes.append(cache.nbytes)
+                assert cache.nbytes == tokens * sum(cache_bytes(cache.widths, 2, quantization))
+            cells.append(f"{(21 * sizes[0] + 57 * sizes[1]) / 1e6:,.1f} MB")
+        rows.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    million = [
+        sum(n * sum(cache_bytes(Widths(512, 64, index), 2, q)) for n, index in ((21, 128), (57, 0)))
+        for q in (None, KvQuantization(8), KvQuantization(4))
+    ]
+    return "\n".join([*rows, f"| 1,000,000 (predicted) | {' | '.join(f'{m / 1e3:,.1f} GB' for m in million)} |"])
+
+
+def test_the_table_of_cache_sizes_is_measured():
+    written = README.split("<!-- cache -->\n")[1].split("<!-- end of cache -->")[0].strip()
+    assert written == cache_table(), f"the table should read:\n{cache_table()}"
 
 
 def test_the_table_of_conventions_is_complete():

@@ -1,0 +1,23 @@
+"""Shared by the tests."""
+
+import importlib
+import sys
+
+import mlx_lm.models.cache
+import pytest
+
+import glm_dsa.mlx_lm
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """register(), undone afterwards."""
+    for module, name in glm_dsa.mlx_lm.WRAPPERS:
+        module = importlib.import_module(module)
+        monkeypatch.setattr(module, name, getattr(module, name))
+    for model_type in glm_dsa.mlx_lm.MODEL_TYPES:
+        monkeypatch.delitem(sys.modules, f"mlx_lm.models.{model_type}", raising=False)
+        monkeypatch.setitem(sys.modules, f"mlx_lm.models.{model_type}", None)
+        monkeypatch.setattr(mlx_lm.models, model_type, None, raising=False)
+    monkeypatch.setattr(mlx_lm.models.cache, "LayerCache", None, raising=False)
+    glm_dsa.mlx_lm.register()
