@@ -195,14 +195,15 @@ class LayerCache:
     ) -> None:
         """Announces padding of what is appended next. Right padding is rolled to the left by `finalize`."""
         del lengths  # follows from the padding
-        rows = len(left_padding or right_padding or [])
+        paddings = [list(map(int, padding)) for padding in (left_padding, right_padding) if padding is not None]
+        rows = self.batch if self.batch is not None else len(paddings[0]) if paddings else 0
+        if any(len(padding) != rows or min(padding) < 0 for padding in paddings):
+            raise CacheError(f"padding {paddings}; this batch has {rows} rows")
+        if left_padding is not None and self.length:
+            raise CacheError("left padding can only be announced before the first token")
         if self.left_padding is None:
             self.left_padding = [0] * rows
-        if rows not in (0, len(self.left_padding)):
-            raise CacheError(f"padding for {rows} rows; this batch has {len(self.left_padding)}")
         if left_padding is not None:
-            if self.length:
-                raise CacheError("left padding can only be announced before the first token")
             self.left_padding = [a + int(b) for a, b in zip(self.left_padding, left_padding, strict=True)]
             self.latents.boundary = self._boundary(self.quantization)
         if right_padding is not None and max(right_padding) > 0:
@@ -210,11 +211,10 @@ class LayerCache:
 
     def finalize(self) -> None:
         """Moves right padding, if there was any, in front of each row."""
-        padding, self.right_padding = self.right_padding, None
-        if padding is None:
+        if self.right_padding is None:
             return
-        rows = [self.extract(i) for i in range(len(padding))]
-        for row, pads in zip(rows, padding, strict=True):
+        rows = [self._rows([i]) for i in range(len(self.right_padding))]
+        for row, pads in zip(rows, self.right_padding, strict=True):
             row.trim(pads)
         self._become(self.merge(rows))
 
@@ -294,7 +294,7 @@ class LayerCache:
         return LayerCache(self.widths, self.quantization, self.left_padding, self.start, self.model)
 
     def _become(self, other: LayerCache) -> None:
-        self.__dict__ = other.__dict__
+        self.__dict__.update(other.__dict__)
 
     def _rows(self, rows: list[int]) -> LayerCache:
         there = self.batch or 1

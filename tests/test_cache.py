@@ -407,7 +407,7 @@ def test_nothing_else_is_done_while_right_padding_is_pending():
             action()
     with pytest.raises(CacheError, match="before the first token"):
         batch.prepare(left_padding=[1, 0])
-    with pytest.raises(CacheError, match="3 rows; this batch has 2"):
+    with pytest.raises(CacheError, match=r"padding \[\[1, 0, 0\]\]; this batch has 2 rows"):
         batch.prepare(right_padding=[1, 0, 0])
 
 
