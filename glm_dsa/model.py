@@ -16,6 +16,7 @@ from .cache import LayerCache, Widths, causal_mask, check_caches
 from .config import ModelArgs
 from .mtp import Draft, MtpLayer, last_selection
 from .rope import RotaryEmbedding
+from .sharding import shard
 from .store import KvQuantization
 from .trace import tap
 
@@ -206,6 +207,10 @@ class Model(nn.Module):
     def drop_mtp(self) -> None:
         """Removes the MTP layer: most MLX builds were converted without it, and strict loading would miss it."""
         self.model.layers = self.layers
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Tensor parallelism, in place: see `sharding.shard`."""
+        shard(self.model.layers, group)
 
     @property
     def cast_predicate(self):

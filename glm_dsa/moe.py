@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import sum_gradients
 
 from .config import ModelArgs
 from .linear import SwitchLinear
@@ -92,9 +93,13 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(args)
         self.switch_mlp = Experts(args)
         self.shared_experts = MLP(args.hidden_size, args.moe_intermediate_size * args.n_shared_experts)
+        self.group: mx.distributed.Group | None = None  # the processes among which the experts' width is divided
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.group is not None:
+            x = sum_gradients(self.group)(x)
         experts, weights = self.gate(x)
         routed = (self.switch_mlp(x, experts) * weights[..., None]).sum(axis=-2).astype(x.dtype)
         routed = tap(self, "experts", routed)
-        return tap(self, "output", routed + tap(self, "shared_experts", self.shared_experts(x)))
+        out = routed + tap(self, "shared_experts", self.shared_experts(x))
+        return tap(self, "output", out if self.group is None else mx.distributed.all_sum(out, group=self.group))

@@ -534,6 +534,48 @@ def test_server_with_a_packed_cache(folder, tmp_path):
     assert "KV cache: 8 bit in groups of 64 from here on" in (tmp_path / "log").read_text()
 
 
+SHARDED = """
+import sys
+import mlx.core as mx
+import glm_dsa.mlx_lm
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import sharded_load
+glm_dsa.mlx_lm.register()
+group = mx.distributed.init(backend="ring")
+model, tokenizer = sharded_load(sys.argv[1], tensor_group=group)
+prompt = mx.array(tokenizer.encode(sys.argv[2]))
+print(group.size(), [t for t, _ in generate_step(prompt, model, max_tokens=30, prefill_step_size=50)])
+"""
+
+
+def test_two_processes_share_the_work(loaded, folder, tmp_path):
+    """mlx.launch, with mlx-lm's own sharded loading: the same text, beyond index_topk."""
+    model, tokenizer = loaded
+    (tmp_path / "script.py").write_text(SHARDED)
+    launch = [Path(sys.executable).parent / "mlx.launch", "-n", "2", "--backend", "ring", "--python", sys.executable]
+    done = subprocess.run(
+        [*map(str, launch), "--env", f"PYTHONPATH={ROOT}", str(tmp_path / "script.py"), str(folder), TEXT],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    alone = [t for t, _ in generate_step(mx.array(tokenizer.encode(TEXT)), model, max_tokens=30)]
+    assert done.stdout.count(f"2 {alone}") == 2, done.stdout + done.stderr
+
+
+def test_what_cannot_be_divided_is_left_whole():
+    class Group:
+        def size(self):
+            return 3
+
+        def rank(self):
+            return 0
+
+    model = glm_dsa.Model(glm_dsa.ModelArgs.from_dict(checkpoints.packable(num_hidden_layers=4)))
+    before = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    with pytest.raises(glm_dsa.GlmDsaError, match=r"layers.0: 4 heads cannot be divided among 3 processes"):
+        model.shard(Group())
+    assert {name: value.shape for name, value in tree_flatten(model.parameters())} == before
+
+
 def test_attached_any_mlx_lm_loads_it(folder, tmp_path, capsys):
     target = tmp_path / "attached"
     shutil.copytree(folder, target)
