@@ -1,6 +1,7 @@
 """`python -m glm_dsa inventory PATH`: what a config or a checkpoint folder holds, counted and checked.
 
 Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
+`attach DIR` lets any mlx-lm load a checkpoint with this definition.
 `generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm.py`).
 """
 
@@ -20,9 +21,13 @@ from .config import ModelArgs
 from .errors import CheckpointError, GlmDsaError, printable
 
 MLX_LM = (
-    "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server",
-    "evaluate", "awq", "dwq", "dynamic_quant", "gptq",
+    "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
 )  # fmt: skip
+REFUSED = {
+    "awq": "it does not know this architecture",
+    "gptq": "it fails on modules that a short text does not reach, and would pack the indexer and skip the experts",
+    "dynamic_quant": "it measures by gradients, which the indexer has none of, and would give it the fewest bits",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
             from . import mlx_lm
 
             return mlx_lm.run(arguments[0], arguments[1:])
+        if arguments and arguments[0] in REFUSED:
+            raise GlmDsaError(
+                f"mlx-lm's {arguments[0]} cannot be used: {REFUSED[arguments[0]]}; convert takes predicates"
+            )
         options = parser.parse_args(arguments)
         if options.command == "attach":
             from . import mlx_lm
@@ -69,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1

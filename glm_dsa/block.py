@@ -43,6 +43,8 @@ class DecoderLayer(nn.Module):
         A full layer makes its own selection; a shared layer uses the one that it is handed. With `reuse` a full layer
         too uses what it is handed, and only writes its indexer's keys (later draft steps of MTP).
         """
+        if selection is not None:  # mx.checkpoint would differentiate indices that are handed in
+            selection = mx.stop_gradient(selection)
         normed = tap(self, "input_layernorm", self.input_layernorm(x))
         q_latent = self.self_attn.query_latent(normed)
         if self.runs_indexer:

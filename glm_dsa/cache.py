@@ -6,7 +6,7 @@ together, or fail before they change anything. It has the methods that mlx-lm as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class LayerCache:
         self.right_padding: list[int] | None = None
         self.start = start
         self.model = model
-        self.latents = LatentStore(quantization, self._boundary(quantization))
+        self.latents = LatentStore(quantization, self._first())
         self.index_keys = Columns()
 
     @property
@@ -93,7 +93,7 @@ class LayerCache:
         if self.index_keys.length:
             # Keys that no selection reads yet (T <= index_topk, later draft steps) would stay an ever longer graph.
             joined = mx.depends(joined, self.index_keys.buffers[0])
-        self.latents.append(joined, self._first_packed())
+        self.latents.append(joined)
         return self.latents
 
     def append_index_keys(self, keys: mx.array) -> mx.array:
@@ -128,7 +128,7 @@ class LayerCache:
         return tokens
 
     def to_quantized(self, group_size: int = 64, bits: int = 8, start: int = 0) -> LayerCache:
-        """A cache of the same tokens, with latents and rotary keys packed from token `start` on.
+        """Packs latents and rotary keys from token `start` on, in place; returns itself.
 
         mlx-lm calls this after each chunk and step under --kv-bits, once its --quantized-kv-start is reached: on a cache
         that is packed already it changes nothing. Raises `CacheError` where that one was packed otherwise.
@@ -142,13 +142,12 @@ class LayerCache:
             return self
         quantization = KvQuantization(bits, group_size, start)
         quantization.check(self.widths.latent, self.widths.rope)
-        twin = self._twin()
-        twin.quantization = quantization
-        twin.latents = LatentStore(quantization, twin._boundary(quantization))
-        if self.length:
-            twin.latents.append(self.latents.read(), twin._first_packed())
-        twin.index_keys = self.index_keys.between(0, self.index_keys.length)
-        return twin
+        self._check_settled("to_quantized")
+        self.quantization, plain = quantization, self.latents
+        self.latents = LatentStore(quantization, self._first())
+        if plain.length:
+            self.latents.append(plain.read())
+        return self
 
     # -- batches
 
@@ -156,18 +155,16 @@ class LayerCache:
     def merge(cls, caches: Sequence[LayerCache]) -> LayerCache:
         """The rows of all caches as one left-padded batch. Raises `CacheError` where they are not of one kind."""
         cls._check_alike(caches)
-        first, length = caches[0], max(c.length for c in caches)
-        moved = [length - c.length for c in caches]
-        twin = first._twin()
-        twin.left_padding = [
-            pad + by for c, by in zip(caches, moved, strict=True) for pad in c.left_padding or [0] * (c.batch or 1)
-        ]
-        rows = [len(c.left_padding) if c.left_padding else c.batch or 1 for c in caches]
-        latents = [c.latents.shifted(by) if c.length else c.latents for c, by in zip(caches, moved, strict=True)]
-        boundary = max(twin._boundary(twin.quantization), *(store.boundary for store in latents))
-        twin.latents = LatentStore.stacked(list(zip(latents, rows, strict=True)), length, boundary)
-        keys = [c.index_keys.shifted(by) if c.length else c.index_keys for c, by in zip(caches, moved, strict=True)]
-        twin.index_keys = Columns.stacked(list(zip(keys, rows, strict=True)), length)
+        length, rows = max(c.length for c in caches), [c.batch or 1 for c in caches]
+        twin = caches[0]._twin(
+            pad + length - c.length
+            for c, count in zip(caches, rows, strict=True)
+            for pad in c.left_padding or [0] * count
+        )
+        latents = [(c.latents, count) for c, count in zip(caches, rows, strict=True)]
+        twin.latents = LatentStore.stacked(latents, twin.latents.first, length)
+        keys = [(c.index_keys.placed(length - c.length, length), n) for c, n in zip(caches, rows, strict=True)]
+        twin.index_keys = Columns.stacked(keys, length)
         return twin
 
     def extend(self, other: LayerCache) -> None:
@@ -177,13 +174,15 @@ class LayerCache:
     def filter(self, rows: Sequence[int] | mx.array) -> None:
         """Keeps only these rows, in this order, and no more pads than the longest of them needs."""
         self._check_settled("filter")
-        self._become(self._rows([int(row) for row in rows]))
+        self._become(self._rows(rows.tolist() if isinstance(rows, mx.array) else list(rows)))  # type: ignore[arg-type]
 
     def extract(self, row: int) -> LayerCache:
         """One row as a cache of its own, without padding."""
         self._check_settled("extract")
         single = self._rows([row])
         single.left_padding = None
+        # Lazy, it would keep the whole batch in memory, where `nbytes` tells of one row.
+        mx.eval(single.latents.plain.buffers, single.latents.packed.buffers, single.index_keys.buffers)
         return single
 
     def prepare(
@@ -195,8 +194,11 @@ class LayerCache:
     ) -> None:
         """Announces padding of what is appended next. Right padding is rolled to the left by `finalize`."""
         del lengths  # follows from the padding
+        if left_padding is None and right_padding is None:
+            return
+        self._check_settled("prepare")
         paddings = [list(map(int, padding)) for padding in (left_padding, right_padding) if padding is not None]
-        rows = self.batch if self.batch is not None else len(paddings[0]) if paddings else 0
+        rows = self.batch if self.batch is not None else len(paddings[0])
         if any(len(padding) != rows or min(padding) < 0 for padding in paddings):
             raise CacheError(f"padding {paddings}; this batch has {rows} rows")
         if left_padding is not None and self.length:
@@ -205,7 +207,7 @@ class LayerCache:
             self.left_padding = [0] * rows
         if left_padding is not None:
             self.left_padding = [a + int(b) for a, b in zip(self.left_padding, left_padding, strict=True)]
-            self.latents.boundary = self._boundary(self.quantization)
+            self.latents.first = self._first()
         if right_padding is not None and max(right_padding) > 0:
             self.right_padding = [int(p) for p in right_padding]
 
@@ -238,7 +240,7 @@ class LayerCache:
         parts = [*_parts(self.latents.plain, 1), *_parts(self.latents.packed, 3), *_parts(self.index_keys, 1)]
         return (
             FORMAT, self.model, list(astuple(self.widths)), None if q is None else [q.bits, q.group_size, q.start],
-            self.latents.boundary, self.left_padding, self.right_padding, self.start, *parts,
+            self.left_padding, self.right_padding, self.start, *parts,
         )  # fmt: skip
 
     @state.setter
@@ -250,14 +252,14 @@ class LayerCache:
                 "this definition. Make the prompt cache anew"
             )
         try:
-            _, model, widths, packing, boundary, left, right, start, plain, words, scales, biases, keys = value
+            _, model, widths, packing, left, right, start, plain, words, scales, biases, keys = value
             quantization = None if packing is None else KvQuantization(*(int(n) for n in packing))
             fresh = LayerCache(Widths(*(int(w) for w in widths)), quantization, left, int(start), model)
             fresh.right_padding = right
-            fresh.latents.boundary = int(boundary)
-            fresh.latents.plain = Columns([] if plain is None else [plain])
-            fresh.latents.packed = Columns([] if words is None else [words, scales, biases])
-            fresh.index_keys = Columns([] if keys is None else [keys])
+            # [:]: handles of our own, since buffers are written in place
+            fresh.latents.plain = Columns([] if plain is None else [plain[:]])
+            fresh.latents.packed = Columns([] if words is None else [words[:], scales[:], biases[:]])
+            fresh.index_keys = Columns([] if keys is None else [keys[:]])
             fresh._check_whole()
         except (AttributeError, TypeError, ValueError) as error:
             raise CacheError(f"this saved cache is damaged ({error}); make the prompt cache anew") from None
@@ -276,37 +278,28 @@ class LayerCache:
 
     # -- helpers
 
-    def _boundary(self, quantization: KvQuantization | None) -> int:
-        """The first column at which no row is before its quantization's start."""
-        if quantization is None or not quantization.start:
-            return 0
-        return quantization.start + max(self.left_padding or [0])
+    def _first(self) -> list[int]:
+        """The column from which each row is packed; one for all where that is the first, or nothing is padded."""
+        start = 0 if self.quantization is None else self.quantization.start
+        return [start + pads for pads in self.left_padding or [0]] if start else [0]
 
-    def _first_packed(self) -> mx.array | None:
-        """The column of each row's quantization start, int [B or 1, 1]; None where the boundary is all of them."""
-        if self.quantization is None or not self.latents.boundary:
-            return None
-        starts = [self.quantization.start + pads for pads in self.left_padding or [0]]
-        return mx.array(starts)[:, None] if min(starts) < self.latents.boundary else None
-
-    def _twin(self) -> LayerCache:
+    def _twin(self, left_padding: Iterable[int]) -> LayerCache:
         """Another cache of the same kind, holding nothing."""
-        return LayerCache(self.widths, self.quantization, self.left_padding, self.start, self.model)
+        return LayerCache(self.widths, self.quantization, list(left_padding), self.start, self.model)
 
     def _become(self, other: LayerCache) -> None:
         self.__dict__.update(other.__dict__)
 
     def _rows(self, rows: list[int]) -> LayerCache:
         there = self.batch or 1
-        if not rows or any(not 0 <= row < there for row in rows):
+        if not rows or any(isinstance(row, bool) or not 0 <= row < there for row in rows):
             raise CacheError(f"rows {rows} of a batch of {there}")
-        twin = self._twin()
         padding = self.left_padding or [0] * there
         spare = min(padding[row] for row in rows)
-        twin.left_padding = [padding[row] - spare for row in rows]
-        indices = mx.array(rows)
-        twin.latents = self.latents.rows(indices).shifted(-spare) if self.length else self.latents.shifted(-spare)
-        twin.index_keys = self.index_keys.rows(indices).shifted(-spare)
+        twin = self._twin(padding[row] - spare for row in rows)
+        if self.length:
+            twin.latents = self.latents.rows(rows, spare)
+            twin.index_keys = self.index_keys.rows(mx.array(rows)).placed(-spare, self.length - spare)
         return twin
 
     def _check_fits(self, new: mx.array, width: int, dtype: mx.Dtype | None, what: str) -> None:
@@ -320,17 +313,23 @@ class LayerCache:
     def _check_whole(self) -> None:
         """Raises ValueError where the parts are not of one shape, as `append` would have left them."""
         width, q, rows, length = self.widths.latent + self.widths.rope, self.quantization, self.batch, self.length
-        parts = [(self.latents.plain, self.latents.plain.length, [width])]
-        if q is not None:
+        begin, end = self.latents.span
+        due: list[tuple[Columns, int, list[int]]] = [(self.index_keys, length * self.has_indexer, [self.widths.index])]
+        if q is None:
+            due += [(self.latents.plain, length, [width]), (self.latents.packed, 0, [])]
+        else:
             packed = [width * q.bits // 32, width // q.group_size, width // q.group_size]
-            parts.append((self.latents.packed, self.latents.packed.length, packed))
-        elif self.latents.packed.length:
-            raise ValueError("packed tokens without a quantization")
-        parts.append((self.index_keys, length if self.has_indexer else 0, [self.widths.index]))
-        for columns, tokens, due in parts:
-            shapes = [(rows, tokens, w) for w in due] if tokens else []
+            due += [
+                (self.latents.plain, min(end, length), [width]),
+                (self.latents.packed, max(length - begin, 0), packed),
+            ]
+        for columns, tokens, widths in due:
+            shapes = [(rows, tokens, w) for w in widths] if tokens else []
             if [buffer.shape for buffer in columns.buffers] != shapes:
                 raise ValueError(f"tensors of {[b.shape for b in columns.buffers]}, {shapes} are due")
+        for padding in (self.left_padding, self.right_padding):
+            if padding is not None and (len(padding) != rows or not all(0 <= pads <= length for pads in padding)):
+                raise ValueError(f"padding {padding} of {rows} rows of {length}")
 
     def _check_settled(self, what: str) -> None:
         if self.right_padding is not None:
@@ -341,10 +340,16 @@ class LayerCache:
 
     @staticmethod
     def _check_alike(caches: Sequence[LayerCache]) -> None:
+        if not caches:
+            raise CacheError("a batch of no caches")
         for cache in caches:
             if not isinstance(cache, LayerCache):
                 raise CacheError(f"a batch of LayerCache and {type(cache).__name__}: caches of one kind are due")
             cache._check_settled("merge")
+            if cache.has_indexer and cache.index_keys.length != cache.length:
+                raise CacheError(
+                    f"{cache.length} latents beside {cache.index_keys.length} indexer keys: an earlier run was cut short"
+                )
         for what, kinds in (
             ("quantization", [c.quantization or "none" for c in caches]),
             ("widths", [c.widths for c in caches]),
@@ -392,6 +397,8 @@ def check_caches(caches: Sequence[Any], due: Sequence[Widths], model: str, rows:
             )
         if cache.batch not in (None, rows):
             raise CacheError(f"layer {layer}: a cache of {cache.batch} rows, for a batch of {rows}")
+    if any((c.start, c.left_padding) != (caches[0].start, caches[0].left_padding) for c in caches):
+        raise CacheError("the layers' caches differ in padding or first position; make them anew")
     lengths = {c.length for c in caches} | {c.index_keys.length for c in caches if c.has_indexer}
     if len(lengths) > 1:
         raise CacheError(

@@ -11,7 +11,9 @@ import importlib
 import json
 import logging
 import os
+import pkgutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,7 @@ COMMANDS = {  # mlx-lm's commands that load a model: the module of each
     "perplexity": "perplexity",
     "server": "server",
     "evaluate": "evaluate",
-    "awq": "quant.awq",
     "dwq": "quant.dwq",
-    "dynamic_quant": "quant.dynamic_quant",
-    "gptq": "quant.gptq",
 }
 TRACEBACK = "GLM_DSA_TRACEBACK"  # environment variable: mlx-lm's errors as they come
 MODEL_FILE = "glm_dsa_model.py"
@@ -84,19 +83,58 @@ def register() -> None:
         setattr(mlx_lm.models, model_type, sys.modules[__name__])
     mlx_lm.models.cache.LayerCache = LayerCache  # type: ignore[attr-defined]  # where load_prompt_cache looks classes up by name
     SwitchLinear.to_lora = QuantizedSwitchLinear.to_lora = _to_lora  # type: ignore[attr-defined]
-    for (module, name), wrapper in WRAPPERS.items():
-        _wrap(module, name, wrapper)
+    for (owner, name), wrapper in WRAPPERS.items():
+        _wrap(owner, name, wrapper)
 
 
-def _wrap(module_name: str, name: str, wrapper: Callable[..., Any]) -> None:
-    module = importlib.import_module(module_name)
-    original = getattr(module, name, None)
+def _wrap(owner: str, name: str, wrapper: Callable[..., Any]) -> None:
+    holder = pkgutil.resolve_name(owner)
+    original = getattr(holder, name, None)
     if not callable(original):
-        raise GlmDsaError(f"{module_name}.{name} is no more: this mlx-lm is not one that glm-dsa knows (0.32 is)")
-    if not hasattr(original, "wrapped_by_glm_dsa"):
-        wrapped = functools.wraps(original)(functools.partial(wrapper, original))
-        wrapped.wrapped_by_glm_dsa = True  # type: ignore[attr-defined]
-        setattr(module, name, wrapped)
+        raise GlmDsaError(f"{owner}.{name} is no more: this mlx-lm is not one that glm-dsa knows (0.32 is)")
+    if hasattr(original, "wrapped_by_glm_dsa"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped.wrapped_by_glm_dsa = True  # type: ignore[attr-defined]
+    setattr(holder, name, wrapped)
+
+
+def _load_config(original: Callable[[Path], dict[str, Any]], model_path: Path) -> dict[str, Any]:
+    """What `attach` wrote leads here: no code of the checkpoint's need be trusted to come back to it."""
+    config = original(model_path)
+    file = Path(model_path) / MODEL_FILE
+    if config.get("model_file") == MODEL_FILE and file.is_file() and file.read_bytes() == MODEL_FILE_TEXT.encode():
+        del config["model_file"]
+    return config
+
+
+def _load_prompt_cache(original: Callable[..., Any], file_name: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(file_name, *args, **kwargs)
+    except GlmDsaError as error:
+        raise CacheError(f"{file_name}: {error}") from None
+    except Exception as error:  # whatever it stumbles over: missing, truncated, no metadata, other classes
+        raise CacheError(
+            f"{file_name}: no prompt cache that can be read ({type(error).__name__}: {error}); make it with cache_prompt"
+        ) from None
+
+
+def _insert_cache(
+    original: Callable[..., None], store: Any, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
+) -> None:
+    """Keeps for reuse only what every cache holds. After speculative decoding mlx-lm's key can be longer than its caches:
+    text from them would silently lack a token, and rewinding them would fail."""
+    if prompt_cache and all(isinstance(cache, LayerCache) for cache in prompt_cache):
+        held = min(len(tokens), *(cache.length for cache in prompt_cache))
+        for cache in prompt_cache:
+            cache.trim(cache.length - held)
+        tokens = tokens[:held]
+    if tokens:
+        original(store, model, tokens, prompt_cache, **kwargs)
 
 
 # -- KV quantization
@@ -173,6 +211,9 @@ def _mixed_recipe(original: Callable[..., Any], recipe: str, model: Any, *args: 
 
 
 WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("mlx_lm.utils", "load_config"): _load_config,
+    ("mlx_lm.generate", "load_prompt_cache"): _load_prompt_cache,
+    ("mlx_lm.models.cache:LRUPromptCache", "insert_cache"): _insert_cache,
     ("mlx_lm.generate", "maybe_quantize_kv_cache"): _quantize_kv,
     ("mlx_lm.utils", "dequantize_model"): _dequantize_model,
     ("mlx_lm.convert", "dequantize_model"): _dequantize_model,
@@ -224,21 +265,23 @@ def run(command: str, arguments: Sequence[str]) -> int:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-    if any(a == "--max-kv-size" or a.startswith("--max-kv-size=") for a in arguments):
+    if any(a.startswith("--max-k") for a in arguments):  # argparse takes abbreviations
         raise CacheError(
             "--max-kv-size: mlx-lm hands it only to models without a cache of their own, so it would do nothing here; "
             "leave it out"
         )
+    if command == "cache_prompt":
+        _check_target(arguments)
     module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
     sys.argv = [f"python -m glm_dsa {command}", *arguments]
     try:
         module.main()
     except (KeyboardInterrupt, EOFError):
         return 130
-    except (OSError, ValueError, ModuleNotFoundError) as error:  # what mlx-lm raises for a user's mistakes
+    except Exception as error:  # mlx-lm's commands have no error type for a user's mistakes
         if isinstance(error, GlmDsaError) or TRACEBACK in os.environ:
             raise
-        what = str(error) or type(error).__name__
+        what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         if type(error).__name__ == "HFValidationError":
             what = f"no such folder, and no name of the hub either: {what}"
         raise GlmDsaError(f"mlx-lm {command}: {what} (set {TRACEBACK}=1 to see where)") from error
@@ -248,6 +291,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
             "%(tokens)d", _waiting_for,
         )  # fmt: skip
     return 0
+
+
+def _check_target(arguments: Sequence[str]) -> None:
+    """A prompt cache is written when all the work is done: better to know before."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    for name, value in [*pairs, *(a.split("=", 1) for a in arguments if "=" in a)]:
+        if name == "--prompt-cache-file" and not Path(value).expanduser().resolve().parent.is_dir():
+            raise CacheError(f"--prompt-cache-file {value}: its folder does not exist")
 
 
 def attach(folder: str | Path, force: bool = False) -> Path:
@@ -269,21 +320,31 @@ def attach(folder: str | Path, force: bool = False) -> Path:
             f"{config_file}: model_file is {known!r} already; --force puts {MODEL_FILE!r} in its place"
         )
     target = folder / MODEL_FILE
-    if target.exists() and target.read_text(encoding="utf-8", errors="replace") != MODEL_FILE_TEXT and not force:
+    is_new = not target.exists()
+    if not is_new and not target.is_file():
+        raise CheckpointError(f"{target}: is there already, and no file")
+    if not is_new and target.read_bytes() != MODEL_FILE_TEXT.encode() and not force:
         raise CheckpointError(f"{target}: is there already, and not what would be written; --force overwrites it")
     _replace(target, MODEL_FILE_TEXT)
-    if known != MODEL_FILE:
-        _replace(config_file, json.dumps(config | {"model_file": MODEL_FILE}, indent=2, ensure_ascii=False) + "\n")
+    try:
+        if known != MODEL_FILE:
+            _replace(config_file, json.dumps(config | {"model_file": MODEL_FILE}, indent=2, ensure_ascii=False) + "\n")
+    except CheckpointError:
+        if is_new:
+            target.unlink()
+        raise
     return target
 
 
 def _replace(file: Path, text: str) -> None:
     """All of it, or none."""
-    new = file.with_name(f".{file.name}.{os.getpid()}")
+    new = None
     try:
-        new.write_text(text, encoding="utf-8")
-        new.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
-        new.replace(file)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from None
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as new:
+            new.write(text.encode())
+        os.chmod(new.name, file.stat().st_mode & 0o777 if file.exists() else 0o644)
+        os.replace(new.name, file)
+    except (OSError, UnicodeError) as error:
+        if new is not None:
+            Path(new.name).unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

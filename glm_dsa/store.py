@@ -17,8 +17,8 @@ BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize packs
 class KvQuantization:
     """How latents and rotary keys are packed: `bits` a value, a scale and a bias for each `group_size` values.
 
-    `start`: the first token that is packed. Earlier ones stay in the model's dtype, and from it on every token is
-    attended as quantized, by itself and by later ones, however the prompt was cut.
+    `start`: the first token that is packed; earlier ones stay in the model's dtype. In a cache made with it, every token
+    from it on is attended as packed, by its own query too, however the prompt was cut.
     """
 
     bits: int = 8
@@ -28,9 +28,9 @@ class KvQuantization:
     def check(self, latent: int, rope: int) -> None:
         """Raises `CacheError` where no group of values could be formed within the latent, or within the rotary key."""
         for name, value, allowed in (("bits", self.bits, BITS), ("group size", self.group_size, GROUP_SIZES)):
-            if value not in allowed or isinstance(value, bool):
+            if type(value) is not int or value not in allowed:
                 raise CacheError(f"KV quantization: {name} {value!r}; one of {', '.join(map(str, allowed))} is due")
-        if not isinstance(self.start, int) or self.start < 0:
+        if type(self.start) is not int or self.start < 0:
             raise CacheError(f"KV quantization: start {self.start!r}; the number of a token, from 0 on, is due")
         for name, width in (("latent (kv_lora_rank)", latent), ("rotary key (qk_rope_head_dim)", rope)):
             if width % self.group_size:
@@ -96,22 +96,20 @@ class Columns:
         self.length -= columns
 
     def between(self, begin: int, end: int) -> Columns:
-        return Columns([buffer[:, begin:end] for buffer in self.buffers] if end > begin else [])
+        """Columns of its own: a strided view would be copied whole by each `take`."""
+        return Columns([mx.contiguous(buffer[:, begin:end]) for buffer in self.buffers] if end > begin else [])
 
     def rows(self, indices: mx.array) -> Columns:
         return Columns([part[indices] for part in self.read()])
 
-    def shifted(self, by: int) -> Columns:
-        """With `by` empty columns more in front, or -by fewer columns there."""
-        if by <= 0:
-            return self.between(-by, self.length)
-        return Columns([mx.pad(part, [(0, 0), (by, 0)] + [(0, 0)] * (part.ndim - 2)) for part in self.read()])
-
-    @staticmethod
-    def concatenated(parts: Sequence[Columns]) -> Columns:
-        """One behind the other, along T."""
-        filled = [part.read() for part in parts if part.length]
-        return Columns([mx.concatenate(list(same), axis=1) for same in zip(*filled, strict=True)])
+    def placed(self, front: int, length: int) -> Columns:
+        """`length` columns, beginning `front` columns before these (behind, if negative); zeros where these do not reach."""
+        if not self.length or length <= 0:
+            return Columns()
+        kept = self.between(max(-front, 0), min(self.length, length - front))
+        behind = length - max(front, 0) - kept.length
+        pads = [(0, 0), (max(front, 0), behind)]
+        return Columns([mx.pad(part, pads + [(0, 0)] * (part.ndim - 2)) for part in kept.buffers])
 
     @staticmethod
     def stacked(parts: Sequence[tuple[Columns, int]], length: int) -> Columns:
@@ -133,16 +131,15 @@ class Columns:
 
 
 class LatentStore:
-    """[latent | rotary key] of each token, [B, T, W]: plain in the first `boundary` columns, packed behind them.
+    """[latent | rotary key] of each token, [B, T, W]: plain before its row's `first` column, packed from there on.
 
-    For one sequence the boundary is its quantization's start. In a batch, whose rows start at different columns, it is
-    the last of the rows' starts; rows that start earlier keep there what unpacking would give, so that each token is
-    attended as its own position demands.
+    In a batch the rows are packed from different columns on (start + pads). Then `plain` holds the columns before the last
+    of them, `packed` those from the earliest on; between the two, each row means one of both, and the other is void.
     """
 
-    def __init__(self, quantization: KvQuantization | None = None, boundary: int = 0) -> None:
+    def __init__(self, quantization: KvQuantization | None = None, first: Sequence[int] = (0,)) -> None:
         self.quantization = quantization
-        self.boundary = boundary  # of no meaning without quantization
+        self.first = list(first)  # of each row, or of all; of no meaning without quantization
         self.plain, self.packed = Columns(), Columns()
 
     @classmethod
@@ -153,86 +150,79 @@ class LatentStore:
         return store
 
     @property
-    def length(self) -> int:
-        return self.plain.length + self.packed.length
+    def span(self) -> tuple[int, int]:
+        """The column at which `packed` begins, and that before which `plain` ends."""
+        return min(self.first), max(self.first)
 
-    def append(self, values: mx.array, first_packed: mx.array | None = None) -> None:
-        """values [B, S, W]; `first_packed` int [B, 1]: the column at which each row's start lies, where not all at
-        the boundary."""
+    @property
+    def length(self) -> int:
+        return self.span[0] + self.packed.length if self.packed.length else self.plain.length
+
+    def append(self, values: mx.array) -> None:
+        """values [B, S, W]."""
         if self.quantization is None:
             self.plain.append(values)
             return
-        plain = min(max(self.boundary - self.length, 0), values.shape[1])
-        if plain:
-            head = values[:, :plain]
-            if first_packed is not None:
-                is_packed = mx.arange(self.length, self.length + plain) >= first_packed  # [B, S]
-                head = mx.where(is_packed[..., None], self.quantization.rounded(head), head)
-            self.plain.append(head)
-        if plain < values.shape[1]:
-            self.packed.append(*self.quantization.pack(values[:, plain:]))
+        before, (begin, end) = self.length, self.span
+        if before < end:
+            self.plain.append(values[:, : end - before])
+        if before + values.shape[1] > begin:
+            self.packed.append(*self.quantization.pack(values[:, max(begin - before, 0) :]))
 
     def read(self) -> mx.array:
         """All tokens, [B, T, W]."""
         if not self.packed.length:
             return self.plain.read()[0]
         assert self.quantization is not None
-        unpacked = self.quantization.unpack(*self.packed.read())
-        return mx.concatenate([self.plain.read()[0], unpacked], axis=1) if self.plain.length else unpacked
+        unpacked, (begin, end) = self.quantization.unpack(*self.packed.read()), self.span
+        if not end:
+            return unpacked
+        plain, end = self.plain.read()[0], min(end, self.length)
+        is_packed = mx.arange(begin, end) >= mx.array(self.first)[:, None]  # [B or 1, columns of either kind]
+        either = mx.where(is_packed[..., None], unpacked[:, : end - begin], plain[:, begin:end])
+        return mx.concatenate([plain[:, :begin], either, unpacked[:, end - begin :]], axis=1)
 
     def take(self, tokens: mx.array) -> mx.array:
         """The tokens chosen, int [B, S, K] -> [B, S, K, W]. Only these are unpacked."""
         if not self.packed.length:
             return self.plain.take(tokens)[0]
         assert self.quantization is not None
-        behind = tokens.astype(mx.int32) - self.plain.length
-        unpacked = self.quantization.unpack(*self.packed.take(mx.maximum(behind, 0)))
-        if not self.plain.length:
+        tokens, (begin, end) = tokens.astype(mx.int32), self.span
+        unpacked = self.quantization.unpack(*self.packed.take(mx.maximum(tokens - begin, 0)))
+        if not end:
             return unpacked
         plain = self.plain.take(mx.minimum(tokens, self.plain.length - 1))[0]
-        return mx.where((behind < 0)[..., None], plain, unpacked)
+        return mx.where((tokens >= mx.array(self.first)[:, None, None])[..., None], unpacked, plain)
 
     def trim(self, tokens: int) -> None:
-        packed = min(tokens, self.packed.length)
-        self.packed.trim(packed)
-        self.plain.trim(tokens - packed)
+        left = self.length - tokens
+        self.plain.trim(max(self.plain.length - left, 0))
+        self.packed.trim(min(self.packed.length, tokens))
 
-    def widened(self, boundary: int) -> LatentStore:
-        """A store of the same values whose boundary lies further right: what lies between is unpacked."""
-        store = LatentStore(self.quantization, boundary)
-        store.plain, store.packed = self.plain, self.packed
-        between = min(boundary - self.plain.length, self.packed.length)
-        if self.quantization is not None and between > 0:
-            unpacked = self.quantization.unpack(*self.packed.between(0, between).buffers)
-            store.plain = Columns.concatenated([self.plain, Columns([unpacked])])
-            store.packed = self.packed.between(between, self.packed.length)
-        return store
-
-    def shifted(self, by: int) -> LatentStore:
-        store = LatentStore(self.quantization, self.boundary + by if self.boundary else 0)
-        store.plain, store.packed = self.plain, self.packed
-        if self.plain.length + by > 0 and self.plain.length:
-            store.plain = self.plain.shifted(by)
-        else:
-            store.plain, store.packed = Columns(), self.packed.shifted(by + self.plain.length)
-        return store
-
-    def rows(self, indices: mx.array) -> LatentStore:
-        store = LatentStore(self.quantization, self.boundary)
-        store.plain, store.packed = self.plain.rows(indices), self.packed.rows(indices)
+    def rows(self, chosen: list[int], spare: int) -> LatentStore:
+        """These rows, without their first `spare` columns."""
+        every = self.first if len(self.first) > 1 else self.first * (max(chosen) + 1)
+        store = LatentStore(self.quantization, [max(every[row] - spare, 0) for row in chosen])
+        indices, length = mx.array(chosen), self.length - spare
+        plain = length if self.quantization is None else min(store.span[1], length)
+        store.plain = self.plain.rows(indices).placed(-spare, plain)
+        front = self.span[0] - spare - store.span[0]
+        store.packed = self.packed.rows(indices).placed(front, max(length - store.span[0], 0))
         return store
 
     @staticmethod
-    def stacked(parts: Sequence[tuple[LatentStore, int]], length: int, boundary: int) -> LatentStore:
-        """One under the other: (store, how many rows it has), each `length` long or empty; of one quantization.
-
-        `boundary` lies at or behind each store's own.
-        """
-        out = LatentStore(parts[0][0].quantization, boundary)
-        wide = [(store.widened(boundary), rows) for store, rows in parts]
-        plain = length if out.quantization is None else min(boundary, length)
-        out.plain = Columns.stacked([(store.plain, rows) for store, rows in wide], plain)
-        out.packed = Columns.stacked([(store.packed, rows) for store, rows in wide], length - plain)
+    def stacked(parts: Sequence[tuple[LatentStore, int]], first: Sequence[int], length: int) -> LatentStore:
+        """One under the other, ending together: (store, how many rows it has); of one quantization."""
+        out = LatentStore(parts[0][0].quantization, first)
+        begin, end = out.span
+        plain = length if out.quantization is None else min(end, length)
+        plains, packs = [], []
+        for store, rows in parts:
+            by = length - store.length
+            plains.append((store.plain.placed(by, plain), rows))
+            packs.append((store.packed.placed(by + store.span[0] - begin, max(length - begin, 0)), rows))
+        out.plain = Columns.stacked(plains, plain)
+        out.packed = Columns() if out.quantization is None else Columns.stacked(packs, max(length - begin, 0))
         return out
 
     @property

@@ -1,6 +1,6 @@
 """Shared by the tests."""
 
-import importlib
+import pkgutil
 import sys
 
 import mlx_lm.models.cache
@@ -12,9 +12,9 @@ import glm_dsa.mlx_lm
 @pytest.fixture
 def registered(monkeypatch):
     """register(), undone afterwards."""
-    for module, name in glm_dsa.mlx_lm.WRAPPERS:
-        module = importlib.import_module(module)
-        monkeypatch.setattr(module, name, getattr(module, name))
+    for owner, name in glm_dsa.mlx_lm.WRAPPERS:
+        holder = pkgutil.resolve_name(owner)
+        monkeypatch.setattr(holder, name, getattr(holder, name))
     for model_type in glm_dsa.mlx_lm.MODEL_TYPES:
         monkeypatch.delitem(sys.modules, f"mlx_lm.models.{model_type}", raising=False)
         monkeypatch.setitem(sys.modules, f"mlx_lm.models.{model_type}", None)

@@ -1,8 +1,8 @@
 """mlx-lm's own tools on this definition: its commands as real processes, its functions in this one."""
 
-import importlib
 import json
 import os
+import pkgutil
 import shutil
 import socket
 import subprocess
@@ -30,8 +30,10 @@ from mlx_lm.models.cache import (
 
 import glm_dsa
 import glm_dsa.mlx_lm
-from glm_dsa.__main__ import main
+from glm_dsa.__main__ import MLX_LM, main
 from glm_dsa.errors import CacheError, CheckpointError
+from glm_dsa.linear import SwitchLinear
+from glm_dsa.mlx_lm import COMMANDS
 from reference import checkpoints, hf
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +86,10 @@ def test_mlx_lm_loads_ours(loaded):
 
 
 def test_registering_twice_is_harmless(loaded):
-    once = [getattr(importlib.import_module(m), n) for m, n in glm_dsa.mlx_lm.WRAPPERS]
+    once = [getattr(pkgutil.resolve_name(owner), name) for owner, name in glm_dsa.mlx_lm.WRAPPERS]
     glm_dsa.mlx_lm.register()
-    assert once == [getattr(importlib.import_module(m), n) for m, n in glm_dsa.mlx_lm.WRAPPERS]
+    assert once == [getattr(pkgutil.resolve_name(owner), name) for owner, name in glm_dsa.mlx_lm.WRAPPERS]
+    assert set(COMMANDS) == set(MLX_LM)
 
 
 def test_an_mlx_lm_that_has_changed_is_named(monkeypatch):
@@ -222,6 +225,25 @@ def test_speculative_decoding_changes_nothing(loaded, tmp_path):
         assert drafted[:40] == alone
     agreeing = list(speculative_generate_step(mx.array(prompt), model, model, max_tokens=40))
     assert sum(was_drafted for *_, was_drafted in agreeing) > 20
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "quantized_kv_start": 0}])
+def test_prompts_are_reused_after_speculative_decoding(loaded, options):
+    """mlx-lm's key is then longer than what the caches hold; under kv_bits it keeps a list of its own beside them."""
+    model, tokenizer = loaded
+    store, prompt = LRUPromptCache(), prompt_of(tokenizer, 40)
+    cache = [*model.make_cache(), *model.make_cache()]
+    steps = speculative_generate_step(mx.array(prompt), model, model, max_tokens=7, prompt_cache=cache, **options)
+    key = [*prompt, *(token for token, *_ in steps)]
+    store.insert_cache("glm", key, cache)
+    assert all((c.quantization is not None) == bool(options) for c in cache)
+    for other in ([*key, 9, 10], [*key[:20], 9, 10], [prompt[0], 9, 10]):
+        reused, rest = store.fetch_nearest_cache("glm", other)
+        main_cache = reused[: len(model.layers)]
+        assert main_cache[0].length + len(rest) == len(other)
+        tokens = [t for t, _ in generate_step(mx.array(rest), model, max_tokens=12, prompt_cache=main_cache)]
+        if not options:
+            assert is_greedy(model, other, tokens)
 
 
 @pytest.mark.parametrize("quantized", [None, 0, 20])
@@ -474,6 +496,40 @@ def test_lora_trains_fuses_and_loads(registered, four_bit, tmp_path):
     assert mx.abs(adapted - merged).max() < 1e-3 * mx.abs(adapted - untrained).max()
 
 
+@pytest.mark.parametrize(
+    ("bits", "mode", "group"), [(3, "affine", 32), (4, "affine", 64), (8, "affine", 64), (4, "mxfp4", 32)]
+)
+def test_fused_experts_keep_their_packing(registered, bits, mode, group):
+    mx.random.seed(0)
+    packed = SwitchLinear(4, 64, 128).to_quantized(group_size=group, bits=bits, mode=mode)
+    lora = packed.to_lora(r=2, scale=3.0, dropout=0.0)
+    lora.lora_b = mx.random.normal(lora.lora_b.shape)
+    x, experts = mx.random.normal((6, 1, 128)), mx.array([0, 1, 2, 3, 1, 0])
+    plain, again = lora.fuse(dequantize=True), lora.fuse()
+    error = mx.abs(plain(x, experts) - lora(x, experts)).max() / mx.abs(lora(x, experts)).max()
+    assert error < (1e-5 if mode == "affine" else 1e-2)  # mlx unpacks mxfp4 to bfloat16
+    assert again.packing() == packed.packing()
+    assert mx.array_equal(again.weight, plain.to_quantized(**packed.packing()).weight)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda f: None, "no prompt cache that can be read"),
+        (lambda f: f.write_bytes(b""), "no prompt cache that can be read"),
+        (lambda f: f.write_text("text"), "no prompt cache that can be read"),
+        (lambda f: mx.save_safetensors(str(f), {"a": mx.zeros(3)}), "no prompt cache that can be read"),
+    ],
+)
+def test_files_that_are_no_prompt_caches(registered, folder, tmp_path, capsys, monkeypatch, write, message):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    write(tmp_path / "cache.safetensors")
+    assert main(["generate", "--model", str(folder), "--prompt-cache-file", str(tmp_path / "cache.safetensors")]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
 class Server:
     """`python -m glm_dsa server`, on a free port of the loopback address."""
 
@@ -576,7 +632,7 @@ def test_what_cannot_be_divided_is_left_whole():
     assert {name: value.shape for name, value in tree_flatten(model.parameters())} == before
 
 
-def test_attached_any_mlx_lm_loads_it(folder, tmp_path, capsys):
+def test_attached_any_mlx_lm_loads_it(registered, folder, tmp_path, capsys):
     target = tmp_path / "attached"
     shutil.copytree(folder, target)
     before = json.loads((target / "config.json").read_text())
@@ -588,6 +644,12 @@ def test_attached_any_mlx_lm_loads_it(folder, tmp_path, capsys):
     out = command("generate", *options[:-3], module="mlx_lm", ok=False)  # not trusted, not run
     assert "trust_remote_code=True" in out
     main(["attach", str(target)])  # again: harmless
+    glm_dsa.mlx_lm.register()
+    assert type(mlx_lm.load(str(target))[0]) is glm_dsa.Model  # registered, it needs no trust
+    (target / "glm_dsa_model.py").write_text("raise SystemExit('not ours')")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        mlx_lm.load(str(target))
+    main(["attach", str(target), "--force"])
     assert sorted(p.name for p in target.iterdir()) == sorted({p.name for p in folder.iterdir()} | {"glm_dsa_model.py"})
 
 
@@ -596,6 +658,7 @@ def test_attached_any_mlx_lm_loads_it(folder, tmp_path, capsys):
     [
         (lambda f: (f / "config.json").unlink(), "config.json"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "llama"),
+        (lambda f: (f / "glm_dsa_model.py").mkdir(), "is there already, and no file"),
         (lambda f: (f / "glm_dsa_model.py").write_text("mine"), "is there already, and not what would be written"),
         (
             lambda f: (f / "config.json").write_text(json.dumps(checkpoints.packable(model_file="mine.py"))),
@@ -606,10 +669,25 @@ def test_attached_any_mlx_lm_loads_it(folder, tmp_path, capsys):
 def test_what_cannot_be_attached_is_left_as_it_is(tmp_path, damage, message):
     (tmp_path / "config.json").write_text(json.dumps(checkpoints.packable()))
     damage(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(CheckpointError, match=message):
         glm_dsa.mlx_lm.attach(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_half_an_attachment_is_taken_back(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(checkpoints.packable()))
+    replace = os.replace
+
+    def fail(source, target):
+        if str(target).endswith("config.json"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be written: Permission denied"):
+        glm_dsa.mlx_lm.attach(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_attaching_by_force(tmp_path):
@@ -623,6 +701,12 @@ def test_attaching_by_force(tmp_path):
     [
         (["generate", "--model", "/no/such/folder", "--prompt", "x"], "no such folder, and no name of the hub either"),
         (["generate", "--model", "x", "--prompt", "x", "--max-kv-size", "5"], "it would do nothing here; leave it out"),
+        (["generate", "--model", "x", "--prompt", "x", "--max-kv=5"], "it would do nothing here; leave it out"),
+        (
+            ["cache_prompt", "--model", "x", "--prompt", "x", "--prompt-cache-file", "/no/such/f"],
+            "folder does not exist",
+        ),
+        (["gptq", "--model", "x"], "mlx-lm's gptq cannot be used: it fails on modules"),
     ],
 )
 def test_mistakes_are_one_line(registered, capsys, monkeypatch, arguments, message):

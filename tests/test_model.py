@@ -90,6 +90,22 @@ def test_gradients_and_compilation_pass_through_blocks(model, small_blocks):
     assert np.allclose(np.array(compiled(tokens)), np.array(model(tokens)), atol=1e-4)
 
 
+def test_gradient_checkpoints_take_a_selection(model):
+    """mlx-lm's --grad-checkpoint runs each layer in mx.checkpoint, which differentiates all that is handed in."""
+    tokens = mx.array(np.random.default_rng(0).integers(3, 160, (1, 40)))
+    x = model.model.embed_tokens(tokens)
+    rotation, mask = model.model.rotation_and_mask(40, None)
+
+    def run(parameters, x, selection):
+        layer.update(parameters)
+        return layer(x, rotation, mask, None, selection)[0].sum()
+
+    selection = model.layers[2](x, rotation, mask)[1]
+    layer = model.layers[3]  # a shared one
+    gradients = mx.grad(mx.checkpoint(run))(layer.trainable_parameters(), x, selection)
+    assert float(mx.abs(gradients["self_attn"]["q_b_proj"]["weight"]).max()) > 0
+
+
 def test_blocks_change_nothing(model, small_blocks, monkeypatch):
     tokens = mx.array(np.random.default_rng(1).integers(3, 160, (2, 60)))
     blocks = np.array(model(tokens))

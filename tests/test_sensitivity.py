@@ -409,8 +409,8 @@ def biases_forgotten(patch):
 
 
 def packing_starts_late(patch):
-    patch.setattr(cache.LayerCache, "_boundary", lambda self, q: (q.start + 1) if q and q.start else 0)
-    patch.setattr(cache.LayerCache, "_first_packed", lambda self: None)  # which would round that token all the same
+    original = cache.LayerCache._first
+    patch.setattr(cache.LayerCache, "_first", lambda self: [column + (column > 0) for column in original(self)])
 
 
 def scales_in_16_bit(patch):
@@ -504,7 +504,7 @@ def filter_forgets_the_index_keys(patch):
 
     def rows(self, chosen):
         out = original(self, chosen)
-        out.index_keys = self.index_keys.rows(mx.array(sorted(chosen))).shifted(out.length - self.length)
+        out.index_keys = self.index_keys.rows(mx.array(sorted(chosen))).placed(out.length - self.length, out.length)
         return out
 
     patch.setattr(cache.LayerCache, "_rows", rows)
@@ -518,8 +518,9 @@ def copies_share(patch):
     patch.setattr(cache.LayerCache, "__deepcopy__", lambda self, _: copy.copy(self), raising=False)
 
 
-def rows_are_packed_at_the_boundary(patch):
-    patch.setattr(cache.LayerCache, "_first_packed", lambda self: None)
+def rows_are_packed_from_one_column(patch):
+    original = cache.LayerCache._first
+    patch.setattr(cache.LayerCache, "_first", lambda self: [max(original(self))] * len(original(self)))
 
 
 def saved_without_its_start(patch):
@@ -535,7 +536,7 @@ def saved_without_its_start(patch):
 
 OPERATION_FAULTS = (
     trim_forgets_the_index_keys, extract_takes_a_pad, filter_forgets_the_index_keys, right_padding_stays, copies_share,
-    rows_are_packed_at_the_boundary, saved_without_its_start,
+    rows_are_packed_from_one_column, saved_without_its_start,
 )  # fmt: skip
 
 
@@ -544,9 +545,27 @@ def test_a_fault_of_a_cache_operation_is_found(fault, monkeypatch, tmp_path):
     """By the random sequences, within as many as the gate draws."""
     fault(monkeypatch)
     judge = Judge(Report(), "claim", "again", 0)
-    with pytest.raises(Exception, match=r"FAULT|dimensions must match"):
+    with pytest.raises(Exception, match=r"FAULT|dimensions must match|latents beside"):
         test_cache_operations.run(
             lambda: test_cache_operations.Contents(judge, tmp_path), examples=60, steps=25, phases=[Phase.generate]
+        )
+
+
+def test_a_batch_whose_positions_forget_the_pads_is_found(built, monkeypatch, tmp_path):
+    """Which contents alone do not show."""
+    case = built("glm-5.2-interleaved")
+    length = property(lambda self: self.start + self.length if self.left_padding is None else self.every_rows_length())
+    monkeypatch.setattr(cache.LayerCache, "offset", length)
+    monkeypatch.setattr(
+        cache.LayerCache,
+        "every_rows_length",
+        lambda self: mx.array([self.length] * len(self.left_padding)),
+        raising=False,
+    )
+    machine = test_cache_operations.Conversations
+    with pytest.raises(AssertionError, match=r"logits \(batch, other cuts\)   FAULT"):
+        test_cache_operations.run(
+            lambda: machine(case, Judge(Report(), "claim", "again", 0), tmp_path, {}), 12, 10, phases=[Phase.generate]
         )
 
 

@@ -12,10 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from glm_dsa import CacheError, KvQuantization, LayerCache
 from glm_dsa.cache import Widths
-from verify import compare, tolerances
+from verify import tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case, group_size
-from verify.test_kv_quantization import under_packing_noise
 
 CLAIM = "cache operations, any sequence"
 pytestmark = pytest.mark.needs("packable")
@@ -33,6 +32,12 @@ def through_a_file(cache: LayerCache, folder) -> LayerCache:
     mx.eval(arrays)  # mx.load is lazy, and the next cache goes into the same file
     rest = {int(i): part for i, part in json.loads(metadata["rest"]).items()}
     return LayerCache.from_state([rest[i] if i in rest else arrays[str(i)] for i in range(len(parts))])
+
+
+def remade(cache: LayerCache, how: str, folder) -> LayerCache:
+    if how == "copy":
+        return copy.deepcopy(cache)
+    return LayerCache.from_state(cache.state) if how == "state" else through_a_file(cache, folder)
 
 
 def picks(rows: int):
@@ -121,24 +126,19 @@ class Contents(RuleBasedStateMachine):
         self.check(row, "trim")
 
     @precondition(lambda self: len(self.rows) < 6)
-    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "file"]))
+    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "state", "file"]))
     def another(self, row, how) -> None:
         row = self.rows[row % len(self.rows)]
         if how == "new":
             return self.new()
-        cache = copy.deepcopy(row.cache) if how == "copy" else through_a_file(row.cache, self.folder)
-        self.rows.append(row.copy(cache))
+        self.rows.append(row.copy(remade(row.cache, how, self.folder)))
         self.check(self.rows[-1], how)
 
     @rule(row=st.integers(0, 3), start=st.sampled_from([0, 5, 20]))
     def quantize(self, row, start) -> None:
         row = self.rows[row % len(self.rows)]
-        was = row.cache
-        row.cache = was.to_quantized(group_size=32, bits=8, start=start)
-        if row.start is None:
-            row.start = start
-        else:
-            self.judge.holds("vectors", "quantize", row.cache is was, "what is packed stays as it is")
+        row.cache = row.cache.to_quantized(group_size=32, bits=8, start=start)
+        row.start = start if row.start is None else row.start  # what is packed stays as it is
         self.check(row, "quantize")
 
     @rule(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=4, max_size=4), decoded=st.integers(0, 2))
@@ -240,11 +240,25 @@ class Conversation:
         return self.cache[0].quantization is not None
 
 
+class ReadBack(LayerCache):
+    """A float cache of what a packed one reads back, which rounds what is appended as that one would."""
+
+    def __init__(self, packed: LayerCache) -> None:
+        super().__init__(packed.widths, model=packed.model)
+        self.packing = packed.quantization
+        if packed.length:
+            self.latents.append(packed.latents.read())
+            if packed.has_indexer:
+                self.index_keys.append(*packed.index_keys.read())
+
+    def append(self, joined):
+        return super().append(self.packing.rounded(joined) if self.length >= self.packing.start else joined)
+
+
 class Conversations(RuleBasedStateMachine):
-    def __init__(self, case: Case, judge, folder, options, noise: float) -> None:
+    def __init__(self, case: Case, judge, folder, options) -> None:
         super().__init__()
         self.case, self.judge, self.folder, self.options = case, Shrinkable(judge), folder, options
-        self.noise = noise  # bound on logits of a packed cache under other cuts
         self.model, self.group = case.ours.model, group_size(case.args)
         self.random = np.random.default_rng(0)
         self.all = [self.fresh()]
@@ -268,24 +282,51 @@ class Conversations(RuleBasedStateMachine):
         return cache
 
     def check(self, row: Conversation, what: str) -> None:
-        """What the model says next, here and after the same tokens run afresh."""
+        """What the model says next, here and after the same tokens run afresh.
+
+        Under other cuts a packed cache may differ by a step here and there, and routing near a tie then amplifies that:
+        there it is held to the first layer's contents, which no choice comes before, and to what it reads back.
+        """
+        again = self.replay(row)
+        if row.is_packed and not row.exact:
+            self.check_first_layer(row, again, what)
+            again = [ReadBack(cache) for cache in row.cache]
         ours, ref = (
-            self.case.ours.forward(np.array([[PROBE]]), c) for c in (copy.deepcopy(row.cache), self.replay(row))
+            self.case.ours.forward(np.array([[PROBE]]), caches) for caches in (copy.deepcopy(row.cache), again)
         )
         name, length = f"{self.case.name}{', packed' if row.is_packed else ''}", row.tokens + 1
-        if row.exact:
-            self.judge.values(name, f"logits ({what}, same cuts)", ours["logits"], ref["logits"], 0.0)
+        if row.exact or row.is_packed:
+            stage = f"logits ({what}, {'same cuts' if row.exact else 'on what is read back'})"
+            self.judge.values(name, stage, ours["logits"], ref["logits"], 0.0)
             return
-        reference = self.case.reference(80)
-        bound = self.noise if row.is_packed else reference.bound("logits", local=False)
+        reference, stage = self.case.reference(80), "layers.0.self_attn.indexer."
+        bound = reference.bound("logits", local=False)
         self.judge.values(name, f"logits ({what}, other cuts)", ours["logits"], ref["logits"], bound)
-        if ref.get("layers.0.self_attn.indexer.topk") is not None:
-            stage = "layers.0.self_attn.indexer."
-            noise = reference.bound(stage + "scores", local=False).absolute(ref[stage + "scores"])
-            topk = self.case.args.index_topk
-            mine, theirs, scores = ours[stage + "topk"], ref[stage + "topk"], ref[stage + "scores"]
+        if ref.get(stage + "topk") is not None:
+            scores = ref[stage + "scores"]
+            noise = reference.bound(stage + "scores", local=False).absolute(scores)
             self.judge.holds(name, stage + "scores", scores.shape[-1] == length, "one score for each token")
-            self.judge.selection(name, f"{stage}topk ({what})", mine, theirs, scores, topk, noise)
+            self.judge.selection(
+                name, f"{stage}topk ({what})", ours[stage + "topk"], ref[stage + "topk"], scores,
+                self.case.args.index_topk, noise,
+            )  # fmt: skip
+
+    def check_first_layer(self, row: Conversation, again, what: str) -> None:
+        """Each value within a rounding step of the fresh run's, and all but one in fifty within float noise of it."""
+        if not row.tokens:
+            return
+        ours, ref = (to_numpy(caches[0].latents.read()) for caches in (row.cache, again))
+        stage, name = f"layers.0.cache ({what}, other cuts)", f"{self.case.name}, packed"
+        reference = self.case.reference(80)
+        stages = [f"layers.0.self_attn.{part}" for part in ("kv_latent", "k_rope")]
+        noise = max(reference.bound(s, local=False).absolute(reference.hf[s]) for s in stages)
+        step = 2 * tolerances.packing_error(ref, self.group, 8) + noise
+        apart = np.abs(ours - ref)
+        self.judge.at_most(name, stage, float((apart / step).max()), 1.0, "largest difference / a rounding step")
+        self.judge.at_most(name, stage, float((apart > noise).mean()), 0.02, "share of values that differ at all")
+        keys = [to_numpy(caches[0].index_keys.read()[0]) for caches in (row.cache, again)]
+        bound = reference.bound("layers.0.self_attn.indexer.k", local=False)
+        self.judge.values(name, f"layers.0.cache.index_keys ({what}, other cuts)", *keys, bound)
 
     @rule(row=st.integers(0, 3), count=st.sampled_from([1, 1, 2, 5, 13, 30]))
     def run(self, row, count) -> None:
@@ -315,14 +356,13 @@ class Conversations(RuleBasedStateMachine):
         self.check(row, "quantize")
 
     @precondition(lambda self: len(self.all) < 4)
-    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "file"]))
+    @rule(row=st.integers(0, 3), how=st.sampled_from(["new", "copy", "state", "file"]))
     def another(self, row, how) -> None:
         row = self.all[row % len(self.all)]
         if how == "new":
             self.all.append(self.fresh())
             return
-        cache = copy.deepcopy(row.cache) if how == "copy" else [through_a_file(c, self.folder) for c in row.cache]
-        self.all.append(row.copy(cache))
+        self.all.append(row.copy([remade(cache, how, self.folder) for cache in row.cache]))
         self.check(self.all[-1], how)
 
     @rule(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=4, max_size=4), decoded=st.integers(0, 3))
@@ -360,20 +400,9 @@ class Conversations(RuleBasedStateMachine):
 @pytest.mark.needs("packable", "shared")
 @pytest.mark.parametrize("start", [None, 0, 20])
 def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start):
-    """Same cuts: the same bits. Other cuts, or batched: within the bound, and the same selections but for ties."""
+    """Same cuts: the same bits. Other cuts, or batched: within the bound, and the same selections but for ties; packed, the
+    first layer's contents but for rounding steps, and exactly what a float cache of what is read back says."""
     options = (
         {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
     )
-    noise = noise_of_packing(case)
-    run(lambda: Conversations(case, judge, tmp_path, options, noise), examples=12, steps=10)
-
-
-def noise_of_packing(case: Case) -> float:
-    """4 times how far the equations' logits move, over their rms, when each latent moves at random by what packing may lose.
-
-    Between two cuts float noise pushes a few values over a rounding step: less than all values moving at once.
-    """
-    truth, tokens = case.equations(), case.tokens(80)
-    truth.forward(tokens)
-    moved = [under_packing_noise(case, truth.stages, tokens, draw) for draw in range(3)]
-    return tolerances.SAFETY * max(compare.values(logits, truth.stages["logits"]).error for logits in moved)
+    run(lambda: Conversations(case, judge, tmp_path, options), examples=12, steps=10)
