@@ -48,6 +48,10 @@ class LayerCache:
         self.widths = widths
         if quantization is not None:
             quantization.check(self.widths.latent, self.widths.rope)
+        if start < 0 or (left_padding is not None and (not left_padding or min(left_padding) < 0)):
+            raise CacheError(
+                f"a cache from position {start} on, with padding {left_padding}: neither can be negative or empty"
+            )
         self.quantization = quantization
         self.left_padding = None if left_padding is None else list(left_padding)
         self.right_padding: list[int] | None = None

@@ -186,6 +186,8 @@ def _quantize_model(original: Callable[..., Any], model: Any, *args: Any, **kwar
     """Says so where a predicate packs the indexer: it may be asked for, but is no default."""
     before = set(_packed_indexers(model))
     model, config = original(model, *args, **kwargs)
+    if isinstance(model, Model) and not any("scales" in module for _, module in model.named_modules()):
+        raise GlmDsaError("nothing was quantized: no width of this model is divided by the group size asked for")
     packed = [name for name in _packed_indexers(model) if name not in before]
     if packed:
         log.warning(

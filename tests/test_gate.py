@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from reference import checkpoints
+from verify import conftest as gate
 from verify.report import AGREES, FAULT, Comparison, Report
 
 ROOT = Path(__file__).parents[1]
@@ -89,9 +90,7 @@ def test_an_exact_check_that_failed_is_the_worst():
 
 BAD_OPTIONS = {
     "--layers 0-x": "--layers 0-x: numbers and ranges",
-    "--index-topk 8": "--index-topk belongs to --checkpoint",
     "--checkpoint nowhere": "--checkpoint nowhere: no such folder",
-    "--layers 0-99999999999": "--layers 0-99999999999: numbers and ranges",
     "--report README.md": "--report README.md: a file is there",
     "--report README.md/sub": "Not a directory",
 }
@@ -112,12 +111,18 @@ def test_bad_options_are_one_line(refusals, options):
     assert "Traceback" not in out
 
 
+def test_bad_options_that_need_no_process():
+    with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
+        gate._layers("0-99999999999")
+    with pytest.raises(ValueError, match="--index-topk belongs to --checkpoint"):
+        gate._specs(None, 8)
+
+
 def test_a_checkpoint_of_ones_own(tmp_path):
     """Judged under its own conventions; a report with header, comparisons and footer; what was left out is listed."""
     folder = checkpoints.write(tmp_path / "release", checkpoints.glm_5_2(index_topk=512, num_hidden_layers=4))
-    status, out = run("verify/", "--checkpoint", str(folder))
-    assert status == 1
-    assert "add --index-topk 16" in out
+    with pytest.raises(ValueError, match="add --index-topk 16"):
+        gate._specs(str(folder), None)
     arguments = [
         "--index-topk",
         "16",

@@ -421,6 +421,12 @@ def test_a_custom_predicate_may_pack_the_indexer_and_is_warned(registered, folde
     assert "15 modules of the indexer are quantized now" in caplog.text
 
 
+def test_a_conversion_that_packs_nothing_is_an_error(registered, folder, tmp_path):
+    with pytest.raises(glm_dsa.GlmDsaError, match="nothing was quantized"):
+        mlx_lm.convert(str(folder), str(tmp_path / "out"), quantize=True, q_group_size=48)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dequantized_it_loads_and_says_the_same(registered, converted, four_bit):
     target = converted["dequantized"]
     assert "quantization" not in json.loads((target / "config.json").read_text())
@@ -582,11 +588,14 @@ def test_server_with_four_clients_and_prompt_reuse(loaded, folder, tmp_path):
         assert text == mlx_lm.generate(model, tokenizer, prompt, max_tokens=40)
 
 
-def test_server_with_a_packed_cache(folder, tmp_path):
+def test_server_with_a_packed_cache(loaded, folder, tmp_path):
     options = ["--kv-bits", "8", "--quantized-kv-start", "0"]
     with Server(folder, tmp_path / "log", *options) as server, ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(server.ask, [TEXT, TEXT + "And then?", "What?", TEXT]))
     assert answers[0][0] == answers[3][0]
+    model, tokenizer = loaded
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], add_generation_prompt=True)
+    assert answers[0][0] == mlx_lm.generate(model, tokenizer, prompt, max_tokens=40, kv_bits=8, quantized_kv_start=0)
     assert "KV cache: 8 bit in groups of 64 from here on" in (tmp_path / "log").read_text()
 
 
