@@ -405,4 +405,4 @@ def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start
     options = (
         {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
     )
-    run(lambda: Conversations(case, judge, tmp_path, options), examples=12, steps=10)
+    run(lambda: Conversations(case, judge, tmp_path, options), examples=9, steps=10)
