@@ -1,11 +1,16 @@
 """Small proofs of upstream behaviour that the project works around. When one fails, upstream changed: drop the workaround."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import torch
+from mlx_lm.generate import speculative_generate_step
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.utils import dequantize_model
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.modeling_layers import MtpModel
 
+import glm_dsa
 from reference import checkpoints, hf
 
 
@@ -51,3 +56,24 @@ def test_transformers_refuses_mtp_for_this_architecture():
 def draft_once(model):
     mtp = MtpModel(model, 1)
     return mtp(input_ids=torch.ones(1, 4, dtype=torch.long), previous_hidden_state=torch.ones(1, 4, 64))
+
+
+def test_mlx_lm_leaves_matrices_per_head_packed():
+    """glm_dsa/mlx_lm.py, _dequantize_model. Proven on mlx-lm's own class."""
+    model = nn.Module()
+    model.layers = [MultiLinear(64, 64, 2)]
+    nn.quantize(model)
+    assert "scales" in dequantize_model(model).layers[0]
+
+
+def test_mlx_lms_keys_outgrow_their_caches_after_speculative_decoding(tmp_path):
+    """glm_dsa/mlx_lm.py, _insert_cache. Its server files prompt and text under a cache that lacks the last token."""
+    args = glm_dsa.ModelArgs.from_dict(checkpoints.glm_5_2(num_hidden_layers=4, num_nextn_predict_layers=0))
+    model, prompt = glm_dsa.Model(args), list(range(3, 23))
+    lacking = []
+    for tokens in range(4, 9):
+        cache = [*model.make_cache(), *model.make_cache()]
+        steps = speculative_generate_step(mx.array(prompt), model, model, max_tokens=tokens, prompt_cache=cache)
+        key = [*prompt, *(token for token, *_ in steps)]
+        lacking.append(len(key) - cache[0].length)
+    assert max(lacking) > 0
