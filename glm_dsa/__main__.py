@@ -51,10 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     attach.add_argument("path", type=Path, help="the folder of a checkpoint")
     attach.add_argument("--force", action="store_true", help="replace another model_file")
-    for command in MLX_LM:
-        commands.add_parser(
-            command, help=f"mlx-lm's own `{command}` on this definition, with its options", add_help=False
-        )
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments and arguments[0] in MLX_LM:  # whose options mlx-lm parses

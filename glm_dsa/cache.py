@@ -125,7 +125,8 @@ class LayerCache:
         """Forgets the last `tokens` tokens in every part; returns how many. Raises where there are not so many."""
         there = self.length - max(self.left_padding or [0])
         if not 0 <= tokens <= there:
-            raise CacheError(f"trim({tokens}): this cache holds {there} tokens" + self._in_its_shortest_row())
+            where = " in its shortest row" if self.left_padding else ""
+            raise CacheError(f"trim({tokens}): this cache holds {there} tokens{where}")
         self._check_settled("trim")
         self.latents.trim(tokens)
         self.index_keys.trim(max(self.index_keys.length - self.latents.length, 0))
@@ -338,9 +339,6 @@ class LayerCache:
     def _check_settled(self, what: str) -> None:
         if self.right_padding is not None:
             raise CacheError(f"{what}: right padding was announced and not yet finalized")
-
-    def _in_its_shortest_row(self) -> str:
-        return " in its shortest row" if self.left_padding else ""
 
     @staticmethod
     def _check_alike(caches: Sequence[LayerCache]) -> None:

@@ -127,11 +127,13 @@ def _insert_cache(
     original: Callable[..., None], store: Any, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
 ) -> None:
     """Keeps for reuse only what every cache holds. After speculative decoding mlx-lm's key can be longer than its caches:
-    text from them would silently lack a token, and rewinding them would fail."""
-    if prompt_cache and all(isinstance(cache, LayerCache) for cache in prompt_cache):
-        held = min(len(tokens), *(cache.length for cache in prompt_cache))
+    text from them would silently lack a token, and rewinding them would fail. A draft model may be of another kind."""
+    known = (LayerCache, mlx_lm.models.cache.KVCache, mlx_lm.models.cache.QuantizedKVCache)
+    is_ours = any(isinstance(cache, LayerCache) for cache in prompt_cache)
+    if is_ours and all(isinstance(cache, known) for cache in prompt_cache):
+        held = min(len(tokens), *(cache.offset for cache in prompt_cache))
         for cache in prompt_cache:
-            cache.trim(cache.length - held)
+            cache.trim(cache.offset - held)
         tokens = tokens[:held]
     if tokens:
         original(store, model, tokens, prompt_cache, **kwargs)

@@ -227,6 +227,19 @@ def test_speculative_decoding_changes_nothing(loaded, tmp_path):
     assert sum(was_drafted for *_, was_drafted in agreeing) > 20
 
 
+def test_a_draft_model_of_another_kind_is_rewound_too(loaded):
+    """mlx-lm's own cache beside ours, one token shorter than the key, as ours is."""
+    model, tokenizer = loaded
+    store, key, draft = LRUPromptCache(), prompt_of(tokenizer, 30), KVCache()
+    draft.update_and_fetch(mx.zeros((1, 1, 28, 8)), mx.zeros((1, 1, 28, 8)))
+    cache = model.make_cache()
+    model(mx.array([key[:29]]), cache)
+    store.insert_cache("glm", key, [*cache, draft])
+    reused, rest = store.fetch_nearest_cache("glm", [key[0], 9, 10])
+    assert {c.offset for c in reused} == {1}
+    assert rest == [9, 10]
+
+
 @pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "quantized_kv_start": 0}])
 def test_prompts_are_reused_after_speculative_decoding(loaded, options):
     """mlx-lm's key is then longer than what the caches hold; under kv_bits it keeps a list of its own beside them."""
