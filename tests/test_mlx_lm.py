@@ -602,13 +602,16 @@ def test_server_with_four_clients_and_prompt_reuse(loaded, folder, tmp_path):
 
 
 def test_server_with_a_packed_cache(loaded, folder, tmp_path):
-    options = ["--kv-bits", "8", "--quantized-kv-start", "0"]
+    """Nothing is kept for reuse: under --kv-bits mlx-lm's text depends on what was cached before, and so on who came first."""
+    questions = [TEXT, TEXT + "And then?", "What?", TEXT]
+    options = ["--kv-bits", "8", "--quantized-kv-start", "0", "--prompt-cache-size", "0"]
     with Server(folder, tmp_path / "log", *options) as server, ThreadPoolExecutor(4) as clients:
-        answers = list(clients.map(server.ask, [TEXT, TEXT + "And then?", "What?", TEXT]))
-    assert answers[0][0] == answers[3][0]
+        answers = list(clients.map(server.ask, questions))
     model, tokenizer = loaded
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], add_generation_prompt=True)
-    assert answers[0][0] == mlx_lm.generate(model, tokenizer, prompt, max_tokens=40, kv_bits=8, quantized_kv_start=0)
+    for question, (text, used) in zip(questions, answers, strict=True):
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        assert text == mlx_lm.generate(model, tokenizer, prompt, max_tokens=40, kv_bits=8, quantized_kv_start=0)
+        assert used == 0
     assert "KV cache: 8 bit in groups of 64 from here on" in (tmp_path / "log").read_text()
 
 
