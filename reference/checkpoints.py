@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from . import hf
+from . import corpus, hf
 
 INDEX = "model.safetensors.index.json"
 
@@ -161,7 +161,7 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
 
 def write_tokenizer(folder: str | Path) -> Path:
     """A real, small tokenizer in HF's format: every byte a token, some special ones, a chat template. 262 tokens."""
-    special = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|sep|>"]
+    special = corpus.SPECIAL
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -31,6 +31,16 @@ class Conventions:
     mtp_reuses_selection: bool = False
     mtp_zero_first_embedding: bool = False
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Conventions:
+        """What a config itself says; where it is silent, the defaults."""
+        interleaved = config.get("indexer_rope_interleave", False)
+        return cls(
+            indexer_rope="interleaved" if interleaved else "half-split",
+            main_rope="interleaved" if config.get("rope_interleave", True) else "half-split",
+            mtp_reuses_selection=bool(config.get("index_share_for_mtp_iteration")),
+        )
+
 
 # -- elementary functions
 
@@ -270,9 +280,14 @@ class Equations:
         scores *= self._softmax_scale()
         # A padded row sees nothing: it attends evenly, to whatever; nobody reads it.
         scores = np.where(allowed[:, None], scores, -np.finfo(scores.dtype).max)
-        out = np.einsum("bhst,bthd->bshd", softmax(scores), kv[..., nope:], optimize=True).reshape(batch, length, -1)
+        out = np.einsum("bhst,bthd->bshd", self.attend(stage, scores), kv[..., nope:], optimize=True)
+        out = out.reshape(batch, length, -1)
         out = self.record(f"{stage}.heads", out)
         return self.record(f"{stage}.output", self._linear(w, "o_proj", out)), selection
+
+    def attend(self, stage: str, scores: Array) -> Array:
+        """scores [B, H, S, T] -> attention, rows that sum to 1."""
+        return softmax(scores)
 
     def selection(self, layer: int, x: Array, q_latent: Array, positions: Array, allowed: Array) -> Array:
         """The indexer of a full layer."""

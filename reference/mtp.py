@@ -19,7 +19,7 @@ from .checkpoints import read_tensors
 from .hf import additive_causal_mask
 
 
-class _FirstOutput(torch.nn.Module):
+class FirstOutput(torch.nn.Module):
     """HF's decoder layer returns (hidden, selection); MtpLayer wants the hidden. The selection is kept here."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
@@ -34,11 +34,11 @@ class _FirstOutput(torch.nn.Module):
         return out
 
 
-class _Placeholder(torch.nn.Identity):
+class Placeholder(torch.nn.Identity):
     """Where MtpLayer would build a decoder layer of its own; HF's loaded one takes its place."""
 
 
-class _ReuseSelection(torch.nn.Module):
+class ReuseSelection(torch.nn.Module):
     """Stands in for the indexer on later draft steps: writes its key, then answers with the selection it is given."""
 
     def __init__(self, indexer: torch.nn.Module, selection: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ class Mtp:
         layer = model.model.layers[-1]
         norm = type(model.model.norm)
         with torch.device("meta"):
-            self.mtp = MtpLayer(model.config, _Placeholder, norm, len(model.model.layers) - 1)
+            self.mtp = MtpLayer(model.config, Placeholder, norm, len(model.model.layers) - 1)
         tensors = read_tensors(folder)
         prefix = f"model.layers.{len(model.model.layers) - 1}."
         own = {
@@ -68,7 +68,7 @@ class Mtp:
         self.mtp.load_state_dict(
             {ours: tensors(prefix + theirs, torch.float32) for ours, theirs in own.items()}, strict=True, assign=True
         )
-        self.block = _FirstOutput(layer)
+        self.block = FirstOutput(layer)
         self.mtp.mtp_block = self.block
         owns = prefix + "embed_tokens.weight" in tensors.names
         self.embed = tensors(prefix + "embed_tokens.weight", torch.float32) if owns else model.model.embed_tokens.weight
@@ -104,7 +104,7 @@ class Mtp:
                 embedded[:, 0] = 0
             if step > 0 and self.reuse and indexer is not None:
                 assert self.block.selection is not None
-                attention.indexer = _ReuseSelection(indexer, self.block.selection[:, -1:])
+                attention.indexer = ReuseSelection(indexer, self.block.selection[:, -1:])
             try:
                 x = self.mtp(
                     embedded, previous,

@@ -1,0 +1,507 @@
+"""Trains the small checkpoint that the gate runs on every day, with HF's own modules: torch, CPU, two cores, float32.
+
+    python -m reference.train --out DIR        about three hours; interrupted, the same command goes on where it was
+
+Three phases, as DeepSeek-V3.2 (section 2.1) trains its sparse attention, from nothing: `dense`, without an indexer;
+`warm-up`, still dense, where each indexer learns to follow the attention of the layers that it serves (IndexCache, arXiv
+2603.12201); `sparse`, where it chooses. The MTP layer is trained along, three steps
+sharing its parameters. Batches are drawn from (seed, step): a resumed run sees what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers.modeling_layers import MtpLayer
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import apply_rotary_pos_emb_interleave
+
+from . import checkpoints, corpus, hf
+from .mtp import FirstOutput, Placeholder
+
+CONFIG = checkpoints.glm_5_2(
+    hidden_size=128, intermediate_size=256, moe_intermediate_size=32, kv_lora_rank=64, q_lora_rank=64,
+    qk_rope_head_dim=32, qk_nope_head_dim=32, qk_head_dim=64, v_head_dim=32, index_head_dim=48, index_topk=64,
+    initializer_range=0.05, max_position_embeddings=8192, eos_token_id=[corpus.END, corpus.SEPARATOR], rope_parameters={"rope_theta": 10000, "rope_type": "default"},
+    vocab_size=262,
+)  # fmt: skip
+STATE, LOG = "state.safetensors", "log.jsonl"
+DRAFTS = 3  # MTP steps trained
+MTP_WEIGHT = 0.2
+BIAS_STEP = 1e-3  # of the correction bias, after each step, towards even load (noaux_tc, DeepSeek-V3 section 2.1.2)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`mode`: dense, warm-up or sparse. `text`: the share of sequences that are library text, the others being recall, of
+    at most `distinct` pairs. `rate`: the learning rate, from, to. `drafts`: MTP too, in every second step.
+    """
+
+    name: str
+    mode: str
+    steps: int
+    batch: int
+    length: int
+    text: float
+    distinct: int
+    rate: tuple[float, float]
+    filler: bool = False
+    drafts: bool = False
+
+
+# Recall alone first: matching keys is learned in 600 steps so, and not in 1000 beside text.
+PHASES = (
+    Phase("recall", "dense", 700, 16, 128, 0.0, 8, (4e-3, 4e-3)),
+    Phase("text", "dense", 2200, 8, 256, 0.6, 16, (4e-3, 3e-3), filler=True, drafts=True),
+    Phase("warm-up", "warm-up", 400, 4, 512, 0.5, 32, (3e-3, 3e-3), filler=True, drafts=True),
+    Phase("sparse", "sparse", 1000, 4, 640, 0.5, 40, (3e-3, 1e-4), filler=True, drafts=True),
+)
+
+
+ROTATIONS = {
+    hf.INDEXERS["half-split"]: apply_rotary_pos_emb,
+    hf.INDEXERS["interleaved"]: apply_rotary_pos_emb_interleave,
+}
+
+# -- what HF's modules need, to be taught
+
+
+class EveryKey(torch.nn.Module):
+    """In the indexer's place while attention is dense: selects all."""
+
+    def forward(self, x: torch.Tensor, q_latent: Any, rotation: Any, mask: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return every_key(mask)
+
+
+def every_key(mask: torch.Tensor) -> torch.Tensor:
+    """[B, S, T] -> the selection of all T keys, int [B, S, T]."""
+    return torch.arange(mask.shape[-1], dtype=torch.int32).expand(mask.shape)
+
+
+class Teachable(torch.nn.Module):
+    """In the place of an indexer of HF's, with its weights: `scores` [B, S, T] carry gradients, and it selects by them.
+
+    HF's own forward stands under no_grad, returns integers, and copies the keys for each query. x and q_latent are
+    detached: an indexer learns, but nothing learns for its sake (DeepSeek-V3.2). `dense`: it scores, and selects all.
+    """
+
+    def __init__(self, indexer: Any, dense: bool = False) -> None:
+        super().__init__()
+        self.indexer, self.dense = indexer, dense
+        self.scores = torch.empty(0)
+
+    def forward(
+        self, x: torch.Tensor, q_latent: torch.Tensor, rotation: Any, mask: torch.Tensor, *_: Any, **__: Any
+    ) -> Any:
+        self.scores = index_scores(self.indexer, x.detach(), q_latent.detach(), rotation, mask)
+        if self.dense:
+            return every_key(mask)
+        topk = min(self.indexer.index_topk, mask.shape[-1])
+        return self.scores.detach().topk(topk, dim=-1).indices.int()
+
+
+def index_scores(
+    indexer: Any, x: torch.Tensor, q_latent: torch.Tensor, rotation: Any, mask: torch.Tensor
+) -> torch.Tensor:
+    """I[t, s] = sum_h w[t, h] relu(q[t, h] . k[s]) / sqrt(D) from the weights of HF's indexer, in its layout. [B, S, T]"""
+    (batch, length, _), heads, rotary = x.shape, indexer.n_heads, indexer.qk_rope_head_dim
+    q = indexer.wq_b(q_latent).view(batch, length, heads, -1)
+    k = indexer.k_norm(indexer.wk(x))[:, :, None]
+    rotate = ROTATIONS[type(indexer)]
+    q_rope, k_rope = rotate(q[..., :rotary], k[..., :rotary], *rotation, unsqueeze_dim=2)
+    q = torch.cat([q_rope, q[..., rotary:]], -1) * indexer.softmax_scale
+    k = torch.cat([k_rope, k[..., rotary:]], -1)[:, :, 0]
+    per_head = F.relu(q.flatten(1, 2) @ k.mT).view(batch * length, heads, -1)
+    w = indexer.weights_proj(x).view(batch * length, 1, heads) * heads**-0.5
+    return torch.bmm(w, per_head).view(batch, length, -1) + mask
+
+
+def follow(scores: torch.Tensor, attention: torch.Tensor, selected: torch.Tensor | None) -> torch.Tensor:
+    """KL(attention || softmax(scores)), mean over queries; over the selected keys only where a selection is given.
+
+    scores [B, S, T] with the mask's lowest numbers on keys that may not be seen; attention [B, S, T], rows that sum to 1.
+    """
+    if selected is not None:
+        scores, attention = (z.gather(-1, selected.long()) for z in (scores, attention))
+    predicted = F.log_softmax(scores, -1)
+    return (torch.special.xlogy(attention, attention) - attention * predicted).sum(-1).mean()
+
+
+class Trainee:
+    """The model, its MTP layer, and one forward pass with everything that is learned from it."""
+
+    def __init__(self, config: Mapping[str, Any], indexer_rope: str, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = hf.build(config, with_mtp=True).train()
+            count = config["num_hidden_layers"]
+            self.mtp = MtpLayer(self.model.config, Placeholder, type(self.model.model.norm), count)
+            torch.nn.init.normal_(self.mtp.eh_proj.weight, std=config["initializer_range"])
+        self.layers = self.model.model.layers[:count]
+        for layer in self.model.model.layers:
+            if layer.self_attn.indexer is not None:
+                layer.self_attn.indexer.__class__ = hf.INDEXERS[indexer_rope]
+        self.indexers = {
+            i: layer.self_attn.indexer
+            for i, layer in enumerate(self.model.model.layers)
+            if layer.self_attn.indexer is not None
+        }
+        self.block = FirstOutput(self.model.model.layers[count])
+        self.mtp.mtp_block = self.block
+        self.model.config._experts_implementation = "grouped_mm"
+        self.config, self.serves = config, served(list(self.indexers), count + 1)
+        self.indexer_rope = indexer_rope
+        self.loads: dict[Any, Any] = {}
+        for layer in self.model.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.register_forward_hook(self._count)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """By name: HF's own names, and `mtp.` for what joins the MTP layer to the model."""
+        return dict(self.model.named_parameters()) | self.joining()
+
+    def joining(self) -> dict[str, torch.nn.Parameter]:
+        return {f"mtp.{n}": p for n, p in self.mtp.named_parameters() if not n.startswith("mtp_block")}
+
+    @contextmanager
+    def mode(self, mode: str) -> Iterator[None]:
+        """Puts what the phase needs in the indexers' places."""
+        for i, indexer in self.indexers.items():
+            taught = EveryKey() if mode == "dense" else Teachable(indexer, dense=mode == "warm-up")
+            self.model.model.layers[i].self_attn.indexer = taught
+        try:
+            yield
+        finally:
+            for i, indexer in self.indexers.items():
+                self.model.model.layers[i].self_attn.indexer = indexer
+
+    def losses(self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool) -> dict[str, torch.Tensor]:
+        """tokens int [B, S], learn bool [B, S]: which of them are to be foretold."""
+        attentions: dict[int, torch.Tensor] = {}
+        hooks = [
+            layer.self_attn.register_forward_hook(lambda m, a, out, i=i: attentions.__setitem__(i, out[1].detach().mean(1)))
+            for i, layer in enumerate(self.model.model.layers if mode != "dense" else ())
+        ]  # fmt: skip
+        with self.mode(mode):
+            try:
+                return self._losses(tokens, learn, mode, drafts, attentions)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def _losses(
+        self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool, attentions: dict[int, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        model, (batch, length) = self.model.model, tokens.shape
+        x = model.embed_tokens(tokens)
+        positions = torch.arange(length)[None]
+        shared = {
+            "attention_mask": hf.additive_causal_mask(batch, length, length, x.dtype),
+            "position_ids": positions,
+            "position_embeddings": model.rotary_emb(x, position_ids=positions),
+        }
+        selection, selections = None, {}
+        for i, layer in enumerate(self.layers):
+            x, selection = layer(x, prev_topk_indices=selection, **shared)
+            selections[i] = selection
+        hidden = model.norm(x)
+        out = {"text": self._foretell(hidden, tokens, learn, 1)}
+        if drafts:
+            out["mtp"] = self._drafts(hidden, tokens, learn, shared, attentions) / DRAFTS
+            selections[len(self.layers)] = self.block.selection
+        if mode != "dense":
+            followed = []
+            for i in self.indexers if drafts else [i for i in self.indexers if i < len(self.layers)]:
+                target = torch.stack([attentions[j] for j in self.serves[i]]).mean(0)
+                scores = self.model.model.layers[i].self_attn.indexer.scores
+                followed.append(follow(scores, target, selections[i] if mode == "sparse" else None))
+            out["indexer"] = torch.stack(followed).mean()
+        return out
+
+    def _foretell(self, hidden: torch.Tensor, tokens: torch.Tensor, learn: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Mean cross entropy of the tokens `ahead` of each hidden, where they are to be learned."""
+        wanted = learn[:, ahead:]
+        return F.cross_entropy(
+            self.model.lm_head(hidden[:, : hidden.shape[1] - ahead][wanted]), tokens[:, ahead:][wanted]
+        )
+
+    def _drafts(self, hidden: Any, tokens: Any, learn: Any, shared: Any, attentions: Any) -> torch.Tensor:
+        """Step k is fed the token k ahead and the hidden of the step before; later steps reuse the first's selection."""
+        attention: Any = self.block.layer.self_attn
+        total = torch.zeros(())
+        taught, first = attention.indexer, None
+        try:
+            for step in range(1, DRAFTS + 1):
+                fed = torch.cat([tokens[:, step:], tokens.new_full((len(tokens), step), corpus.PAD)], 1)
+                hidden = self.mtp(self.model.model.embed_tokens(fed), hidden, past_key_values=None, **shared)
+                total = total + self._foretell(hidden, tokens, learn, step + 1)
+                if step == 1:
+                    first = attentions.get(len(self.layers))
+                    assert self.block.selection is not None
+                    attention.indexer = Given(self.block.selection)
+        finally:
+            attention.indexer = taught
+            if first is not None:
+                attentions[len(self.layers)] = first
+        return total
+
+    def _count(self, router: Any, args: Any, out: Any) -> None:
+        if router.training:
+            self.loads[router] = self.loads.get(router, 0) + torch.bincount(
+                out[2].flatten(), minlength=router.num_experts
+            )
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Moves each router's correction bias: experts with less than their share up, with more down."""
+        self.last_loads, self.loads = self.loads, {}
+        for router, load in self.last_loads.items():
+            router.e_score_correction_bias += BIAS_STEP * torch.sign(load.float().mean() - load)
+
+    def imbalance(self) -> float:
+        """The busiest expert's load over its fair share, of the worst layer in the last step."""
+        return max(float(load.max() / load.float().mean()) for load in self.last_loads.values())
+
+
+class Given(torch.nn.Module):
+    """In an indexer's place: answers with a selection made before."""
+
+    def __init__(self, selection: torch.Tensor) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.selection
+
+
+def served(full: list[int], layers: int) -> dict[int, list[int]]:
+    """Which layers attend by each full layer's selection: itself, and the shared ones behind it."""
+    return {i: list(range(i, following)) for i, following in zip(full, [*full[1:], layers], strict=True)}
+
+
+# -- optimizer
+
+
+class Muon:
+    """Muon (with AdamW's RMS) for matrices and stacks of them, AdamW for the rest.
+
+    torch.optim.Muon orthogonalizes in bfloat16, which this CPU emulates (15 times slower), and refuses experts' stacks.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        rest = ("embed_tokens", "lm_head", "mlp.gate.")
+        self.matrices: dict[str, Any] = {
+            n: p for n, p in parameters.items() if p.dim() >= 2 and not any(r in n for r in rest)
+        }
+        self.others = {n: p for n, p in parameters.items() if n not in self.matrices}
+        self.momentum = {n: torch.zeros_like(p) for n, p in self.matrices.items()}
+        self.first = {n: torch.zeros_like(p) for n, p in self.others.items()}
+        self.second = {n: torch.zeros_like(p) for n, p in self.others.items()}
+        self.steps = {n: torch.zeros((), dtype=torch.int64) for n in self.others}
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"momentum": self.momentum, "first": self.first, "second": self.second, "steps": self.steps}
+
+    @torch.no_grad()
+    def step(self, lr: float, decay: float = 0.05) -> None:
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for name, p in self.matrices.items():
+            if p.grad is not None:
+                shapes.setdefault(tuple(p.shape), []).append(name)
+        for names in shapes.values():
+            for n in names:
+                self.momentum[n].lerp_(self.matrices[n].grad, 0.05)
+            step = orthogonal(torch.stack([torch.lerp(self.matrices[n].grad, self.momentum[n], 0.95) for n in names]))
+            for n, update in zip(names, step, strict=True):
+                p = self.matrices[n]
+                p.mul_(1 - lr * decay).sub_(update, alpha=0.2 * lr * max(p.shape[-2:]) ** 0.5)
+        for name, p in self.others.items():
+            if p.grad is None:
+                continue
+            self.steps[name] += 1
+            first, second, t = self.first[name], self.second[name], int(self.steps[name])
+            first.lerp_(p.grad, 0.1)
+            second.lerp_(p.grad.square(), 0.05)
+            p.sub_(first / (1 - 0.9**t) / ((second / (1 - 0.95**t)).sqrt() + 1e-8), alpha=lr)
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrices, by five quintic Newton-Schulz steps (Jordan 2024). [..., m, n]"""
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+# -- data
+
+
+def batch_of(phase: Phase, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens int [B, S], learn bool [B, S]) of a step, from (seed, step) alone."""
+    random, text = np.random.default_rng([seed, step]), corpus.library(held_out=False)
+    rows = []
+    texts = round(phase.text * phase.batch)
+    for row in range(phase.batch):
+        if row < texts:
+            tokens = corpus.window(random, text, phase.length)
+            rows.append((tokens, np.ones(phase.length, bool)))
+        else:
+            filler = text if phase.filler and random.random() < 0.5 else None
+            rows.append(corpus.recall(random, phase.length, filler, int(random.integers(2, phase.distinct + 1))))
+    drawn, learn = zip(*rows, strict=True)
+    return torch.as_tensor(np.stack(drawn)), torch.as_tensor(np.stack(learn))
+
+
+# -- the run
+
+
+def at(phases: Sequence[Phase], step: int) -> tuple[Phase, float]:
+    """The phase of a step, and its learning rate."""
+    for phase in phases:
+        if step < phase.steps:
+            start, end = phase.rate
+            return phase, start + (end - start) * step / phase.steps
+        step -= phase.steps
+    raise IndexError("past the last step")
+
+
+def train(
+    out: Path,
+    config: Mapping[str, Any] = CONFIG,
+    phases: Sequence[Phase] = PHASES,
+    indexer_rope: str = "interleaved",
+    seed: int = 0,
+    save_every: int = 250,
+    stop_after: int | None = None,
+) -> Trainee:
+    """Trains, from the state in `out` if one is there. Writes state.safetensors and log.jsonl, one line every 50 steps.
+
+    Raises ValueError where the state is of another recipe (or another Python's library).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "config": dict(config), "phases": [asdict(p) for p in phases], "indexer_rope": indexer_rope, "seed": seed,
+        "library_sha256": corpus.digest(corpus.library(held_out=False)),
+    }  # fmt: skip
+    trainee = Trainee(config, indexer_rope, seed)
+    parameters = trainee.parameters()
+    optimizer = Muon(parameters)
+    step, seconds = _restore(out / STATE, recipe, trainee, optimizer)
+    total = sum(p.steps for p in phases)
+    last = total if stop_after is None else min(total, step + stop_after)
+    started = time.monotonic() - seconds
+    seen: dict[str, list[float]] = {}
+    progress = tqdm(total=total, initial=step, desc="training", unit="step", disable=None, mininterval=5)
+    while step < last:
+        phase, rate = at(phases, step)
+        losses = trainee.losses(*batch_of(phase, seed, step), phase.mode, phase.drafts and step % 2 == 0)
+        loss = losses["text"] + MTP_WEIGHT * losses.get("mtp", 0.0) + losses.get("indexer", 0.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step(rate * min(1.0, (step + 1) / 50))
+        for parameter in parameters.values():
+            parameter.grad = None
+        trainee.balance()
+        step += 1
+        for name, value in losses.items():
+            seen.setdefault(name, []).append(value.item())
+        progress.update()
+        if step % 50 == 0 or step == last:
+            line = {"step": step, "phase": phase.name, "seconds": round(time.monotonic() - started)}
+            line |= {name: round(sum(values) / len(values), 4) for name, values in seen.items()}
+            line["load"] = round(trainee.imbalance(), 3)
+            with (out / LOG).open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            seen = {}
+        if step % save_every == 0 or step == last:
+            _save(out / STATE, recipe, trainee, optimizer, step, time.monotonic() - started)
+    progress.close()
+    return trainee
+
+
+def _tensors(trainee: Trainee, optimizer: Muon) -> dict[str, torch.Tensor]:
+    """All that a step changes, by name; the tensors themselves."""
+    buffers = {n: b for n, b in trainee.model.named_buffers() if n.endswith("e_score_correction_bias")}
+    parts = {"parameter": {n: p.data for n, p in trainee.parameters().items()}, "buffer": buffers} | optimizer.state()
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _save(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon, step: int, seconds: float) -> None:
+    metadata = {"recipe": json.dumps(recipe), "step": str(step), "seconds": str(seconds)}
+    beside = file.with_suffix(".part")
+    save_file({n: t.contiguous() for n, t in _tensors(trainee, optimizer).items()}, beside, metadata)
+    os.replace(beside, file)  # an interrupted save leaves the state before it
+
+
+def _restore(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon) -> tuple[int, float]:
+    if not file.exists():
+        return 0, 0.0
+    with safe_open(file, "pt") as state:
+        metadata = state.metadata()
+        if json.loads(metadata["recipe"]) != json.loads(json.dumps(recipe)):
+            raise ValueError(f"{file}: the state of another recipe, seed or Python; name another folder, or remove it")
+        for name, tensor in _tensors(trainee, optimizer).items():
+            tensor.copy_(state.get_tensor(name))
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
+# -- the checkpoint
+
+
+def export(trainee: Trainee, folder: Path) -> Path:
+    """Writes the checkpoint in HF layout, as published ones are: bf16, float32 correction biases, several shards."""
+    model = trainee.model
+    stored = copy.deepcopy(model).to(torch.bfloat16)
+    for (_, kept), (name, buffer) in zip(model.named_buffers(), stored.named_buffers(), strict=True):
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = kept.data.clone()
+    with hf.quiet():
+        stored.save_pretrained(folder, max_shard_size="2MB")
+    prefix = f"model.layers.{len(trainee.layers)}."
+    names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"}
+    own = {f"{prefix}{names[n.split('.')[1]]}.weight": p.data.to(torch.bfloat16) for n, p in trainee.joining().items()}
+    checkpoints.add_shard(folder, "model-mtp.safetensors", own)
+    config = {**trainee.config, "indexer_rope_interleave": trainee.indexer_rope == "interleaved", "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    checkpoints.write_tokenizer(folder)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m reference.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, type=Path, help="state, log, and DIR/checkpoint at the end"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    parser.add_argument(
+        "--indexer-rope", choices=sorted(hf.INDEXERS), default="interleaved", help="default: interleaved"
+    )
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(2)  # sums are cut by threads: the same number, the same weights
+    try:
+        trainee = train(chosen.out, indexer_rope=chosen.indexer_rope, seed=chosen.seed)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(export(trainee, chosen.out / "checkpoint"))
+
+
+if __name__ == "__main__":
+    main()
