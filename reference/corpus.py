@@ -35,12 +35,19 @@ def byte_ids() -> Array:
 
 
 BYTE_IDS = byte_ids()
+BYTES = {int(token): byte for byte, token in enumerate(BYTE_IDS)}
 
 
 def encode(text: str | bytes) -> Array:
     """Token ids of a text, as the checkpoint's tokenizer gives them, int [bytes]."""
     data = text.encode() if isinstance(text, str) else text
     return BYTE_IDS[np.frombuffer(data, np.uint8)]
+
+
+def decode(tokens: Array) -> str:
+    """The text of token ids; special tokens by name."""
+    data = b"".join(SPECIAL[t].encode() if t < len(SPECIAL) else bytes([BYTES[t]]) for t in tokens)
+    return data.decode(errors="replace")
 
 
 def is_held_out(name: str) -> bool:

@@ -7,17 +7,25 @@ Everything but `captured_mass` runs HF's own modules in float32.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import corpus, hf
+from . import checkpoints, corpus, hf, layout, train
 from .equations import Array, Conventions
+from .layout import interval
 from .mtp import Mtp
 
+MEASURED = "measured.json"
 CHOICES = ("learned", "recent", "random")  # what decides which keys a query attends to
 
 
@@ -64,7 +72,7 @@ def trigram_bits(tokens: Array, first: int = 1) -> Array:
 
 
 @contextmanager
-def choosing(model: Any, choice: str, seed: int = 0):
+def choosing(model: Any, choice: str, seed: int = 0) -> Iterator[None]:
     """The model with its indexers' choices as they are (`learned`), or replaced by the most recent keys or random ones."""
     if choice == "learned":
         yield
@@ -102,31 +110,31 @@ def needles(random: np.random.Generator, count: int, distance: int, distinct: in
 
     Keys of the held-out side; between needle and question, other pairs, said again and again, and held-out library text.
     """
-    text = corpus.library(held_out=True)
     prompts, values = [], []
     before = 64  # tokens of other lines in front of the needle
     for _ in range(count):
         names, said = corpus.pairs(random, distinct, held_out=True)
         lines = [corpus.encode(f"{name}={value}\n") for name, value in zip(names, said, strict=True)]
 
-        def filled(length: int) -> Array:
-            parts: list[Array] = []
-            while sum(map(len, parts)) < length:
-                if random.random() < 0.3:
-                    stretch = corpus.window(random, text, int(random.integers(8, 96)))
-                    parts += [stretch, corpus.encode("\n")]
-                else:
-                    parts.append(lines[random.integers(1, distinct)])
-            # cut at the front, so that the last line is whole
-            return np.concatenate(parts)[-length:]
-
         needle = lines[0]
         question = needle[: corpus.KEY + 1]
         # distance: from the first letter of the value to the token that asks for it
-        between = filled(distance - corpus.VALUE - 1 - len(question) + 1)
-        prompts.append(np.concatenate([filled(before), needle, between, question]))
+        between = between_lines(random, distance - corpus.VALUE - len(question), lines[1:])
+        prompts.append(np.concatenate([between_lines(random, before, lines[1:]), needle, between, question]))
         values.append(needle[corpus.KEY + 1 : -1])
     return np.stack(prompts), np.stack(values)
+
+
+def between_lines(random: np.random.Generator, length: int, lines: Sequence[Array]) -> Array:
+    """What lies around a needle: `lines`, and stretches of held-out library text; cut in front, so that the last is whole."""
+    text = corpus.library(held_out=True)
+    parts: list[Array] = []
+    while sum(len(part) for part in parts) < length:
+        if random.random() < 0.3:
+            parts.append(np.append(corpus.window(random, text, int(random.integers(8, 96))), corpus.encode("\n")))
+        else:
+            parts.append(lines[int(random.integers(len(lines)))])
+    return np.concatenate(parts)[-length:]
 
 
 def recalled(model: Any, prompts: Array, values: Array) -> Array:
@@ -163,3 +171,84 @@ def accepted(folder: Path, tokens: Array, steps: int = 3) -> Array:
             right.append(bool(best[0] == said[0, step]) and all(right))
         out.append(right)
     return np.array(out)
+
+
+# -- all of it, and the card
+
+
+def sample(model: Any, prompt: str, count: int, seed: int = 0) -> str:
+    """`prompt` and what follows, sampled at temperature 0.7."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        said = model.generate(
+            torch.as_tensor(corpus.encode(prompt))[None], max_new_tokens=count, do_sample=True, temperature=0.7, top_k=0
+        )
+    return corpus.decode(said[0].numpy())
+
+
+def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """All figures of the card. Intervals hold 95 %, by bootstrap over texts or prompts."""
+    config = json.loads((folder / "config.json").read_text())
+    conventions, topk = Conventions.of(config), config["index_topk"]
+    model = hf.load(folder, conventions)
+    random = np.random.default_rng(2026)
+    out: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "python": platform.python_version(),
+    }
+
+    log("bits per byte")
+    untrained = train.Trainee(config, conventions.indexer_rope, seed=0).model.eval()
+    untrained.config.num_hidden_layers = config["num_hidden_layers"]
+    text = held_out(random, texts, 8 * topk + 1)
+    out["bits_per_byte"] = {
+        "trained": interval(bits_per_byte(model, text)),
+        "untrained": interval(bits_per_byte(untrained, text)),
+        "trigram": interval(trigram_bits(text)),
+    }
+
+    log("needles")
+    out["recall"] = {}
+    for times in (2, 4, 8):
+        asked, values = needles(random, prompts, times * topk)
+        out["recall"][times] = {}
+        for choice in CHOICES:
+            with choosing(model, choice):
+                out["recall"][times][choice] = interval(recalled(model, asked, values))
+
+    log("captured mass")
+    weights = checkpoints.weights_of(folder)
+    mass = layout.captured_mass(config, weights, text[:, :-1], conventions)
+    found = layout.evidence(mass)
+    out["captured_mass"] = {
+        "by_layout": dict(found.mass), "ratio": found.ratio, "layout": found.layout,
+        "by_layer": {rope: {i: float(m.mean()) for i, m in layers.items()} for rope, layers in mass.items()},
+    }  # fmt: skip
+
+    log("drafts")
+    right = accepted(folder, held_out(random, prompts, 4 * topk))
+    out["accepted"] = {step + 1: interval(right[:, step]) for step in range(right.shape[1])}
+
+    log("a sample")
+    out["sample"] = sample(model, "def read(self, size=-1):\n", 400)
+    files = sorted(
+        f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja") and f.name != MEASURED
+    )
+    out["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m reference.measure", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint")
+    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=100)
+    chosen = parser.parse_args(argv)
+    measured = measure(chosen.folder, chosen.texts, chosen.prompts)
+    plain = json.dumps(measured, indent=2, default=asdict)
+    (chosen.folder / MEASURED).write_text(plain + "\n")
+    print(plain)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,8 @@ from .mtp import FirstOutput, Placeholder
 CONFIG = checkpoints.glm_5_2(
     hidden_size=128, intermediate_size=256, moe_intermediate_size=32, kv_lora_rank=64, q_lora_rank=64,
     qk_rope_head_dim=32, qk_nope_head_dim=32, qk_head_dim=64, v_head_dim=32, index_head_dim=48, index_topk=64,
-    initializer_range=0.05, max_position_embeddings=8192, eos_token_id=[corpus.END, corpus.SEPARATOR], rope_parameters={"rope_theta": 10000, "rope_type": "default"},
+    initializer_range=0.05, max_position_embeddings=8192,
+    eos_token_id=[corpus.END, corpus.SEPARATOR], rope_parameters={"rope_theta": 10000, "rope_type": "default"},
     vocab_size=262,
 )  # fmt: skip
 STATE, LOG = "state.safetensors", "log.jsonl"
