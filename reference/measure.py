@@ -173,6 +173,30 @@ def accepted(folder: Path, tokens: Array, steps: int = 3) -> Array:
     return np.array(out)
 
 
+# -- what the gate asks
+
+
+def probes(count: int = 8) -> dict[str, Any]:
+    """Held-out texts, half of them library text and half lines of recall, and needles at 4 times index_topk, as the gate
+    keeps them: another Python has another library.
+    """
+    random = np.random.default_rng(1126)
+    texts: list[str] = []
+    while len(texts) < count:
+        text = corpus.decode(held_out(random, 1, 2560)[0])
+        if text.isascii() and "<|" not in text:
+            texts.append(text)
+    for _ in range(count):
+        names, values = corpus.pairs(random, 24, held_out=True)
+        lines = [corpus.encode(f"{name}={value}\n") for name, value in zip(names, values, strict=True)]
+        texts.append(corpus.decode(between_lines(random, 2560, lines)))
+    asked = []
+    for _ in range(count):
+        prompts, values = needles(random, 1, 4 * train.CONFIG["index_topk"])
+        asked.append({"prompt": corpus.decode(prompts[0]), "value": corpus.decode(values[0])})
+    return {"texts": texts, "needles": asked}
+
+
 # -- all of it, and the card
 
 

@@ -483,6 +483,8 @@ def export(trainee: Trainee, folder: Path) -> Path:
     config = {**trainee.config, "indexer_rope_interleave": trainee.indexer_rope == "interleaved", "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     checkpoints.write_tokenizer(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for its owner alone
     return folder
 
 

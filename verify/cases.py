@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from glm_dsa import ModelArgs, weights
 from glm_dsa.checkpoint import assemble, check_values
 from glm_dsa.keys import read_json
-from reference import checkpoints, hf
+from reference import checkpoints, corpus, hf
 from reference.capture import capture
 from reference.equations import Conventions, Equations, causal
 
@@ -23,6 +24,7 @@ from . import stages, tolerances
 from .candidate import Ours
 
 Array = np.ndarray
+TRAINED = Path(checkpoints.__file__).parent / "trained"
 TOPK = 16  # index_topk of the tiny checkpoints: prompts of 80 are five times as long
 LARGEST = 1 << 29  # parameters of a checkpoint that is judged in memory
 
@@ -36,6 +38,9 @@ class Spec:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     bias_mean: float = 0.0
     folder: Path | None = None  # a checkpoint that is there already
+    texts: tuple[
+        str, ...
+    ] = ()  # what its prompts are cut from, in its tokenizer's bytes; random tokens where there are none
     has_mtp: bool = True  # False where a checkpoint has no tensors for the MTP layer that its config names
 
     @property
@@ -45,13 +50,14 @@ class Spec:
 
     @property
     def has(self) -> set[str]:
-        """What a test can need: an indexer, shared layers, MTP, a cache that can be packed."""
+        """What a test can need: an indexer, shared layers, MTP, a cache that can be packed, weights that were trained."""
         args = self.args
         parts = {
             "indexer": args.has_indexer,
             "shared": "shared" in args.indexer_types,
             "mtp": args.num_nextn_predict_layers > 0 and self.has_mtp,
             "packable": bool(group_size(args)),
+            "trained": bool(self.texts),
         }
         return {part for part, there in parts.items() if there}
 
@@ -79,7 +85,20 @@ def default_specs() -> list[Spec]:
         for layout in ("interleaved", "half-split")
     ]
     flash = checkpoints.glm_4_7(**packable | {"qk_head_dim": None})
-    return [*specs, Spec("glm-4.7", flash), Spec("glm-4.7-half-split", flash, {"main_rope": "half-split"})]
+    flashes = [Spec("glm-4.7", flash), Spec("glm-4.7-half-split", flash, {"main_rope": "half-split"})]
+    return [*specs, *flashes, *trained_specs()]
+
+
+def trained_specs() -> list[Spec]:
+    """The small checkpoints that have really been trained (reference/train.py), on text that they were not trained on."""
+    folders = sorted(file.parent for file in TRAINED.glob("*/config.json"))
+    return [Spec(f"trained-{f.name}", {}, folder=f, texts=tuple(probes()["texts"])) for f in folders]
+
+
+@cache
+def probes() -> dict[str, Any]:
+    """Texts, and needles ({prompt, value}), for the trained checkpoints."""
+    return json.loads((TRAINED / "probes.json").read_text())
 
 
 def group_size(args: ModelArgs) -> int:
@@ -170,11 +189,26 @@ class Case:
     def lengths(self) -> list[int]:
         """Prompt lengths: within index_topk, and at 5 times it. Without an indexer one will do."""
         topk = self.args.index_topk
-        return [topk - 2, 5 * topk] if topk else [48]
+        return [topk - 2, self.long] if topk else [48]
+
+    @property
+    def long(self) -> int:
+        """A prompt of five times index_topk; 80 tokens without an indexer."""
+        return self.scaled([5 * TOPK])[0]
+
+    def scaled(self, cuts: list[int]) -> list[int]:
+        """Cuts of a prompt that are written for index_topk = 16, for the case's own: as many, and few tokens stay few."""
+        factor = max(self.args.index_topk // TOPK, 1)
+        own = [cut * factor if cut > 8 else cut for cut in cuts]
+        own[own.index(max(own))] += factor * sum(cuts) - sum(own)
+        return own
 
     def tokens(self, length: int, batch: int = 1) -> Array:
         random = np.random.default_rng([self.seed, length, batch, zlib.crc32(self.spec.name.encode())])
-        return random.integers(3, self.args.vocab_size, (batch, length))
+        if not self.spec.texts:
+            return random.integers(3, self.args.vocab_size, (batch, length))
+        texts = [corpus.encode(text) for text in self.spec.texts if len(text) > length]
+        return np.stack([corpus.window(random, texts[int(random.integers(len(texts)))], length) for _ in range(batch)])
 
     def equations(self, given: Mapping[str, Array] | None = None, single: bool = False) -> Equations:
         """The oracle in float64; `single`: the same code in float32, which shows what float32 explains."""

@@ -40,7 +40,8 @@ CUTS = {"prefill": [80], "decode": [40, 37, 1, 1, 1], "short prefill": [14], "sh
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(case: Case, judge, monkeypatch, form, cuts):
-    """14 tokens are within index_topk = 16, 80 are five times as many. Two rows, each with a selection of its own."""
+    """At index_topk = 16: 14 tokens are within it, 80 are five times as many. Two rows, each with a selection of its own."""
+    cuts = case.scaled(cuts)
     reference = case.reference(sum(cuts), batch=2)
     if form == GATHERED and not reference.is_sparse:
         form = ABSORBED  # without a selection there is nothing to gather
@@ -55,11 +56,11 @@ def test_gathered_in_blocks(case: Case, judge, monkeypatch):
     """The block of queries that bounds memory changes nothing."""
     from glm_dsa import attention as module
 
-    reference = case.reference(80)
-    whole = attend(case, reference, 0, monkeypatch, GATHERED, [80])
+    reference = case.reference(case.long)
+    whole = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
     width = case.args.kv_lora_rank + case.args.qk_rope_head_dim
     monkeypatch.setattr(module, "GATHER_ELEMENTS", 9 * case.args.index_topk * width)
-    blocks = attend(case, reference, 0, monkeypatch, GATHERED, [80])
+    blocks = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
     stage = "layers.0.self_attn.heads"
     judge.values(case.name, f"{stage} (blocks of 9)", blocks[stage], whole[stage], reference.bound(stage, local=True))
 

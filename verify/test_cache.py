@@ -32,22 +32,23 @@ def run_in_chunks(case: Case, tokens, cuts, cache):
 
 @pytest.fixture
 def reference(case: Case):
-    return case.reference(80)
+    return case.reference(case.long)
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts(case: Case, judge, name):
     """The buffers grow by 256 tokens."""
-    reference = case.reference(sum(CUTS[name]))
-    logits = run_in_chunks(case, reference.tokens, CUTS[name], case.ours.model.make_cache())
+    cuts = CUTS[name] if sum(CUTS[name]) > 256 else case.scaled(CUTS[name])
+    reference = case.reference(sum(cuts))
+    logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
     judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
 
 
 @pytest.mark.parametrize("cuts", [[80], [40, 37, 1, 1, 1]], ids=["prefill", "chunks and decode"])
 def test_a_batch_without_padding(case: Case, judge, cuts):
     """Three rows, three selections."""
-    reference = case.reference(80, batch=3)
-    logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
+    reference = case.reference(case.long, batch=3)
+    logits = run_in_chunks(case, reference.tokens, case.scaled(cuts), case.ours.model.make_cache())
     judge.values(
         case.name, "logits (batch of 3)", logits, reference.hf["logits"], reference.bound("logits", local=False)
     )
@@ -56,22 +57,23 @@ def test_a_batch_without_padding(case: Case, judge, cuts):
 def test_rewind(case: Case, judge, reference):
     """What was trimmed leaves no trace, in the latent, the rotary keys or the indexer's keys."""
     cache = case.ours.model.make_cache()
-    head = run_in_chunks(case, reference.tokens[:, :50], [50], cache)
+    kept = case.long * 5 // 8
+    head = run_in_chunks(case, reference.tokens[:, :kept], [kept], cache)
     run_in_chunks(case, case.tokens(13), [6, 1, 6], cache)
     trimmed = [c.trim(13) for c in cache]
     judge.holds(case.name, "trim", trimmed == [13] * len(cache), "every layer trims 13 tokens")
-    rest = run_in_chunks(case, reference.tokens[:, 50:], [1, 29], cache)
+    rest = run_in_chunks(case, reference.tokens[:, kept:], [1, case.long - kept - 1], cache)
     logits = np.concatenate([head, rest], axis=1)
     judge.values(case.name, "logits (rewind)", logits, reference.hf["logits"], reference.bound("logits", local=False))
 
 
 @pytest.mark.parametrize("cuts", [[80], [33, 40, 1, 1, 1, 1, 1, 1, 1]], ids=["prefill", "chunks and decode"])
 def test_left_padded_batch(case: Case, judge, cuts):
-    """Rows of 80, 67, 21 and 9 tokens in one batch: the pads must neither be attended to nor be selected."""
-    rows = [case.reference(n) for n in (80, 67, 21, 9)]
-    padding = [80 - r.length for r in rows]
+    """Rows of 80, 67, 21 and 9 tokens (at index_topk = 16) in one batch: no pad may be attended to, or selected."""
+    rows = [case.reference(case.scaled([n])[0]) for n in (80, 67, 21, 9)]
+    padding = [case.long - r.length for r in rows]
     tokens = np.concatenate([np.pad(r.tokens, ((0, 0), (p, 0))) for r, p in zip(rows, padding, strict=True)])
-    logits = run_in_chunks(case, tokens, cuts, case.ours.model.make_cache(left_padding=padding))
+    logits = run_in_chunks(case, tokens, case.scaled(cuts), case.ours.model.make_cache(left_padding=padding))
     for row, (reference, pad) in enumerate(zip(rows, padding, strict=True)):
         bound = reference.bound("logits", local=False)
         stage = f"logits (row of {reference.length} in a padded batch)"

@@ -299,7 +299,7 @@ class Conversations(RuleBasedStateMachine):
             stage = f"logits ({what}, {'same cuts' if row.exact else 'on what is read back'})"
             self.judge.values(name, stage, ours["logits"], ref["logits"], 0.0)
             return
-        reference, stage = self.case.reference(80), "layers.0.self_attn.indexer."
+        reference, stage = self.case.reference(self.case.long), "layers.0.self_attn.indexer."
         bound = reference.bound("logits", local=False)
         self.judge.values(name, f"logits ({what}, other cuts)", ours["logits"], ref["logits"], bound)
         if ref.get(stage + "topk") is not None:
@@ -317,7 +317,7 @@ class Conversations(RuleBasedStateMachine):
             return
         ours, ref = (to_numpy(caches[0].latents.read()) for caches in (row.cache, again))
         stage, name = f"layers.0.cache ({what}, other cuts)", f"{self.case.name}, packed"
-        reference = self.case.reference(80)
+        reference = self.case.reference(self.case.long)
         stages = [f"layers.0.self_attn.{part}" for part in ("kv_latent", "k_rope")]
         noise = max(reference.bound(s, local=False).absolute(reference.hf[s]) for s in stages)
         step = 2 * tolerances.packing_error(ref, self.group, 8) + noise

@@ -54,12 +54,15 @@ def joined(stages, layer) -> np.ndarray:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_is_mx_quantize_of_the_latents(case: Case, judge, bits, cuts):
     """Exactly, on every layer; latent and rotary key each in groups of their own. Indexer keys stay as they are."""
-    tokens, group, latent = case.tokens(80), group_size(case.args), case.args.kv_lora_rank
+    tokens, group, latent = case.tokens(case.long), group_size(case.args), case.args.kv_lora_rank
+    cuts = case.scaled(cuts)
     cache, seen = packed_run(case, tokens, cuts, bits)
     for layer, layer_cache in enumerate(cache):
         values = joined(seen, layer)
         packed = layer_cache.latents.packed.length
-        judge.holds(case.name, f"layers.{layer}.cache", packed == 80, f"80 tokens are packed (found: {packed})")
+        judge.holds(
+            case.name, f"layers.{layer}.cache", packed == case.long, f"{case.long} tokens are packed (found: {packed})"
+        )
         parts = [
             mx.quantize(mx.array(v), group_size=group, bits=bits) for v in (values[..., :latent], values[..., latent:])
         ]
@@ -80,7 +83,7 @@ def test_packed_is_mx_quantize_of_the_latents(case: Case, judge, bits, cuts):
 def test_the_error_of_each_value(case: Case, judge, bits, dtype):
     """Within a bound derived from mx.quantize's own steps, group by group; in 16 bit too."""
     quantization = case.ours.model.make_cache(kv_bits=bits, kv_group_size=group_size(case.args))[0].quantization
-    reference = case.reference(80)
+    reference = case.reference(case.long)
     for layer in range(case.args.num_hidden_layers):
         values = mx.array(joined(reference.hf, layer)).astype(dtype)
         back = to_numpy(quantization.rounded(values)).astype(np.float64)
@@ -95,10 +98,10 @@ def test_the_error_of_each_value(case: Case, judge, bits, dtype):
 @pytest.mark.parametrize("start", [0, 33])
 def test_reading_what_was_selected(case: Case, judge, start):
     """Unpacking only what was selected gives what unpacking everything gives, exactly."""
-    cache, _ = packed_run(case, case.tokens(80, batch=2), [80], 8, start)
+    cache, _ = packed_run(case, case.tokens(case.long, batch=2), [case.long], 8, start)
     random = np.random.default_rng(0)
     for layer, layer_cache in enumerate(cache):
-        selection = random.integers(0, 80, (2, 7, 16))
+        selection = random.integers(0, case.long, (2, 7, 16))
         every = read_back(layer_cache)
         due = np.take_along_axis(every[:, None], selection[..., None], axis=2)
         ours = to_numpy(layer_cache.latents.take(mx.array(selection.astype(np.uint32))))
@@ -111,8 +114,8 @@ def test_the_run_is_the_equations_on_what_is_read_back(case: Case, judge, bits, 
     """The float64 equations, handed the latents that the cache reads back, agree with the packed run at every stage, within
     the bounds of the unquantized model: nothing but the packing itself changes. Whatever the cut: a token is attended as
     packed by its own query too, and those before `start` never are."""
-    reference = case.reference(80)
-    cache, seen = packed_run(case, reference.tokens, cuts, bits, start, reference.injections)
+    reference = case.reference(case.long)
+    cache, seen = packed_run(case, reference.tokens, case.scaled(cuts), bits, start, reference.injections)
     given = dict(reference.given)
     latent = case.args.kv_lora_rank
     for layer, layer_cache in enumerate(cache):
@@ -136,7 +139,7 @@ def test_the_run_is_the_equations_on_what_is_read_back(case: Case, judge, bits, 
 def test_forms(case: Case, judge, monkeypatch, form):
     """Each form of attention on the packed cache, against the same form on a float cache that holds what is read back."""
     monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
-    reference, model = case.reference(80), case.ours.model
+    reference, model = case.reference(case.long), case.ours.model
     if form == GATHERED and not reference.is_sparse:
         form = ABSORBED  # without a selection there is nothing to gather
     for layer in (0, case.args.num_hidden_layers - 1):
@@ -147,7 +150,7 @@ def test_forms(case: Case, judge, monkeypatch, form):
         plain = model.make_cache()[layer]
         plain.append = lambda joined, plain=plain, q=packed.quantization: type(plain).append(plain, q.rounded(joined))
         for layer_cache in (packed, plain):
-            rotation, mask = model.model.rotation_and_mask(80, layer_cache)
+            rotation, mask = model.model.rotation_and_mask(case.long, layer_cache)
             chosen = None if selection is None else mx.array(selection.astype(np.int32))
             outputs.append(to_numpy(attention(x, attention.query_latent(x), rotation, mask, layer_cache, chosen)))
         judge.values(case.name, f"layers.{layer}.self_attn.output ({form})", *outputs, 0.0)
@@ -156,7 +159,7 @@ def test_forms(case: Case, judge, monkeypatch, form):
 def test_what_attention_may_lose(case: Case, judge):
     """The output of each layer's attention moves no further than the latents' error bounds allow: on the reference's
     input and selection, packed against unpacked."""
-    reference, args, model = case.reference(80), case.args, case.ours.model
+    reference, args, model = case.reference(case.long), case.args, case.ours.model
     group, latent = group_size(args), args.kv_lora_rank
     for layer in range(args.num_hidden_layers):
         attention, outputs = model.layers[layer].self_attn, []
@@ -164,7 +167,7 @@ def test_what_attention_may_lose(case: Case, judge):
         selection = reference.hf.get(f"layers.{layer}.self_attn.selection")
         for bits in (None, 8):
             layer_cache = model.make_cache(kv_bits=bits, kv_group_size=group)[layer]
-            rotation, mask = model.model.rotation_and_mask(80, layer_cache)
+            rotation, mask = model.model.rotation_and_mask(case.long, layer_cache)
             chosen = None if selection is None else mx.array(selection.astype(np.int32))
             with case.ours.captured() as seen:
                 attention(x, attention.query_latent(x), rotation, mask, layer_cache, chosen)
@@ -174,18 +177,18 @@ def test_what_attention_may_lose(case: Case, judge):
         heads, nope = args.num_attention_heads, args.qk_nope_head_dim
         weights = case.weights(f"model.{stage}kv_b_proj.weight").reshape(heads, nope + args.v_head_dim, latent)
         q = reference.hf[stage + "q_latent"].astype(np.float64) @ case.weights(f"model.{stage}q_b_proj.weight").T
-        q = q.reshape(1, 80, heads, -1)
+        q = q.reshape(1, case.long, heads, -1)
         absorbed = np.einsum("bshd,hdr->bshr", q[..., :nope], weights[:, :nope], optimize=True)
         queries = np.concatenate([absorbed, reference.hf[stage + "q_rope"]], axis=-1)
         tokens = joined(reference.hf, layer).astype(np.float64)
         errors = tolerances.packing_error(tokens, group, 8)
-        allowed = np.tril(np.ones((80, 80), dtype=bool))[None]
+        allowed = np.tril(np.ones((case.long, case.long), dtype=bool))[None]
         if selection is not None:
-            chosen = np.zeros((1, 80, 80), dtype=bool)
+            chosen = np.zeros((1, case.long, case.long), dtype=bool)
             np.put_along_axis(chosen, selection.astype(np.int64), True, axis=-1)
             allowed = allowed & chosen
         moved = tolerances.attention_error(queries, tokens, errors, allowed, latent, attention.scale)
-        bound = np.einsum("bshr,hdr->bshd", moved, np.abs(weights[:, nope:]), optimize=True).reshape(1, 80, -1)
+        bound = np.einsum("bshr,hdr->bshd", moved, np.abs(weights[:, nope:]), optimize=True).reshape(1, case.long, -1)
         bound += 2 * reference.bound(stage + "heads", local=True).absolute(reference.hf[stage + "heads"])
         share = float((np.abs(outputs[1] - outputs[0]) / bound).max())
         judge.at_most(case.name, stage + "heads", share, 1.0, "largest change / what the latents' errors allow")
@@ -195,12 +198,12 @@ def test_what_attention_may_lose(case: Case, judge):
 @pytest.mark.needs("packable", "indexer")
 def test_the_first_selection_is_unchanged(case: Case, judge):
     """The first full layer selects from what no cache has touched: exactly as without quantization, in any cut."""
-    tokens, stage = case.tokens(80), "layers.0.self_attn.indexer.topk"
+    tokens, stage = case.tokens(case.long), "layers.0.self_attn.indexer.topk"
     for cuts in CUTS.values():
         chosen = []
         for bits in (None, 8, 4):
             cache, at, seen = case.ours.model.make_cache(kv_bits=bits, kv_group_size=group_size(case.args)), 0, []
-            for cut in cuts:
+            for cut in case.scaled(cuts):
                 seen.append(case.ours.forward(tokens[:, at : at + cut], cache)[stage])
                 at += cut
             chosen.append(np.concatenate([np.sort(s, axis=-1) for s in seen if s is not None], axis=1))
@@ -217,7 +220,7 @@ class PackedEquations(Equations):
 
     def __init__(self, case: Case, noise: int | None = None) -> None:
         super().__init__(case.config, case.weights, case.conventions)
-        self.reference, self.group = case.reference(80), group_size(case.args)
+        self.reference, self.group = case.reference(case.long), group_size(case.args)
         self.random = None if noise is None else np.random.default_rng([case.seed, noise])
         self.forward(self.reference.tokens)
 
@@ -235,14 +238,14 @@ class PackedEquations(Equations):
 def test_drift_of_the_logits(case: Case, judge):
     """KL(float run || packed run), mean over positions, free-running: at most twice what the float64 equations lose when
     they pack by mx.quantize, with float32's noise before it or without."""
-    reference, truth = case.reference(80), case.equations()
+    reference, truth = case.reference(case.long), case.equations()
     truth.forward(reference.tokens)
     lost = [
         compare.distributions(PackedEquations(case, noise).stages["logits"], truth.stages["logits"]).kl_mean
         for noise in (None, 0, 1)
     ]
     for name, cuts in CUTS.items():
-        _, packed = packed_run(case, reference.tokens, cuts, 8)
+        _, packed = packed_run(case, reference.tokens, case.scaled(cuts), 8)
         drift = compare.distributions(packed["logits"], reference.hf["logits"])
         why = f"2 x KL of the equations with packed latents, {max(lost):.2g}"
         judge.at_most(case.name, f"logits, mean KL (8 bit, {name})", drift.kl_mean, 2 * max(lost), why)

@@ -22,6 +22,7 @@ def test_far_positions(case: Case, judge, start, length):
     Choices are injected: with angles this coarse, near ties flip. After the prefill the last tokens are decoded again, one
     by one, from the rewound cache.
     """
+    length = case.scaled([length])[0]
     tokens = case.tokens(length)
     positions = start + np.arange(length)[None]
     with capture(case.hf) as seen:
