@@ -1,6 +1,6 @@
 """What the small checkpoint has learned, measured on what it was not trained on, and written into its model card.
 
-    python -m reference.measure DIR --log LOG      writes DIR/measured.json and the card, DIR/README.md
+    python -m reference.measure DIR      DIR: what `reference.train` wrote. Adds measured.json and the card, README.md
 
 Everything but `captured_mass` runs HF's own modules in float32.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,11 +20,11 @@ import numpy as np
 import torch
 
 from . import checkpoints, corpus, hf, layout, train
+from .card import MEASURED, TRAINING, card
 from .equations import Array, Conventions
 from .layout import interval
 from .mtp import Mtp
 
-MEASURED = "measured.json"
 CHOICES = ("learned", "recent", "random")  # what decides which keys a query attends to
 
 
@@ -150,26 +149,34 @@ def recalled(model: Any, prompts: Array, values: Array) -> Array:
 # -- drafts
 
 
+def greedy(model: Any, prompt: Array, count: int) -> Array:
+    """What the model says after a prompt (int [S]), greedily, int [count]."""
+    said = model.generate(
+        torch.as_tensor(prompt)[None], max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True
+    )
+    return said[0, len(prompt) :].numpy()
+
+
 @torch.no_grad()
-def accepted(folder: Path, tokens: Array, steps: int = 3) -> Array:
+def drafted(model: Any, mtp: Mtp, prompt: Array, token: int, steps: int) -> Array:
+    """What the MTP layer drafts after a prompt (int [S]) and the main model's next token, greedily, int [steps]."""
+    hidden = model.model(torch.as_tensor(prompt)[None], use_cache=False).last_hidden_state.numpy()
+    fed = [np.append(prompt[1:], token)[None]]
+    for step in range(1, steps + 1):  # a chain of given tokens at a time: `Mtp.draft` chooses none itself
+        best = mtp.draft(hidden, fed, step)[-1][0][:, -1].argmax(-1)
+        fed.append(best[:, None])
+    return np.concatenate(fed[1:], 1)[0]
+
+
+def accepted(folder: Path, tokens: Array, steps: int = train.DRAFTS) -> Array:
     """Greedy drafts that the main model would have said too: bool [texts, steps], True while all so far were right."""
     conventions = Conventions.of(json.loads((folder / "config.json").read_text()))
-    model = hf.load(folder, conventions, with_mtp=True)
-    plain = hf.load(folder, conventions)
-    mtp = Mtp(model, folder, reuse=conventions.mtp_reuses_selection)
+    model = hf.load(folder, conventions)
+    mtp = Mtp(hf.load(folder, conventions, with_mtp=True), folder, reuse=conventions.mtp_reuses_selection)
     out = []
-    for row in np.split(tokens, len(tokens)):
-        said = plain.generate(torch.as_tensor(row), max_new_tokens=steps + 1, min_new_tokens=steps + 1, do_sample=False)
-        said = said[:, row.shape[1] :].numpy()
-        with torch.no_grad():
-            hidden = plain.model(torch.as_tensor(row), use_cache=False).last_hidden_state.numpy()
-        fed = [np.concatenate([row[:, 1:], said[:, :1]], 1)]
-        right: list[bool] = []
-        for step in range(1, steps + 1):
-            best = mtp.draft(hidden, fed, step)[-1][0][:, -1].argmax(-1)
-            fed.append(best[:, None])
-            right.append(bool(best[0] == said[0, step]) and all(right))
-        out.append(right)
+    for row in tokens:
+        said = greedy(model, row, steps + 1)
+        out.append(np.logical_and.accumulate(drafted(model, mtp, row, said[0], steps) == said[1:]))
     return np.array(out)
 
 
@@ -192,8 +199,8 @@ def probes(count: int = 8) -> dict[str, Any]:
         texts.append(corpus.decode(between_lines(random, 2560, lines)))
     asked = []
     for _ in range(count):
-        prompts, values = needles(random, 1, 4 * train.CONFIG["index_topk"])
-        asked.append({"prompt": corpus.decode(prompts[0]), "value": corpus.decode(values[0])})
+        prompts, due = needles(random, 1, 4 * train.CONFIG["index_topk"])
+        asked.append({"prompt": corpus.decode(prompts[0]), "value": corpus.decode(due[0])})
     return {"texts": texts, "needles": asked}
 
 
@@ -218,7 +225,6 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
     random = np.random.default_rng(2026)
     out: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "python": platform.python_version(),
     }
 
     log("bits per byte")
@@ -256,7 +262,9 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
     log("a sample")
     out["sample"] = sample(model, "def read(self, size=-1):\n", 400)
     files = sorted(
-        f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja") and f.name != MEASURED
+        f
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".json", ".jinja") and f.name not in (MEASURED, TRAINING)
     )
     out["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return out
@@ -264,14 +272,17 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.measure", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint")
-    parser.add_argument("--texts", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint, as reference.train writes it")
+    parser.add_argument("--texts", metavar="N", type=int, default=48, help="held-out texts (default 48)")
+    parser.add_argument("--prompts", metavar="N", type=int, default=200, help="needles and drafts, each (default 200)")
     chosen = parser.parse_args(argv)
+    for file in ("config.json", TRAINING):
+        if not (chosen.folder / file).is_file():
+            parser.exit(1, f"{chosen.folder / file}: no such file; the folder that reference.train wrote is due\n")
     measured = measure(chosen.folder, chosen.texts, chosen.prompts)
-    plain = json.dumps(measured, indent=2, default=asdict)
-    (chosen.folder / MEASURED).write_text(plain + "\n")
-    print(plain)
+    (chosen.folder / MEASURED).write_text(json.dumps(measured, indent=2, default=asdict) + "\n")
+    (chosen.folder / "README.md").write_text(card(chosen.folder))
+    print(chosen.folder / "README.md")
 
 
 if __name__ == "__main__":

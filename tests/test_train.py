@@ -92,6 +92,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
     whole = train.train(tmp_path / "whole", SMALL, PHASES)
     for _ in range(3):
         parts = train.train(tmp_path / "parts", SMALL, PHASES, stop_after=2)
+        with (tmp_path / "parts" / train.LOG).open("a") as log:  # killed between two savings: this line is not to stay
+            log.write('{"step": 99}\n')
+    train.train(tmp_path / "parts", SMALL, PHASES, stop_after=0)
     for (name, a), b in zip(whole.parameters().items(), parts.parameters().values(), strict=True):
         assert torch.equal(a, b), name
     lines = [json.loads(line) for line in (tmp_path / "parts" / train.LOG).read_text().splitlines()]

@@ -278,9 +278,23 @@ class Reference:
     def local(self) -> dict[str, float]:
         return tolerances.reference_errors(self.hf, self.local_truth)
 
+    @cached_property
+    def single(self) -> dict[str, float]:
+        """What float32 alone explains: the errors of the equations themselves, in float32 from the tokens on."""
+        equations = self.case.equations(self.given, single=True)
+        equations.forward(self.tokens)
+        return tolerances.reference_errors(equations.stages, self.truth)
+
+    def explained(self, stage: str, error: float) -> float:
+        """Sharp attention, as training makes it, amplifies the rounding of angles: then the equations are asked."""
+        if error <= tolerances.EXPLAINED:
+            return tolerances.EXPLAINED
+        return max(tolerances.EXPLAINED, tolerances.SAFETY * self.single[stage])
+
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         errors = self.local if local else self.accumulated
         kind = stages.kind(stage)
         norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
         longest = max(self.case.longest, self.length)
-        return tolerances.bound(errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm)
+        explained = self.explained(stage, errors[stage])
+        return tolerances.bound(errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained)
