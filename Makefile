@@ -1,18 +1,24 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
+# A third repeats the training of the small checkpoint, which takes hours: make train, or make train LAYOUT=half-split
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+LAYOUT ?= interleaved
 
-.PHONY: verify test lint clean
+.PHONY: verify test train lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/ $(ARGS)
+
+train: $(READY)
+	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out build/$(LAYOUT)
+	$(BIN)/python -m reference.measure build/$(LAYOUT)/checkpoint
 
 lint: $(READY)
 	$(BIN)/ruff check .

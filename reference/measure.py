@@ -217,6 +217,13 @@ def sample(model: Any, prompt: str, count: int, seed: int = 0) -> str:
     return corpus.decode(said[0].numpy())
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of the checkpoint, but for what is said about it."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja"))
+    about = (MEASURED, TRAINING)
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name not in about}
+
+
 def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[str], None] = print) -> dict[str, Any]:
     """All figures of the card. Intervals hold 95 %, by bootstrap over texts or prompts."""
     config = json.loads((folder / "config.json").read_text())
@@ -261,12 +268,7 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
 
     log("a sample")
     out["sample"] = sample(model, "def read(self, size=-1):\n", 400)
-    files = sorted(
-        f
-        for f in folder.iterdir()
-        if f.suffix in (".safetensors", ".json", ".jinja") and f.name not in (MEASURED, TRAINING)
-    )
-    out["sha256"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    out["sha256"] = digests(folder)
     return out
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -73,7 +74,7 @@ PHASES = (
     Phase("mixed", "dense", 800, 8, 256, 0.25, 16, (4e-3, 4e-3), filler=True, drafts=True),
     Phase("text", "dense", 1200, 8, 256, 0.5, 24, (4e-3, 3e-3), filler=True, drafts=True),
     Phase("warm-up", "warm-up", 400, 4, 512, 0.5, 32, (3e-3, 3e-3), filler=True, drafts=True),
-    Phase("sparse", "sparse", 900, 4, 640, 0.5, 40, (3e-3, 1e-4), filler=True, drafts=True),
+    Phase("sparse", "sparse", 800, 4, 640, 0.5, 40, (3e-3, 1e-4), filler=True, drafts=True),
 )
 
 ROTATIONS = {
@@ -408,6 +409,39 @@ def train(
 
     Raises ValueError where the state is of another recipe (or another Python's library).
     """
+    with repeatable():
+        return _train(out, config, phases, indexer_rope, seed, save_every, stop_after)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """The same weights, to the bit, on the same kind of machine: sums are cut by threads, and scattered in order."""
+    threads, was, fills = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic,
+    )
+    filled = fills.fill_uninitialized_memory
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    fills.fill_uninitialized_memory = False  # it would cost time, and nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was)
+        fills.fill_uninitialized_memory = filled
+
+
+def _train(
+    out: Path,
+    config: Mapping[str, Any],
+    phases: Sequence[Phase],
+    indexer_rope: str,
+    seed: int,
+    save_every: int,
+    stop_after: int | None,
+) -> Trainee:
     out.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(config, phases, indexer_rope, seed)
     trainee = Trainee(config, indexer_rope, seed)
@@ -491,12 +525,27 @@ def export(trainee: Trainee, folder: Path) -> Path:
     names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"}
     own = {f"{prefix}{names[n.split('.')[1]]}.weight": p.data.to(torch.bfloat16) for n, p in trainee.joining().items()}
     checkpoints.add_shard(folder, "model-mtp.safetensors", own)
-    config = {**trainee.config, "indexer_rope_interleave": trainee.indexer_rope == "interleaved", "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(published(trainee), indent=2) + "\n")
     checkpoints.write_tokenizer(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for its owner alone
     return folder
+
+
+def published(trainee: Trainee) -> dict[str, Any]:
+    """The config with every key that zai-org's has, those too that follow from others."""
+    config, count = trainee.config, len(trainee.layers)
+    dense = config["first_k_dense_replace"]
+    return {
+        **config,
+        "dtype": "bfloat16",
+        "head_dim": config["qk_nope_head_dim"],
+        "index_topk_pattern": None,
+        "indexer_rope_interleave": trainee.indexer_rope == "interleaved",
+        "indexer_types": ["full" if i in trainee.indexers else "shared" for i in range(count)],
+        "mlp_layer_types": ["dense"] * dense + ["sparse"] * (count - dense),
+        "transformers_version": transformers.__version__,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -509,7 +558,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--indexer-rope", choices=sorted(hf.INDEXERS), default="interleaved", help="default: interleaved"
     )
     chosen = parser.parse_args(argv)
-    torch.set_num_threads(2)  # sums are cut by threads: the same number, the same weights
     try:
         trainee = train(chosen.out, indexer_rope=chosen.indexer_rope, seed=chosen.seed)
     except ValueError as error:

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GLM_DSA = "glm_dsa, glm_dsa.__main__"
-REFERENCE = "reference.hf, reference.capture, reference.equations, reference.mtp, reference.checkpoints"
+REFERENCE = ", ".join(f"reference.{file.stem}" for file in sorted((ROOT / "reference").glob("[!_]*.py")))
 
 WALLS = {
     GLM_DSA: ("torch", "transformers", "mlx_lm", "safetensors", "reference", "verify"),
     REFERENCE: ("mlx", "mlx_lm", "glm_dsa", "verify"),
-    "reference.equations": ("torch", "transformers", "mlx", "glm_dsa"),
+    "reference.equations, reference.layout": ("torch", "transformers", "mlx", "glm_dsa"),
 }
 FOLDERS = {
     "glm_dsa": ("torch", "transformers", "numpy", "mlx_lm", "reference", "verify", "tests"),

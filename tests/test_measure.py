@@ -1,0 +1,170 @@
+"""The measurements of the small checkpoint, each on a case whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference import card, checkpoints, corpus, hf, layout, measure
+from reference.capture import capture
+from reference.equations import Conventions
+from verify import conftest as gate
+from verify.cases import TRAINED, probes
+
+FOLDERS = sorted(file.parent for file in TRAINED.glob("*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("ck"), checkpoints.glm_5_2(vocab_size=262), seed=3)
+
+
+def test_bits_of_a_trigram_model(monkeypatch):
+    """Two bytes tell the third, but for what the back-off keeps; the first two are not asked."""
+    text = corpus.encode("abcabcabcabd" * 300)
+    monkeypatch.setattr(corpus, "library", lambda held_out: text)
+    known, unknown = measure.trigram_bits(np.stack([corpus.encode("bcabca"), corpus.encode("xyzxyz")]))
+    # after "ab" comes c three times in four, after "bc" a, after "ca" b: (0.415 + 0 + 0 + 0.415) / 4 places
+    assert known == pytest.approx(2 * np.log2(4 / 3) / 4, abs=0.02)
+    assert unknown > 8
+
+
+def test_bits_of_a_model(folder):
+    model, tokens = hf.load(folder), np.arange(6, 46)[None]
+    logits = hf.forward(model, tokens)[0].double().log_softmax(-1)
+    due = -np.mean([float(logits[i - 1, tokens[0, i]]) for i in range(1, 40)]) / np.log(2)
+    assert measure.bits_per_byte(model, tokens)[0] == pytest.approx(due)
+
+
+def test_a_needle_lies_where_it_is_said_to(monkeypatch):
+    monkeypatch.setattr(corpus, "library", lambda held_out: corpus.encode("def f(x): return x\n" * 40))
+    prompts, values = measure.needles(np.random.default_rng(0), 5, 128)
+    for prompt, value in zip(prompts, values, strict=True):
+        asks, said = len(prompt) - 1, len(prompt) - 1 - 128
+        assert np.array_equal(prompt[said : said + corpus.VALUE], value)
+        question = prompt[asks - corpus.KEY : asks + 1]
+        assert np.array_equal(question, prompt[said - corpus.KEY - 1 : said])
+        text, key = corpus.decode(prompt), corpus.decode(question)
+        assert text.count(key) == 2  # said once, asked once
+        assert key[: corpus.KEY] in corpus.keys(held_out=True)
+
+
+def test_what_replaces_the_indexers_choice(folder):
+    model, tokens = hf.load(folder), np.arange(6, 106)[None]
+    topk = model.config.index_topk
+    with measure.choosing(model, "recent"), capture(model) as seen:
+        hf.forward(model, tokens)
+    recent = np.sort(seen["layers.3.self_attn.selection"][0])  # a shared layer
+    assert all(np.array_equal(recent[q], np.arange(q - topk + 1, q + 1)) for q in range(topk, 100))
+    with measure.choosing(model, "random"), capture(model) as seen:
+        hf.forward(model, tokens)
+    chosen = seen["layers.0.self_attn.selection"][0]
+    assert all(len(set(chosen[q])) == topk and q in chosen[q] and chosen[q].max() <= q for q in range(topk, 100))
+    assert len({tuple(sorted(chosen[q])) for q in range(60, 100)}) == 40
+    with capture(model) as seen:  # and all is as before
+        hf.forward(model, tokens)
+    assert not np.array_equal(np.sort(seen["layers.0.self_attn.selection"][0][60:]), np.sort(chosen[60:]))
+
+
+def as_half_split(config, read):
+    """The weights of an interleaved indexer, reordered so that they mean the same under half-split RoPE."""
+    rotary, width = config["qk_rope_head_dim"], config["index_head_dim"]
+    order = np.concatenate([np.arange(0, rotary, 2), np.arange(1, rotary, 2), np.arange(rotary, width)])
+
+    def get(name):
+        tensor = read(name)
+        if ".indexer." not in name or "weights_proj" in name:
+            return tensor
+        if name.endswith("wq_b.weight"):
+            return tensor.reshape(-1, width, tensor.shape[-1])[:, order].reshape(tensor.shape)
+        return tensor[order]
+
+    return get
+
+
+def test_captured_mass_follows_the_weights(folder):
+    """Rows of wq_b and wk reordered: what was captured under one layout is captured, to the bit, under the other."""
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    tokens = np.random.default_rng(0).integers(6, 262, (2, 64))
+    before = layout.captured_mass(config, read, tokens)
+    after = layout.captured_mass(config, as_half_split(config, read), tokens)
+    assert before["interleaved"].keys() == set(range(8))
+    for layer in range(8):
+        assert np.allclose(before["interleaved"][layer], after["half-split"][layer], atol=1e-9)
+    assert not np.allclose(before["interleaved"][0], before["half-split"][0], atol=1e-3)
+    assert all((mass > 0).all() and (mass < 1).all() for layers in before.values() for mass in layers.values())
+
+
+def test_captured_mass_is_the_share_of_attention_on_the_choice(folder):
+    """Layer 0 by hand: HF's dense attention on HF's selection."""
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    tokens, topk = np.random.default_rng(0).integers(6, 262, (1, 64)), 5
+    mass = layout.captured_mass(config, read, tokens, layers=1, topk=topk)
+    dense = hf.load(folder, Conventions(indexer_rope="interleaved"), index_topk=64)
+    kept = {}
+    dense.model.layers[0].self_attn.register_forward_hook(lambda m, a, out: kept.update(attention=out[1].mean(1)[0]))
+    hf.forward(dense, tokens)
+    sparse = hf.load(folder, Conventions(indexer_rope="interleaved"), index_topk=topk)
+    with capture(sparse) as seen:
+        hf.forward(sparse, tokens)
+    chosen = seen["layers.0.self_attn.selection"][0]
+    due = [float(kept["attention"][q, chosen[q].astype(int)].sum()) for q in range(2 * topk, 64)]
+    assert mass["interleaved"][0][0] == pytest.approx(np.mean(due), abs=1e-4)
+
+
+def test_what_cannot_tell_a_layout_is_refused(folder):
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    with pytest.raises(ValueError, match="no indexer"):
+        layout.captured_mass({k: v for k, v in config.items() if k != "index_topk"}, read, np.zeros((1, 64), int))
+    with pytest.raises(ValueError, match="64 tokens cannot be told apart by choices of 40: give more than 80"):
+        layout.captured_mass(config, read, np.zeros((1, 64), int), topk=40)
+
+
+def test_evidence_needs_intervals_that_are_apart():
+    near = {"interleaved": {0: np.array([0.5, 0.7, 0.6])}, "half-split": {0: np.array([0.55, 0.6, 0.7])}}
+    assert layout.evidence(near).layout is None
+    far = {"interleaved": {0: np.array([0.2, 0.21, 0.19])}, "half-split": {0: np.array([0.55, 0.6, 0.7])}}
+    assert layout.evidence(far).layout == "half-split"
+    assert layout.evidence(far).ratio == pytest.approx(0.6166 / 0.2, rel=1e-3)
+
+
+# -- what is kept in the repository
+
+
+def test_there_are_checkpoints_to_keep():
+    assert FOLDERS
+
+
+@pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
+def test_the_card_says_what_was_measured(kept):
+    assert (kept / "README.md").read_text() == card.card(kept)
+    measured = json.loads((kept / card.MEASURED).read_text())
+    assert measured["sha256"] == measure.digests(kept)
+    assert sum(f.stat().st_size for f in kept.iterdir()) < 8e6
+    assert len(list(kept.glob("*.safetensors"))) >= 2
+    theirs = Path(gate.__file__).parent / "configs" / "glm-5.2.json"
+    assert json.loads(theirs.read_text()).keys() == json.loads((kept / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
+def test_it_has_learned_what_it_was_to_learn(kept):
+    measured = json.loads((kept / card.MEASURED).read_text())
+    bits, recall, mass = (measured[k] for k in ("bits_per_byte", "recall", "captured_mass"))
+    assert bits["trained"]["high"] < bits["trigram"]["low"] < bits["untrained"]["low"]
+    assert recall["4"]["learned"]["mean"] >= max(0.6, 3 * recall["4"]["recent"]["mean"])
+    rope = "interleaved" if json.loads((kept / "config.json").read_text())["indexer_rope_interleave"] else "half-split"
+    assert mass["layout"] == rope
+    assert mass["ratio"] >= 1.3
+    first, second, third = (measured["accepted"][step]["mean"] for step in "123")
+    assert 1 > first > second > third > 0
+
+
+def test_probes_are_of_the_held_out_side():
+    training = set(corpus.keys(held_out=False))
+    for probe in probes()["needles"]:
+        key = probe["prompt"][-corpus.KEY - 1 : -1]
+        assert key not in training
+        assert f"{key}={probe['value']}\n" in probe["prompt"]
