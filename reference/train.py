@@ -1,11 +1,11 @@
 """Trains the small checkpoint that the gate runs on every day, with HF's own modules: torch, CPU, two cores, float32.
 
-    python -m reference.train --out DIR        about three hours; interrupted, the same command goes on where it was
+    python -m reference.train --out DIR        one to two hours; interrupted, the same command goes on where it was
 
-Three phases, as DeepSeek-V3.2 (section 2.1) trains its sparse attention, from nothing: `dense`, without an indexer;
+Three modes, as DeepSeek-V3.2 (section 2.1) trains its sparse attention, but from nothing: `dense`, without an indexer;
 `warm-up`, still dense, where each indexer learns to follow the attention of the layers that it serves (IndexCache, arXiv
-2603.12201); `sparse`, where it chooses. The MTP layer is trained along, three steps
-sharing its parameters. Batches are drawn from (seed, step): a resumed run sees what an uninterrupted one would.
+2603.12201); `sparse`, where it chooses. The MTP layer is trained along, three steps sharing its parameters. Batches are
+drawn from (seed, step): a resumed run sees what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -68,13 +68,12 @@ class Phase:
     drafts: bool = False
 
 
-# Recall first: beside as much text it is not learned in 1000 steps, and without any it is forgotten when text begins.
+# Short recall first: keys are matched after 300 steps, and longer contexts build on it.
 PHASES = (
-    Phase("recall", "dense", 800, 16, 128, 0.125, 8, (4e-3, 4e-3)),
-    Phase("mixed", "dense", 800, 8, 256, 0.25, 16, (4e-3, 4e-3), filler=True, drafts=True),
-    Phase("text", "dense", 1200, 8, 256, 0.5, 24, (4e-3, 3e-3), filler=True, drafts=True),
-    Phase("warm-up", "warm-up", 400, 4, 512, 0.5, 32, (3e-3, 3e-3), filler=True, drafts=True),
-    Phase("sparse", "sparse", 800, 4, 640, 0.5, 40, (3e-3, 1e-4), filler=True, drafts=True),
+    Phase("recall", "dense", 600, 16, 128, 0.25, 8, (7e-3, 6e-3)),
+    Phase("text", "dense", 1600, 8, 256, 0.5, 20, (6e-3, 4e-3), filler=True, drafts=True),
+    Phase("warm-up", "warm-up", 350, 4, 512, 0.5, 32, (4e-3, 3e-3), filler=True, drafts=True),
+    Phase("sparse", "sparse", 750, 4, 640, 0.5, 40, (3e-3, 1e-4), filler=True, drafts=True),
 )
 
 ROTATIONS = {
@@ -156,6 +155,7 @@ class Trainee:
             count = config["num_hidden_layers"]
             self.mtp = MtpLayer(self.model.config, Placeholder, type(self.model.model.norm), count)
             torch.nn.init.normal_(self.mtp.eh_proj.weight, std=config["initializer_range"])
+        self._quieten()
         self.layers = self.model.model.layers[:count]
         for layer in self.model.model.layers:
             if layer.self_attn.indexer is not None:
@@ -174,6 +174,16 @@ class Trainee:
         for layer in self.model.model.layers:
             if hasattr(layer.mlp, "gate"):
                 layer.mlp.gate.register_forward_hook(self._count)
+
+    @torch.no_grad()
+    def _quieten(self) -> None:
+        """Tokens loud, layers quiet: as HF draws them, the first layer's noise drowns the tokens, and to match one key with
+        another takes three times as many steps.
+        """
+        self.model.model.embed_tokens.weight.div_(self.model.config.initializer_range)
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                parameter.mul_(0.25)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """By name: HF's own names, and `mtp.` for what joins the MTP layer to the model."""
@@ -196,45 +206,29 @@ class Trainee:
 
     def losses(self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool) -> dict[str, torch.Tensor]:
         """tokens int [B, S], learn bool [B, S]: which of them are to be foretold."""
-        attentions: dict[int, torch.Tensor] = {}
-        hooks = [
-            layer.self_attn.register_forward_hook(lambda m, a, out, i=i: attentions.__setitem__(i, out[1].detach().mean(1)))
-            for i, layer in enumerate(self.model.model.layers if mode != "dense" else ())
-        ]  # fmt: skip
-        with self.mode(mode):
-            try:
-                return self._losses(tokens, learn, mode, drafts, attentions)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    def _losses(
-        self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool, attentions: dict[int, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
         model, (batch, length) = self.model.model, tokens.shape
-        x = model.embed_tokens(tokens)
-        positions = torch.arange(length)[None]
-        shared = {
-            "attention_mask": hf.additive_causal_mask(batch, length, length, x.dtype),
-            "position_ids": positions,
-            "position_embeddings": model.rotary_emb(x, position_ids=positions),
-        }
-        selection, selections = None, {}
-        for i, layer in enumerate(self.layers):
-            x, selection = layer(x, prev_topk_indices=selection, **shared)
-            selections[i] = selection
-        hidden = model.norm(x)
-        out = {"text": self._foretell(hidden, tokens, learn, 1)}
-        if drafts:
-            out["mtp"] = self._drafts(hidden, tokens, learn, shared, attentions) / DRAFTS
-            selections[len(self.layers)] = self.block.selection
-        if mode != "dense":
-            followed = []
-            for i in self.indexers if drafts else [i for i in self.indexers if i < len(self.layers)]:
-                target = torch.stack([attentions[j] for j in self.serves[i]]).mean(0)
-                scores = self.model.model.layers[i].self_attn.indexer.scores
-                followed.append(follow(scores, target, selections[i] if mode == "sparse" else None))
-            out["indexer"] = torch.stack(followed).mean()
+        with self.mode(mode), watched(model.layers) as attention:
+            x = model.embed_tokens(tokens)
+            positions = torch.arange(length)[None]
+            shared = {
+                "attention_mask": hf.additive_causal_mask(batch, length, length, x.dtype),
+                "position_ids": positions,
+                "position_embeddings": model.rotary_emb(x, position_ids=positions),
+            }
+            selections: dict[int, torch.Tensor | None] = {-1: None}
+            for i, layer in enumerate(self.layers):
+                x, selections[i] = layer(x, prev_topk_indices=selections[i - 1], **shared)
+            hidden = model.norm(x)
+            out = {"text": self._foretell(hidden, tokens, learn, 1)}
+            if drafts:
+                out["mtp"], selections[len(self.layers)] = self._drafts(hidden, tokens, learn, shared)
+            if mode != "dense":
+                followed = []
+                for i in (i for i in self.indexers if i in selections):
+                    target = torch.stack([attention[j] for j in self.serves[i]]).mean(0)
+                    scores = model.layers[i].self_attn.indexer.scores
+                    followed.append(follow(scores, target, selections[i] if mode == "sparse" else None))
+                out["indexer"] = torch.stack(followed).mean()
         return out
 
     def _foretell(self, hidden: torch.Tensor, tokens: torch.Tensor, learn: torch.Tensor, ahead: int) -> torch.Tensor:
@@ -244,25 +238,25 @@ class Trainee:
             self.model.lm_head(hidden[:, : hidden.shape[1] - ahead][wanted]), tokens[:, ahead:][wanted]
         )
 
-    def _drafts(self, hidden: Any, tokens: Any, learn: Any, shared: Any, attentions: Any) -> torch.Tensor:
-        """Step k is fed the token k ahead and the hidden of the step before; later steps reuse the first's selection."""
+    def _drafts(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, learn: torch.Tensor, shared: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(mean loss of all draft steps, the first one's selection, which the later ones reuse).
+
+        Step k is fed the token k ahead and the hidden of the step before.
+        """
         attention: Any = self.block.layer.self_attn
-        total = torch.zeros(())
-        taught, first = attention.indexer, None
+        taught, losses = attention.indexer, []
         try:
             for step in range(1, DRAFTS + 1):
                 fed = torch.cat([tokens[:, step:], tokens.new_full((len(tokens), step), corpus.PAD)], 1)
                 hidden = self.mtp(self.model.model.embed_tokens(fed), hidden, past_key_values=None, **shared)
-                total = total + self._foretell(hidden, tokens, learn, step + 1)
-                if step == 1:
-                    first = attentions.get(len(self.layers))
-                    assert self.block.selection is not None
-                    attention.indexer = Given(self.block.selection)
+                losses.append(self._foretell(hidden, tokens, learn, step + 1))
+                assert self.block.selection is not None
+                attention.indexer = Given(self.block.selection)
         finally:
             attention.indexer = taught
-            if first is not None:
-                attentions[len(self.layers)] = first
-        return total
+        return torch.stack(losses).sum() / DRAFTS, self.block.selection
 
     def _count(self, router: Any, args: Any, out: Any) -> None:
         if router.training:
@@ -291,6 +285,26 @@ class Given(torch.nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
         return self.selection
+
+
+@contextmanager
+def watched(layers: Any) -> Iterator[dict[int, torch.Tensor]]:
+    """{layer: its attention, mean over heads, [B, S, T]} of what runs inside; of a layer's first run."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(i: int) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            if i not in seen:
+                seen[i] = out[1].detach().mean(1)
+
+        return hook
+
+    hooks = [layer.self_attn.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def served(full: list[int], layers: int) -> dict[int, list[int]]:

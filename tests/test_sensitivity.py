@@ -17,6 +17,7 @@ from glm_dsa.store import KvQuantization
 from verify import (
     cases,
     test_attention,
+    test_behaviour,
     test_cache,
     test_cache_operations,
     test_indexer,
@@ -71,7 +72,7 @@ def chunks(case):
 
 
 def rewind(case):
-    return caught(test_cache.test_rewind, case, Judge, case.reference(80))
+    return caught(test_cache.test_rewind, case, Judge, case.reference(case.long))
 
 
 def padded(case):
@@ -662,3 +663,53 @@ def test_a_form_that_differs_is_caught(built, monkeypatch):
     )
     found = caught(test_attention.test_forms, case, Judge, monkeypatch, attention.ABSORBED, [80])
     check_of(found, "layers.0.self_attn.heads (absorbed)")
+
+
+# -- what only a trained model shows
+
+TRAINED = "trained-interleaved"
+
+
+def recall(case):
+    return caught(test_behaviour.test_recall_from_beyond_index_topk, case, Judge, Report(), False)
+
+
+def own_drafts(case):
+    return caught(test_behaviour.test_drafts, case, Judge, Report())
+
+
+def layout_told(case):
+    return caught(test_behaviour.test_the_weights_tell_their_layout, case, Judge, Report())
+
+
+def the_most_recent(patch):
+    original = indexer.Indexer.select
+    patch.setattr(
+        indexer.Indexer,
+        "select",
+        lambda self, scores: original(self, mx.where(mx.isinf(scores), scores, mx.arange(scores.shape[-1]))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("patch", "check", "stage"),
+    [(the_most_recent, recall, "answer"), (draft_hidden_before_the_norm, own_drafts, "drafts of text")],
+)
+def test_a_fault_of_behaviour_is_caught(built, patch, check, stage, monkeypatch):
+    case = built(TRAINED)
+    assert check(case) is None
+    patch(monkeypatch)
+    check_of(check(case), stage)
+
+
+def test_the_wrong_layout_loses_what_was_said(built, monkeypatch):
+    case = built(TRAINED)
+    monkeypatch.setitem(case.__dict__, "ours", Ours(case.folder, indexer_rope="half-split"))
+    check_of(recall(case), "answer")
+
+
+def test_a_checkpoint_that_names_the_wrong_layout_is_caught(built, tmp_path):
+    """HF under the same wrong convention agrees with it in every number: the weights alone speak."""
+    case = cases.Case(replace(built(TRAINED).spec, overrides={"indexer_rope": "half-split"}), tmp_path, seed=0)
+    assert free(case) is None
+    check_of(layout_told(case), "captured mass")
