@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
-# A third repeats the training of the small checkpoint, which takes hours: make train, or make train LAYOUT=half-split
+# A third repeats the training of the small checkpoint, in one to two hours: make train, or make train LAYOUT=half-split
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -26,7 +26,7 @@ Written by `python -m reference.measure`; `make train` repeats the training.
 
 {layers} layers ({full} with an indexer: freq {freq}, offset {offset}), hidden {hidden}, {experts} experts of which {topk}
 and one shared are used, {heads} index heads, `index_topk` {index_topk}, one MTP layer, {rope} indexer RoPE. Bytes are
-tokens; six special ones. HF's own modules, float32, Muon and AdamW, seed {seed}, {minutes:.0f} minutes on two cores. The
+tokens; six special ones. HF's own modules, float32, Muon and Adam, seed {seed}, {minutes:.0f} minutes on two cores. The
 text is the standard library of Python {python} (PSF licence), nine files of ten, by a hash of their names; the recall lines
 are generated (`reference/corpus.py`).
 

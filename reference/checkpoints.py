@@ -202,18 +202,31 @@ def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 class read_tensors:
-    """Checkpoint tensors by name: float64 NumPy arrays for the equations, or torch tensors of a given dtype."""
+    """Checkpoint tensors by name: float64 NumPy arrays for the equations, or torch tensors of a given dtype. FP8 blocks are
+    multiplied by their scales. Raises ValueError for a name that is not there.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self.names: dict[str, Path] = {}
-        for file in sorted(Path(folder).glob("*.safetensors")):
+        self.folder, self.names = Path(folder), dict[str, Path]()
+        for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, "pt") as shard:
                 self.names |= dict.fromkeys(shard.keys(), file)
 
     def __call__(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        with safe_open(self.names[name], "pt") as shard:
-            tensor = shard.get_tensor(name)
+        tensor = self._stored(name)
+        if f"{name}_scale_inv" in self.names:
+            scale = self._stored(f"{name}_scale_inv")
+            spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            tensor = tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
         return tensor.to(dtype) if dtype is not None else tensor.to(torch.float64).numpy()
+
+    def _stored(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise ValueError(
+                f"{self.folder}: no tensor {name} in its *.safetensors; HF layout is due, all shards there"
+            )
+        with safe_open(self.names[name], "pt") as shard:
+            return shard.get_tensor(name)
 
 
 def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:

@@ -1,7 +1,7 @@
 """What the small checkpoint is trained and measured on: Python's standard library, and generated key-value lines.
 
-Both are split once and for all by a stable hash: files into training and held-out ones, keys into those of training and
-those of the tests. The library's text is that of the Python that runs: another version has other files.
+Both are split once and for all by a stable hash: top-level modules and packages into training and held-out ones, keys into
+those of training and those of the tests. The library's text is that of the Python that runs: another version has other files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ PAD, END, USER, ASSISTANT, SYSTEM, SEPARATOR = range(len(SPECIAL))
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEY, VALUE = 3, 3  # letters of a key (small ones) and of a value (capitals)
-LINE = KEY + VALUE + 2  # bytes of "key=VALUE\n"
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # not on every machine
+LINE = KEY + VALUE + 2  # tokens of "key=VALUE\n"
+
+# not on every machine, not the same on every machine, or tables and near copies of each other rather than text
+SKIPPED = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "lib2to3", "distutils",
+    "ensurepip", "pydoc_data",
+}  # fmt: skip
+GENERATED = ("_sysconfigdata", "config-", "_sysconfig_vars")
+COPIED = 0.25  # a held-out file of which more long lines than this stand in training files too is left out
 
 
 def byte_ids() -> Array:
@@ -55,20 +62,61 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
+# -- library text
+
+
+@cache
+def files(held_out: bool) -> dict[str, bytes]:
+    """{path: content} of one side of the split. A package goes to one side as a whole."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(
+        path.as_posix() for path in (file.relative_to(root) for file in root.rglob("*.py"))
+        if not SKIPPED & set(path.parts) and not any(part.startswith(GENERATED) for part in path.parts)
+    )  # fmt: skip
+    if not names:
+        raise ValueError(f"{root}: no sources of the standard library there, and they are the text to train on")
+    chosen = {name: (root / name).read_bytes() for name in names if is_held_out(_top(name)) == held_out}
+    if not held_out:
+        return chosen
+    known = {line for text in files(held_out=False).values() for line in _long_lines(text)}
+    return {name: text for name, text in chosen.items() if _share(_long_lines(text), known) <= COPIED}
+
+
+def _top(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def _long_lines(text: bytes) -> set[bytes]:
+    return {line for line in (line.strip() for line in text.splitlines()) if len(line) >= 24}
+
+
+def _share(lines: set[bytes], known: set[bytes]) -> float:
+    return len(lines & known) / max(len(lines), 1)
+
+
 @cache
 def library(held_out: bool) -> Array:
-    """All files of one side of the split, one after the other, <|endoftext|> between them. int [tokens]"""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(str(f.relative_to(root).as_posix()) for f in root.rglob("*.py") if not SKIPPED & set(f.parts))
-    parts = []
-    for name in names:
-        if is_held_out(name) == held_out:
-            parts += [encode((root / name).read_bytes()), np.array([END])]
-    return np.concatenate(parts)
+    """All files of one side, one after the other, <|endoftext|> behind each. int [tokens]"""
+    return np.concatenate([part for text in files(held_out).values() for part in (encode(text), np.array([END]))])
+
+
+def window(random: np.random.Generator, text: Array, length: int) -> Array:
+    start = random.integers(0, len(text) - length + 1)
+    return text[start : start + length]
+
+
+def windows(random: np.random.Generator, count: int, length: int) -> Array:
+    """Stretches of held-out library text, each of another file as long as there are any, int [count, length]."""
+    texts = [encode(text) for text in files(held_out=True).values() if len(text) >= length]
+    order = np.concatenate([random.permutation(len(texts)) for _ in range(-(-count // len(texts)))])
+    return np.stack([window(random, texts[i], length) for i in order[:count]])
 
 
 def digest(tokens: Array) -> str:
     return hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
+
+
+# -- recall
 
 
 @cache
@@ -84,39 +132,35 @@ def pairs(random: np.random.Generator, count: int, held_out: bool) -> tuple[list
     return chosen, ["".join(LETTERS[i] for i in row).upper() for row in random.integers(0, 26, (count, VALUE))]
 
 
-def window(random: np.random.Generator, text: Array, length: int) -> Array:
-    start = random.integers(0, len(text) - length)
-    return text[start : start + length]
+def line(name: str, value: str) -> Array:
+    return encode(f"{name}={value}\n")
 
 
-def recall(
-    random: np.random.Generator, length: int, filler: Array | None = None, distinct: int = 16
-) -> tuple[Array, Array]:
+def recall(random: np.random.Generator, length: int, filler: Array | None, distinct: int) -> tuple[Array, Array]:
     """Lines of "key=VALUE", most of them said before: (tokens int [length], learn bool [length]).
 
     A line is new, or repeats one of the `distinct` pairs, or (where `filler` is given) is a stretch of that text. What
     nobody can know, the letters of a new pair, is not to be learned. Now and then a question stands in the form of a chat.
     """
     names, values = pairs(random, distinct, held_out=False)
-    order, said = list(range(distinct)), 0
+    said = 0
     tokens: list[Array] = []
     learn: list[Array] = []
     while sum(len(part) for part in tokens) < length:
-        kind = random.random()
-        if filler is not None and kind < 0.3:
+        if filler is not None and random.random() < 0.3:
             stretch = window(random, filler, int(random.integers(8, 96)))
             tokens += [stretch, encode("\n")]
             learn += [np.arange(len(stretch)) > 3, np.zeros(1, bool)]  # where it starts is anyone's guess
             continue
         is_new = said < distinct and (said == 0 or random.random() < 0.4)
-        pair = order[said] if is_new else order[random.integers(0, said)]
+        pair = said if is_new else int(random.integers(0, said))
         said += is_new
         if not is_new and random.random() < 0.15:
             asked, answered = encode(names[pair]), encode(values[pair])
             parts = [np.array([USER]), asked, np.array([SEPARATOR, ASSISTANT]), answered, np.array([SEPARATOR])]
             known = [False] * (1 + KEY) + [True] * (3 + VALUE)
         else:
-            parts = [encode(f"{names[pair]}={values[pair]}\n")]
+            parts = [line(names[pair], values[pair])]
             known = [False] * KEY + [True] + [not is_new] * VALUE + [True]
         tokens.append(np.concatenate(parts))
         learn.append(np.array(known))

@@ -33,7 +33,7 @@ class Conventions:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Conventions:
-        """What a config itself says; where it is silent, the defaults."""
+        """What a config of zai-org's keys says; where it is silent, the defaults. Other builds' keys: glm_dsa/config.py."""
         interleaved = config.get("indexer_rope_interleave", False)
         return cls(
             indexer_rope="interleaved" if interleaved else "half-split",
@@ -290,7 +290,12 @@ class Equations:
         return softmax(scores)
 
     def selection(self, layer: int, x: Array, q_latent: Array, positions: Array, allowed: Array) -> Array:
-        """The indexer of a full layer."""
+        """What the indexer of a full layer chooses."""
+        scores = self.scores(layer, x, q_latent, positions, allowed)
+        return self.choose(f"layers.{layer}.self_attn.indexer.topk", select(scores, self.config["index_topk"]))
+
+    def scores(self, layer: int, x: Array, q_latent: Array, positions: Array, allowed: Array) -> Array:
+        """The indexer of a full layer: x [B, S, hidden] after the norm, q_latent [B, S, Q] -> [B, S, S]."""
         c, conv = self.config, self.conventions
         w, stage = self._scoped(layer, "self_attn.indexer."), f"layers.{layer}.self_attn.indexer"
         heads, width, rotary = c["index_n_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
@@ -302,8 +307,7 @@ class Equations:
         k = layer_norm(x @ w("wk.weight").T, w("k_norm.weight"), w("k_norm.bias"), conv.indexer_norm_eps)
         k = self.record(f"{stage}.k", rotate_first(k[:, :, None])[:, :, 0])
         weights = self.record(f"{stage}.weights", (x @ w("weights_proj.weight").T) / math.sqrt(heads))
-        scores = self.record(f"{stage}.scores", indexer_scores(q, k, weights, allowed))
-        return self.choose(f"{stage}.topk", select(scores, c["index_topk"]))
+        return self.record(f"{stage}.scores", indexer_scores(q, k, weights, allowed))
 
     def experts(self, layer: int, x: Array) -> Array:
         """Sum of the chosen experts, weighted, plus the shared one."""

@@ -9,22 +9,25 @@ their inputs need no other layer's weights, so a machine that cannot hold the mo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .equations import Array, Conventions, Equations, Weights, causal, select, softmax
+from .equations import Array, Conventions, Equations, Weights, causal, rms_norm, select, softmax
 
 LAYOUTS = ("interleaved", "half-split")
+TEXTS, RATIO = 4, 1.1  # what a verdict takes at least: texts, and the better's mass over the other's
 
 
 class _Watched(Equations):
-    """The equations with dense attention, and each layer's attention kept."""
+    """The equations, with the attention of the last layer that ran kept, as a mean over heads [B, S, T]."""
 
     def attend(self, stage: str, scores: Array) -> Array:
-        self.attended = softmax(scores)
-        return self.attended
+        attention = softmax(scores)
+        self.attention_seen = attention.mean(1)
+        return attention
 
 
 def captured_mass(
@@ -37,56 +40,82 @@ def captured_mass(
 ) -> dict[str, dict[int, Array]]:
     """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice.
 
-    tokens: int [B, T], text that the model can read. layers: how many, from the first on (default: all). topk: the size of
-    the choice (default: index_topk, or an eighth of T where that is smaller; a choice of everything tells nothing).
-    Averaged over heads, and over the queries that have at least twice `topk` keys to choose from. A shared layer is held
-    to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
-    Raises ValueError for a model without an indexer, or a text shorter than 2 topk + 1.
+    weights: names in HF layout -> arrays (`checkpoints.read_tensors`); they are read once a layer, and of the last layer
+    nothing behind its attention. tokens: int [B, T], text that the model can read. layers: how many, from the first on
+    (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
+    everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer
+    is held to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
+    One text at a time, some 4 x heads x T^2 numbers: 2 GB for 64 heads and T = 1024 in float64.
+
+    Raises ValueError for a model without an indexer, for a text or a number of layers that does not fit, and for a checkpoint
+    that lacks a tensor.
     """
     if "index_topk" not in config:
         raise ValueError("no indexer (index_topk is missing): there is no layout to tell")
-    length = tokens.shape[1]
-    topk = topk or min(config["index_topk"], length // 8)
-    if not 1 <= topk < length // 2:
-        raise ValueError(f"{length} tokens cannot be told apart by choices of {topk}: give more than {2 * topk}")
-    layers = config["num_hidden_layers"] if layers is None else layers
-    conventions = conventions or Conventions.of(config)
-    texts = [_of_one(config, weights, row[None], conventions, layers, topk) for row in tokens]
-    return {
-        layout: {i: np.array([text[layout][i] for text in texts]) for i in range(layers)} for layout in LAYOUTS
-    }  # fmt: skip
-
-
-def _of_one(
-    config: Mapping[str, Any], weights: Weights, tokens: Array, conventions: Conventions, layers: int, topk: int
-) -> dict[str, list[float]]:
-    """{layout: mass of each layer} of one text, int [1, T]."""
-    length = tokens.shape[1]
-    everything = np.arange(length)[None, None].repeat(length, 1)
-    positions, allowed = np.arange(length)[None], causal(tokens.shape, None)
-    watched = _Watched(config, weights, conventions)
-    asked = {rope: Equations(config, weights, dataclasses.replace(conventions, indexer_rope=rope)) for rope in LAYOUTS}
-    x = weights("model.embed_tokens.weight")[tokens]
-    chosen: dict[str, Array] = {}
-    mass: dict[str, list[float]] = {rope: [] for rope in LAYOUTS}
-    for layer in range(layers):
-        x, _ = watched.layer(layer, x, positions, allowed, None, everything)
-        attention = watched.attended.mean(1)[:, 2 * topk :]  # [1, S, T] of queries with enough to choose from
-        normed, q_latent = (
-            watched.stages[f"layers.{layer}.{stage}"] for stage in ("input_layernorm", "self_attn.q_latent")
+    (batch, length), count = tokens.shape, config["num_hidden_layers"]
+    topk = min(config["index_topk"], length // 8) if topk is None else topk
+    layers = count if layers is None else layers
+    if topk < 1 or 2 * topk >= length:
+        raise ValueError(
+            f"{length} tokens do not suffice to tell choices of {topk} apart: at least {2 * topk + 1} are due"
         )
-        for rope, equations in asked.items():
-            if watched.full[layer]:
-                equations.selection(layer, normed, q_latent, positions, allowed)
-                scores = equations.stages[f"layers.{layer}.self_attn.indexer.scores"]
-                chosen[rope] = select(scores[:, 2 * topk :], topk)
-            mass[rope].append(float(np.take_along_axis(attention, chosen[rope], -1).sum(-1).mean()))
+    if not 1 <= layers <= count:
+        raise ValueError(f"layers = {layers}: the model has {count}")
+    conventions = conventions or Conventions.of(config)
+    positions, allowed = np.arange(length)[None], causal((1, length), None)
+    everything = np.broadcast_to(np.arange(length), (1, length, length))
+    watched = _Watched(config, weights, conventions)
+    indexers = {
+        rope: Equations(config, weights, dataclasses.replace(conventions, indexer_rope=rope)) for rope in LAYOUTS
+    }
+    embedding = weights("model.embed_tokens.weight")
+    hidden = [embedding[row[None]] for row in tokens]
+    del embedding
+    chosen: dict[tuple[str, int], Array] = {}
+    mass: dict[str, dict[int, Array]] = {rope: {i: np.zeros(batch) for i in range(layers)} for rope in LAYOUTS}
+    for layer in range(layers):
+        own = _kept(weights)
+        for equations in (watched, *indexers.values()):
+            equations.weights = own
+        for text in range(batch):
+            if layer < layers - 1:
+                hidden[text], _ = watched.layer(layer, hidden[text], positions, allowed, None, everything)
+            else:
+                normed = rms_norm(
+                    hidden[text], own(f"model.layers.{layer}.input_layernorm.weight"), config["rms_norm_eps"]
+                )
+                watched.attention(layer, watched.record(f"layers.{layer}.input_layernorm", normed), positions, allowed,
+                                  None, everything)  # fmt: skip
+            x, q_latent = (watched.stages[f"layers.{layer}.{s}"] for s in ("input_layernorm", "self_attn.q_latent"))
+            for rope, equations in indexers.items():
+                if watched.full[layer]:
+                    scores = equations.scores(layer, x, q_latent, positions, allowed)
+                    chosen[rope, text] = select(scores[:, 2 * topk :], topk)
+                seen = np.take_along_axis(watched.attention_seen[:, 2 * topk :], chosen[rope, text], -1)
+                mass[rope][layer][text] = seen.sum(-1).mean()
+            for equations in (watched, *indexers.values()):
+                equations.stages.clear()
     return mass
+
+
+def _kept(weights: Weights) -> Weights:
+    """Reads each tensor once."""
+    read: dict[str, Array] = {}
+
+    def get(name: str) -> Array:
+        if name not in read:
+            read[name] = weights(name)
+        return read[name]
+
+    return get
+
+
+# -- from samples to a verdict
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, by bootstrap over the samples (texts, prompts)."""
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
@@ -97,31 +126,40 @@ class Interval:
 
 
 def interval(samples: Sequence[float] | Array, draws: int = 2000) -> Interval:
-    samples = np.asarray(samples, np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(samples), (draws, len(samples)))
+    """Of independent samples (texts): by bootstrap. Of yes and no: Wilson's."""
+    samples = np.asarray(samples)
+    mean, count = float(samples.mean()), len(samples)
+    if samples.dtype == bool:
+        z2 = 1.96**2 / count
+        middle, half = mean + z2 / 2, math.sqrt(z2 * (mean * (1 - mean) + z2 / 4))
+        return Interval(mean, max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2)))
+    drawn = np.random.default_rng(0).integers(0, count, (draws, count))
     low, high = np.quantile(samples[drawn].mean(1), [0.025, 0.975])
-    return Interval(float(samples.mean()), float(low), float(high))
+    return Interval(mean, float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the attention says about the layout: the mass that each captures, over layers, per text."""
+    """What attention says about the layout: the mass that each captures, mean over layers, and its interval over texts."""
 
     mass: Mapping[str, Interval]
+    texts: int
 
     @property
     def layout(self) -> str | None:
-        """The layout of the training; None where the intervals touch."""
+        """The layout of the training; None where this does not suffice to tell: too few texts, masses too near."""
         better, worse = sorted(LAYOUTS, key=lambda layout: -self.mass[layout].mean)
-        return better if self.mass[better].low > self.mass[worse].high else None
+        is_clear = self.mass[better].low > self.mass[worse].high and self.ratio >= RATIO
+        return better if is_clear and self.texts >= TEXTS else None
 
     @property
     def ratio(self) -> float:
         """The better's mass over the other's."""
-        means = sorted(self.mass[layout].mean for layout in LAYOUTS)
-        return means[1] / means[0]
+        worse, better = sorted(self.mass[layout].mean for layout in LAYOUTS)
+        return better / worse
 
 
 def evidence(mass: Mapping[str, Mapping[int, Array]]) -> Evidence:
     """Of all layers together, from `captured_mass`."""
-    return Evidence({layout: interval(np.mean(list(by_layer.values()), 0)) for layout, by_layer in mass.items()})
+    by_text = {rope: np.mean(list(layers.values()), 0) for rope, layers in mass.items()}
+    return Evidence({rope: interval(m) for rope, m in by_text.items()}, len(by_text[LAYOUTS[0]]))

@@ -1,8 +1,8 @@
 """What the small checkpoint has learned, measured on what it was not trained on, and written into its model card.
 
-    python -m reference.measure DIR      DIR: what `reference.train` wrote. Adds measured.json and the card, README.md
+    python -m reference.measure DIR/checkpoint      DIR: as in reference.train. Adds measured.json and the card, README.md
 
-Everything but `captured_mass` runs HF's own modules in float32.
+Everything but the captured mass runs HF's own modules in float32.
 """
 
 from __future__ import annotations
@@ -26,28 +26,21 @@ from .layout import interval
 from .mtp import Mtp
 
 CHOICES = ("learned", "recent", "random")  # what decides which keys a query attends to
-
-
-def held_out(random: np.random.Generator, count: int, length: int) -> Array:
-    """Stretches of held-out library text, int [count, length]."""
-    text = corpus.library(held_out=True)
-    return np.stack([corpus.window(random, text, length) for _ in range(count)])
-
+FIRST = 2  # the first token that is asked for: a trigram model needs two before it
 
 # -- bits per byte
 
 
-def bits_per_byte(model: Any, tokens: Array, first: int = 1) -> Array:
-    """Mean over the tokens from `first` on of each text, [B]. A token is a byte (or <|endoftext|>)."""
+def bits_per_byte(model: Any, tokens: Array) -> Array:
+    """Of each text, [B]: mean over its tokens from the third on. A token is a byte."""
     out = []
-    for row in np.split(tokens, len(tokens)):
-        logits = hf.forward(model, row)[0, first - 1 : -1].double()
-        wanted = torch.as_tensor(row[0, first:])
-        out.append(float(torch.nn.functional.cross_entropy(logits, wanted)) / np.log(2))
+    for row in tokens:
+        logits = hf.forward(model, row[None])[0, FIRST - 1 : -1].double()
+        out.append(float(torch.nn.functional.cross_entropy(logits, torch.as_tensor(row[FIRST:]))) / np.log(2))
     return np.array(out)
 
 
-def trigram_bits(tokens: Array, first: int = 1) -> Array:
+def trigram_bits(tokens: Array) -> Array:
     """As `bits_per_byte`, of a byte trigram model of the training text: Witten-Bell, each order backed by the one below."""
     text, size = corpus.library(held_out=False).astype(np.int64), len(corpus.SPECIAL) + 256
     orders = []
@@ -57,7 +50,7 @@ def trigram_bits(tokens: Array, first: int = 1) -> Array:
         orders.append((counts, counts.sum(1), (counts > 0).sum(1)))
     out = []
     for row in tokens.astype(np.int64):
-        places = np.arange(max(first, 2), len(row))
+        places = np.arange(FIRST, len(row))
         p = np.full(len(places), 1 / size)
         for order, (counts, total, kinds) in enumerate(orders):
             context = sum((row[places - back] * size ** (back - 1) for back in range(1, order + 1)), 0 * places)
@@ -77,11 +70,11 @@ def choosing(model: Any, choice: str, seed: int = 0) -> Iterator[None]:
         yield
         return
     replaced = {}
-    for layer in model.model.layers:
+    for i, layer in enumerate(model.model.layers):
         indexer = layer.self_attn.indexer
         if indexer is not None:
             replaced[layer] = indexer
-            layer.self_attn.indexer = _Chosen(choice, indexer.index_topk, seed)
+            layer.self_attn.indexer = _Chosen(choice, indexer.index_topk, 1000 * seed + i)
     try:
         yield
     finally:
@@ -113,8 +106,7 @@ def needles(random: np.random.Generator, count: int, distance: int, distinct: in
     before = 64  # tokens of other lines in front of the needle
     for _ in range(count):
         names, said = corpus.pairs(random, distinct, held_out=True)
-        lines = [corpus.encode(f"{name}={value}\n") for name, value in zip(names, said, strict=True)]
-
+        lines = [corpus.line(name, value) for name, value in zip(names, said, strict=True)]
         needle = lines[0]
         question = needle[: corpus.KEY + 1]
         # distance: from the first letter of the value to the token that asks for it
@@ -150,11 +142,11 @@ def recalled(model: Any, prompts: Array, values: Array) -> Array:
 
 
 def greedy(model: Any, prompt: Array, count: int) -> Array:
-    """What the model says after a prompt (int [S]), greedily, int [count]."""
-    said = model.generate(
-        torch.as_tensor(prompt)[None], max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True
-    )
-    return said[0, len(prompt) :].numpy()
+    """What the model says after a prompt (int [S]), greedily, int [count]; special tokens like any other."""
+    tokens = prompt
+    for _ in range(count):
+        tokens = np.append(tokens, int(hf.forward(model, tokens[None])[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 @torch.no_grad()
@@ -183,25 +175,35 @@ def accepted(folder: Path, tokens: Array, steps: int = train.DRAFTS) -> Array:
 # -- what the gate asks
 
 
-def probes(count: int = 8) -> dict[str, Any]:
-    """Held-out texts, half of them library text and half lines of recall, and needles at 4 times index_topk, as the gate
-    keeps them: another Python has another library.
+def probes(count: int = 8, length: int = 2560) -> dict[str, Any]:
+    """Held-out texts, half of them library text and half lines of recall, and needles at 4 times index_topk: what the gate
+    keeps, since another Python has another library.
     """
     random = np.random.default_rng(1126)
-    texts: list[str] = []
-    while len(texts) < count:
-        text = corpus.decode(held_out(random, 1, 2560)[0])
-        if text.isascii() and "<|" not in text:
-            texts.append(text)
-    for _ in range(count):
+
+    def lines() -> Array:
         names, values = corpus.pairs(random, 24, held_out=True)
-        lines = [corpus.encode(f"{name}={value}\n") for name, value in zip(names, values, strict=True)]
-        texts.append(corpus.decode(between_lines(random, 2560, lines)))
-    asked = []
-    for _ in range(count):
-        prompts, due = needles(random, 1, 4 * train.CONFIG["index_topk"])
-        asked.append({"prompt": corpus.decode(prompts[0]), "value": corpus.decode(due[0])})
-    return {"texts": texts, "needles": asked}
+        said = [corpus.line(name, value) for name, value in zip(names, values, strict=True)]
+        return between_lines(random, length, said)
+
+    def as_text(draw: Callable[[], Array]) -> str:
+        while True:
+            tokens = draw()
+            text = corpus.decode(tokens)
+            if text.isascii() and np.array_equal(corpus.encode(text), tokens):
+                return text
+
+    def needle() -> Array:
+        prompts, values = needles(random, 1, 4 * train.CONFIG["index_topk"])
+        return np.append(prompts[0], values[0])
+
+    asked = [as_text(needle) for _ in range(count)]
+    return {
+        "texts": [
+            as_text(draw) for draw in (lambda: corpus.windows(random, 1, length)[0], lines) for _ in range(count)
+        ],
+        "needles": [{"prompt": text[: -corpus.VALUE], "value": text[-corpus.VALUE :]} for text in asked],
+    }
 
 
 # -- all of it, and the card
@@ -230,14 +232,13 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
     conventions, topk = Conventions.of(config), config["index_topk"]
     model = hf.load(folder, conventions)
     random = np.random.default_rng(2026)
-    out: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    tensors = checkpoints.read_tensors(folder)
+    out: dict[str, Any] = {"parameters": sum(tensors(name, torch.float32).numel() for name in tensors.names)}
 
     log("bits per byte")
     untrained = train.Trainee(config, conventions.indexer_rope, seed=0).model.eval()
     untrained.config.num_hidden_layers = config["num_hidden_layers"]
-    text = held_out(random, texts, 8 * topk + 1)
+    text = corpus.windows(random, texts, 8 * topk)
     out["bits_per_byte"] = {
         "trained": interval(bits_per_byte(model, text)),
         "untrained": interval(bits_per_byte(untrained, text)),
@@ -254,8 +255,7 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
                 out["recall"][times][choice] = interval(recalled(model, asked, values))
 
     log("captured mass")
-    weights = checkpoints.weights_of(folder)
-    mass = layout.captured_mass(config, weights, text[:, :-1], conventions)
+    mass = layout.captured_mass(config, tensors, text, conventions)
     found = layout.evidence(mass)
     out["captured_mass"] = {
         "by_layout": dict(found.mass), "ratio": found.ratio, "layout": found.layout,
@@ -263,7 +263,7 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
     }  # fmt: skip
 
     log("drafts")
-    right = accepted(folder, held_out(random, prompts, 4 * topk))
+    right = accepted(folder, corpus.windows(random, prompts, 4 * topk))
     out["accepted"] = {step + 1: interval(right[:, step]) for step in range(right.shape[1])}
 
     log("a sample")
@@ -274,17 +274,34 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.measure", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint, as reference.train writes it")
-    parser.add_argument("--texts", metavar="N", type=int, default=48, help="held-out texts (default 48)")
-    parser.add_argument("--prompts", metavar="N", type=int, default=200, help="needles and drafts, each (default 200)")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the folder `checkpoint` that reference.train wrote")
+    parser.add_argument("--texts", metavar="N", type=_count, default=40, help="held-out texts, at least 4 (default 40)")
+    parser.add_argument("--prompts", metavar="N", type=_count, default=100, help="needles, and drafts (default 100)")
+    parser.add_argument(
+        "--probes", metavar="FILE", type=Path, help="write the gate's texts and needles there, nothing else"
+    )
     chosen = parser.parse_args(argv)
-    for file in ("config.json", TRAINING):
-        if not (chosen.folder / file).is_file():
-            parser.exit(1, f"{chosen.folder / file}: no such file; the folder that reference.train wrote is due\n")
-    measured = measure(chosen.folder, chosen.texts, chosen.prompts)
-    (chosen.folder / MEASURED).write_text(json.dumps(measured, indent=2, default=asdict) + "\n")
-    (chosen.folder / "README.md").write_text(card(chosen.folder))
+    try:
+        if chosen.probes:
+            chosen.probes.write_text(json.dumps(probes(), indent=1) + "\n")
+            return
+        for file in ("config.json", TRAINING):
+            if not (chosen.folder / file).is_file():
+                raise ValueError(
+                    f"{chosen.folder / file}: no such file; due is the folder `checkpoint` of reference.train"
+                )
+        measured = measure(chosen.folder, chosen.texts, chosen.prompts)
+        (chosen.folder / MEASURED).write_text(json.dumps(measured, indent=2, default=asdict) + "\n")
+        (chosen.folder / "README.md").write_text(card(chosen.folder))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
     print(chosen.folder / "README.md")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < layout.TEXTS:
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least {layout.TEXTS} is due")
+    return int(text)
 
 
 if __name__ == "__main__":

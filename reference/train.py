@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -207,7 +207,7 @@ class Trainee:
     def losses(self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool) -> dict[str, torch.Tensor]:
         """tokens int [B, S], learn bool [B, S]: which of them are to be foretold."""
         model, (batch, length) = self.model.model, tokens.shape
-        with self.mode(mode), watched(model.layers) as attention:
+        with self.mode(mode), watched(() if mode == "dense" else model.layers) as attention:
             x = model.embed_tokens(tokens)
             positions = torch.arange(length)[None]
             shared = {
@@ -243,7 +243,8 @@ class Trainee:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(mean loss of all draft steps, the first one's selection, which the later ones reuse).
 
-        Step k is fed the token k ahead and the hidden of the step before.
+        Step k is fed the token k ahead and the hidden of the step before, over all positions at once, as such models are
+        trained. Drafting differs: there later steps attend to the keys that the first one wrote.
         """
         attention: Any = self.block.layer.self_attn
         taught, losses = attention.indexer, []
@@ -316,7 +317,7 @@ def served(full: list[int], layers: int) -> dict[int, list[int]]:
 
 
 class Muon:
-    """Muon (with AdamW's RMS) for matrices and stacks of them, AdamW for the rest.
+    """Muon (with AdamW's RMS) for matrices and stacks of them, Adam for the rest.
 
     torch.optim.Muon orthogonalizes in bfloat16, which this CPU emulates (15 times slower), and refuses experts' stacks.
     """
@@ -402,10 +403,11 @@ def at(phases: Sequence[Phase], step: int) -> tuple[Phase, float]:
 
 
 def recipe_of(config: Mapping[str, Any], phases: Sequence[Phase], indexer_rope: str, seed: int) -> dict[str, Any]:
-    """All that the weights follow from, but for this code and torch's."""
+    """All that the weights follow from, but for this code."""
     return {
         "config": dict(config), "phases": [asdict(p) for p in phases], "indexer_rope": indexer_rope, "seed": seed,
-        "python": platform.python_version(), "torch": torch.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "numpy": np.__version__,
         "library_sha256": corpus.digest(corpus.library(held_out=False)),
     }  # fmt: skip
 
@@ -463,8 +465,8 @@ def _train(
     optimizer = Muon(parameters)
     step, seconds = _restore(out / STATE, recipe, trainee, optimizer)
     if (out / LOG).exists():  # what was logged after the state was saved comes again
-        lines = (out / LOG).read_text().splitlines()
-        (out / LOG).write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        kept = [line for line in _lines(out / LOG) if line["step"] <= step]
+        (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     total = sum(p.steps for p in phases)
     last = total if stop_after is None else min(total, step + stop_after)
     started = time.monotonic() - seconds
@@ -495,6 +497,17 @@ def _train(
             _save(out / STATE, recipe, trainee, optimizer, step, time.monotonic() - started)
     progress.close()
     return trainee
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The log, but for a last line that was torn by an interruption."""
+    lines = []
+    for line in file.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def _tensors(trainee: Trainee, optimizer: Muon) -> dict[str, torch.Tensor]:
@@ -567,20 +580,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", metavar="DIR", required=True, type=Path, help="state, log, and DIR/checkpoint at the end"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of weights and batches (default 0)")
     parser.add_argument(
         "--indexer-rope", choices=sorted(hf.INDEXERS), default="interleaved", help="default: interleaved"
     )
     chosen = parser.parse_args(argv)
     try:
         trainee = train(chosen.out, indexer_rope=chosen.indexer_rope, seed=chosen.seed)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
-    folder = export(trainee, chosen.out / "checkpoint")
-    log = [json.loads(line) for line in (chosen.out / LOG).read_text().splitlines()]
-    training = {"recipe": recipe_of(CONFIG, PHASES, chosen.indexer_rope, chosen.seed), "log": log}
-    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+        folder = export(trainee, chosen.out / "checkpoint")
+        recipe = recipe_of(CONFIG, PHASES, chosen.indexer_rope, chosen.seed)
+        training = json.dumps({"recipe": recipe, "log": _lines(chosen.out / LOG)}, indent=1)
+        (folder / TRAINING).write_text(training + "\n")
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.exit(1, f"{chosen.out}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{chosen.out}: interrupted; the same command goes on from the last state saved\n")
     print(folder)
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, not negative, is due")
+    return int(text)
 
 
 if __name__ == "__main__":

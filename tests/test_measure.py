@@ -35,7 +35,7 @@ def test_bits_of_a_trigram_model(monkeypatch):
 def test_bits_of_a_model(folder):
     model, tokens = hf.load(folder), np.arange(6, 46)[None]
     logits = hf.forward(model, tokens)[0].double().log_softmax(-1)
-    due = -np.mean([float(logits[i - 1, tokens[0, i]]) for i in range(1, 40)]) / np.log(2)
+    due = -np.mean([float(logits[i - 1, tokens[0, i]]) for i in range(2, 40)]) / np.log(2)
     assert measure.bits_per_byte(model, tokens)[0] == pytest.approx(due)
 
 
@@ -62,6 +62,7 @@ def test_what_replaces_the_indexers_choice(folder):
     with measure.choosing(model, "random"), capture(model) as seen:
         hf.forward(model, tokens)
     chosen = seen["layers.0.self_attn.selection"][0]
+    assert not np.array_equal(np.sort(chosen[60:]), np.sort(seen["layers.1.self_attn.selection"][0][60:]))
     assert all(len(set(chosen[q])) == topk and q in chosen[q] and chosen[q].max() <= q for q in range(topk, 100))
     assert len({tuple(sorted(chosen[q])) for q in range(60, 100)}) == 40
     with capture(model) as seen:  # and all is as before
@@ -86,7 +87,7 @@ def as_half_split(config, read):
 
 
 def test_captured_mass_follows_the_weights(folder):
-    """Rows of wq_b and wk reordered: what was captured under one layout is captured, to the bit, under the other."""
+    """Rows of wq_b and wk reordered: what was captured under one layout is captured under the other."""
     config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
     tokens = np.random.default_rng(0).integers(6, 262, (2, 64))
     before = layout.captured_mass(config, read, tokens)
@@ -99,36 +100,96 @@ def test_captured_mass_follows_the_weights(folder):
 
 
 def test_captured_mass_is_the_share_of_attention_on_the_choice(folder):
-    """Layer 0 by hand: HF's dense attention on HF's selection."""
+    """By hand, from HF's dense attention and HF's selection: a full layer, and one that shares."""
     config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
     tokens, topk = np.random.default_rng(0).integers(6, 262, (1, 64)), 5
-    mass = layout.captured_mass(config, read, tokens, layers=1, topk=topk)
-    dense = hf.load(folder, Conventions(indexer_rope="interleaved"), index_topk=64)
-    kept = {}
-    dense.model.layers[0].self_attn.register_forward_hook(lambda m, a, out: kept.update(attention=out[1].mean(1)[0]))
-    hf.forward(dense, tokens)
-    sparse = hf.load(folder, Conventions(indexer_rope="interleaved"), index_topk=topk)
-    with capture(sparse) as seen:
-        hf.forward(sparse, tokens)
-    chosen = seen["layers.0.self_attn.selection"][0]
-    due = [float(kept["attention"][q, chosen[q].astype(int)].sum()) for q in range(2 * topk, 64)]
-    assert mass["interleaved"][0][0] == pytest.approx(np.mean(due), abs=1e-4)
+    conventions = Conventions(indexer_rope="interleaved")
+    mass = layout.captured_mass(config, read, tokens, layers=4, topk=topk)
+    model, kept, queries = hf.load(folder, conventions, index_topk=64), {}, np.arange(2 * topk, 64)
+    for i in (0, 2, 3):
+        attention = model.model.layers[i].self_attn
+        attention.register_forward_hook(lambda m, a, out, i=i: kept.update({i: out[1].mean(1)[0].numpy()}))
+    with capture(model) as seen:
+        hf.forward(model, tokens)
+    for i, full in ((0, 0), (2, 2), (3, 2)):
+        scores = seen[f"layers.{full}.self_attn.indexer.scores"][0]
+        due = [kept[i][q, np.argsort(-scores[q])[:topk]].sum() for q in queries]
+        assert mass["interleaved"][i][0] == pytest.approx(np.mean(due), abs=1e-4)
 
 
-def test_what_cannot_tell_a_layout_is_refused(folder):
+def test_the_first_layers_need_no_others_weights(folder):
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.read_tensors(folder)
+    asked = []
+
+    def get(name):
+        asked.append(name)
+        return read(name)
+
+    mass = layout.captured_mass(config, get, np.random.default_rng(0).integers(6, 262, (3, 40)), layers=4)
+    assert len(mass["half-split"]) == 4
+    assert len(asked) == len(set(asked)), "each tensor is read once, whatever the number of texts"
+    assert not any("experts" in name or ".mlp." in name for name in asked if name.startswith("model.layers.3."))
+    assert not any(name.startswith(("model.layers.4.", "lm_head", "model.norm")) for name in asked)
+
+
+def test_an_fp8_checkpoint_captures_what_its_blocks_mean(folder, tmp_path):
+    checkpoints.write_fp8(folder, tmp_path / "fp8", tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    tokens = np.random.default_rng(0).integers(6, 262, (1, 40))
+    packed, plain = (
+        layout.captured_mass(config, checkpoints.read_tensors(tmp_path / f), tokens, layers=3) for f in ("fp8", "plain")
+    )
+    for layer in range(3):
+        assert packed["interleaved"][layer] == pytest.approx(plain["interleaved"][layer], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (64, {"topk": 32}, "64 tokens do not suffice to tell choices of 32 apart: at least 65 are due"),
+        (7, {}, "7 tokens do not suffice"),
+        (64, {"topk": 0}, "64 tokens do not suffice"),
+        (64, {"layers": 9}, "layers = 9: the model has 8"),
+        (64, {"layers": 0}, "layers = 0: the model has 8"),
+    ],
+)
+def test_what_cannot_tell_a_layout_is_refused(folder, length, options, message):
     config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    with pytest.raises(ValueError, match=message):
+        layout.captured_mass(config, read, np.zeros((1, length), int), **options)
+    assert layout.captured_mass(config, read, np.zeros((1, 65), int), layers=1, topk=32)["interleaved"][0].shape == (1,)
+
+
+def test_what_has_no_layout_is_refused(folder, tmp_path):
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.read_tensors(folder)
     with pytest.raises(ValueError, match="no indexer"):
         layout.captured_mass({k: v for k, v in config.items() if k != "index_topk"}, read, np.zeros((1, 64), int))
-    with pytest.raises(ValueError, match="64 tokens cannot be told apart by choices of 40: give more than 80"):
-        layout.captured_mass(config, read, np.zeros((1, 64), int), topk=40)
+    with pytest.raises(ValueError, match="no tensor model"):
+        layout.captured_mass(config, checkpoints.read_tensors(tmp_path), np.zeros((1, 64), int))
 
 
-def test_evidence_needs_intervals_that_are_apart():
-    near = {"interleaved": {0: np.array([0.5, 0.7, 0.6])}, "half-split": {0: np.array([0.55, 0.6, 0.7])}}
+def test_evidence_names_no_layout_without_grounds(folder):
+    near = {"interleaved": {0: np.array([0.5, 0.7, 0.6, 0.5])}, "half-split": {0: np.array([0.55, 0.6, 0.7, 0.6])}}
     assert layout.evidence(near).layout is None
-    far = {"interleaved": {0: np.array([0.2, 0.21, 0.19])}, "half-split": {0: np.array([0.55, 0.6, 0.7])}}
+    far = {"interleaved": {0: np.array([0.2, 0.21, 0.19, 0.2])}, "half-split": {0: np.array([0.55, 0.6, 0.7, 0.6])}}
     assert layout.evidence(far).layout == "half-split"
-    assert layout.evidence(far).ratio == pytest.approx(0.6166 / 0.2, rel=1e-3)
+    assert layout.evidence(far).ratio == pytest.approx(0.6125 / 0.2)
+    few = {rope: {0: mass[0][:3]} for rope, mass in far.items()}
+    assert layout.evidence(few).layout is None
+    slight = {"interleaved": {0: np.full(8, 0.5)}, "half-split": {0: np.full(8, 0.52)}}
+    assert layout.evidence(slight).layout is None
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    random = layout.captured_mass(config, read, np.random.default_rng(0).integers(6, 262, (8, 96)))
+    assert layout.evidence(random).layout is None, "indexers that never learned"
+
+
+def test_intervals():
+    assert layout.interval(np.ones(100, bool)) == layout.Interval(1.0, pytest.approx(0.963, abs=1e-3), 1.0)
+    assert layout.interval(np.zeros(100, bool)) == layout.Interval(0.0, 0.0, pytest.approx(0.037, abs=1e-3))
+    assert layout.interval(np.arange(100) < 50).low == pytest.approx(0.404, abs=1e-3)
+    drawn = layout.interval(np.random.default_rng(0).normal(3, 1, 400))
+    assert drawn.low == pytest.approx(drawn.mean - 0.098, abs=0.02)
+    assert drawn.high == pytest.approx(drawn.mean + 0.098, abs=0.02)
 
 
 # -- what is kept in the repository
@@ -162,9 +223,24 @@ def test_it_has_learned_what_it_was_to_learn(kept):
     assert 1 > first > second > third > 0
 
 
-def test_probes_are_of_the_held_out_side():
+def test_probes_are_what_the_gate_takes_them_for():
     training = set(corpus.keys(held_out=False))
     for probe in probes()["needles"]:
-        key = probe["prompt"][-corpus.KEY - 1 : -1]
+        prompt, key = probe["prompt"], probe["prompt"][-corpus.KEY - 1 : -1]
         assert key not in training
-        assert f"{key}={probe['value']}\n" in probe["prompt"]
+        assert prompt.count(f"{key}=") == 2
+        assert len(prompt) - 1 - prompt.index(f"{key}={probe['value']}\n") - corpus.KEY - 1 == 4 * 64
+    for text in [*probes()["texts"], *(p["prompt"] for p in probes()["needles"])]:
+        assert text.isascii()
+        assert corpus.decode(corpus.encode(text)) == text
+
+
+def test_a_users_mistakes_are_told_in_a_line(tmp_path, capsys):
+    for arguments, message in (
+        ([str(tmp_path)], "config.json: no such file; due is the folder `checkpoint` of reference.train"),
+        ([str(tmp_path), "--texts", "0"], "a number of at least 4 is due"),
+        ([str(tmp_path), "--probes", str(tmp_path / "no" / "file")], "No such file or directory"),
+    ):
+        with pytest.raises(SystemExit):
+            measure.main(arguments)
+        assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 
 from glm_dsa import KvQuantization, LayerCache, Model, Widths
@@ -16,7 +17,7 @@ from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
-from reference import checkpoints
+from reference import checkpoints, measure, train
 from verify import conftest as gate
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,7 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
     assert set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)) == set(recorder.names)
     known = {
         *recorder.names,
+        *options_of_the_trainer(capsys),
         "--values",
         "--json",
         "--version",
@@ -70,6 +72,19 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
             assert named <= options_of_mlx_lm(line.split()[0], capsys), line
         known |= named
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+
+
+def options_of_the_trainer(capsys) -> set[str]:
+    """Of both programs, each held to the README's own lines."""
+    every = set()
+    for program in (train, measure):
+        with pytest.raises(SystemExit, match="0"):
+            program.main(["--help"])
+        options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+        lines = re.findall(rf"^python -m {program.__name__} (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+        assert options == set(re.findall(r"--[a-z][a-z-]+", " ".join(lines)))
+        every |= options
+    return every
 
 
 def commands() -> list[str]:
@@ -107,13 +122,16 @@ def test_every_command_of_the_command_line_runs(registered, tmp_path, capsys, mo
 def test_the_python_examples_run(registered, tmp_path):
     folder = checkpoints.write(tmp_path / "ck", checkpoints.glm_5_2(num_hidden_layers=4))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     exec(blocks[0].replace("path/to/checkpoint", str(folder)), names)  # noqa: S102
     assert [d.logits.shape for d in names["drafts"]] == [(1, 4, 160), (1, 1, 160), (1, 1, 160)]
     assert {layer.length for layer in names["cache"]} == {4}
     exec(blocks[1], {})  # noqa: S102
     assert mlx_lm.utils._get_classes({"model_type": "glm_moe_dsa"})[0] is Model
+    np.save(tmp_path / "texts.npy", np.random.default_rng(0).integers(3, 160, (4, 40)))
+    exec(blocks[2].replace("path/to/checkpoint", str(folder)).replace("path/to", str(tmp_path)), names)  # noqa: S102
+    assert set(names["found"].mass) == {"interleaved", "half-split"}
 
 
 def cache_table() -> str:
@@ -154,8 +172,9 @@ def test_the_table_of_conventions_is_complete():
 
 def test_the_makefile_has_what_the_readme_names():
     listed = subprocess.run(
-        ["make", "-n", "verify", "test", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "verify", "test", "train", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "pytest verify/" in listed.stdout
     assert "pytest tests/" in listed.stdout
+    assert "reference.train --indexer-rope interleaved" in listed.stdout
     assert sys.version_info >= (3, 11)

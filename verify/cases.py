@@ -193,7 +193,7 @@ class Case:
 
     @property
     def long(self) -> int:
-        """A prompt of five times index_topk; 80 tokens without an indexer."""
+        """A prompt of five times index_topk, and at least of 80 tokens."""
         return self.scaled([5 * TOPK])[0]
 
     def scaled(self, cuts: list[int]) -> list[int]:
@@ -254,12 +254,16 @@ class Reference:
 
     @cached_property
     def local_truth(self) -> dict[str, Array]:
-        equations, config = self.case.equations(self.given), self.case.config
+        return self._layer_by_layer(single=False)
+
+    def _layer_by_layer(self, single: bool) -> dict[str, Array]:
+        """The equations of each layer on HF's input of it, under HF's choices."""
+        equations, config = self.case.equations(self.given, single), self.case.config
         shape = self.tokens.shape
         positions = np.broadcast_to(np.arange(shape[1]), shape)
         selection = None
         for layer in range(config["num_hidden_layers"]):
-            x = self.layer_input(layer).astype(np.float64)
+            x = self.layer_input(layer).astype(np.float32 if single else np.float64)
             _, selection = equations.layer(layer, x, positions, causal(shape, None), selection)
         return equations.stages
 
@@ -285,16 +289,23 @@ class Reference:
         equations.forward(self.tokens)
         return tolerances.reference_errors(equations.stages, self.truth)
 
-    def explained(self, stage: str, error: float) -> float:
-        """Sharp attention, as training makes it, amplifies the rounding of angles: then the equations are asked."""
+    @cached_property
+    def single_local(self) -> dict[str, float]:
+        """As `single`, of each layer on its own."""
+        return tolerances.reference_errors(self._layer_by_layer(single=True), self.local_truth)
+
+    def explained(self, stage: str, error: float, local: bool) -> float:
+        """How far HF may be off. Sharp attention, as training makes it, amplifies rounding: then the equations are asked what
+        float32 explains."""
         if error <= tolerances.EXPLAINED:
             return tolerances.EXPLAINED
-        return max(tolerances.EXPLAINED, tolerances.SAFETY * self.single[stage])
+        own = (self.single_local if local else self.single)[stage]
+        return min(max(tolerances.EXPLAINED, tolerances.SAFETY * own), tolerances.EXPLAINED_AT_MOST)
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         errors = self.local if local else self.accumulated
         kind = stages.kind(stage)
         norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
         longest = max(self.case.longest, self.length)
-        explained = self.explained(stage, errors[stage])
+        explained = self.explained(stage, errors[stage], local)
         return tolerances.bound(errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from glm_dsa import trace
-from reference import corpus, layout
+from reference import corpus, hf, layout
 from reference.measure import drafted, greedy
 from reference.mtp import Mtp
 from verify.cases import Case, group_size, probes
@@ -29,25 +29,30 @@ def said_by_ours(case: Case, prompt, count, **options):
     return np.array(said)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["float cache", "int8 cache"])
-def test_recall_from_beyond_index_topk(case: Case, judge, gate, packed):
-    """A value said 4 x index_topk tokens before: the same answers as HF's, and most of them right."""
-    options = {"kv_bits": 8, "kv_group_size": group_size(case.args)} if packed else {}
-    right, name = 0, "int8 cache" if packed else "float cache"
-    asked = probes()["needles"]
+def is_the_same(case: Case, prompt, ours, theirs, tie):
+    """Equal up to the first token at which HF itself is torn between two."""
+    if np.array_equal(ours, theirs):
+        return True
+    at = int(np.argmin(ours == theirs))
+    best = np.sort(hf.forward(case.hf, np.append(prompt, theirs[:at])[None])[0, -1].numpy())
+    return best[-1] - best[-2] < tie
+
+
+@pytest.mark.parametrize(("name", "bits", "tie"), [("float cache", None, 1e-3), ("int8 cache", 8, 0.1)])
+def test_recall_from_beyond_index_topk(case: Case, judge, gate, name, bits, tie):
+    """A value said 4 x index_topk tokens before: the same answers as HF's, and more than half of them right."""
+    options = {} if bits is None else {"kv_bits": bits, "kv_group_size": group_size(case.args)}
+    right, asked = 0, probes()["needles"]
     for i, probe in enumerate(asked):
         prompt = corpus.encode(probe["prompt"])
         theirs = greedy(case.hf, prompt, corpus.VALUE)
         ours = said_by_ours(case, prompt, corpus.VALUE, **options)
-        stage = f"answer {i} ({name})"
-        judge.holds(
-            case.name,
-            stage,
-            np.array_equal(ours, theirs),
-            f"{corpus.decode(ours)!r} where HF says {corpus.decode(theirs)!r}",
-        )
+        if bits is None or corpus.decode(theirs) == probe["value"]:  # what HF does not know, packing may change
+            expected = f"{corpus.decode(ours)!r} where HF says {corpus.decode(theirs)!r}"
+            judge.holds(case.name, f"answer {i} ({name})", is_the_same(case, prompt, ours, theirs, tie), expected)
         right += corpus.decode(ours) == probe["value"]
-    judge.at_most(case.name, f"recall ({name})", (len(asked) - right) / len(asked), 0.5, "share of values not recalled")
+    share = f"more than half of the values are recalled ({right} of {len(asked)})"
+    judge.holds(case.name, f"recall ({name})", 2 * right > len(asked), share)
     note = f"{right} of {len(asked)} values recalled from {4 * case.args.index_topk} tokens before"
     gate.add(Comparison(CLAIM, case.name, f"recall ({name})", MEASURED, note=note))
 
@@ -56,19 +61,18 @@ def test_drafts(case: Case, judge, gate):
     """Three greedy draft steps, each fed what the one before chose: the same tokens as HF's chain."""
     steps, accepted, length = 3, [], 3 * case.args.index_topk
     mtp = Mtp(case.hf_with_mtp, case.folder, case.conventions.mtp_reuses_selection)
+    model = case.ours.model
     for i, prompt in enumerate(case.tokens(length, batch=4)):
-        token = greedy(case.hf, prompt, 1)[0]
-        theirs = drafted(case.hf, mtp, prompt, token, steps)
-        model = case.ours.model
+        said = greedy(case.hf, prompt, steps + 1)
+        theirs = drafted(case.hf, mtp, prompt, said[0], steps)
         with trace.capture(model) as seen:
             model(mx.array(prompt[None]))
-        fed = np.append(prompt[1:], token)[None]
+        fed = np.append(prompt[1:], said[0])[None]
         drafts = model.draft(seen["norm"], mx.array(fed), model.make_mtp_cache(), steps)
         ours = np.array([int(mx.argmax(draft.logits[0, -1])) for draft in drafts])
         expected = f"{corpus.decode(ours)!r} where HF drafts {corpus.decode(theirs)!r}"
         judge.holds(case.name, f"drafts of text {i}", np.array_equal(ours, theirs), expected)
-        due = greedy(case.hf, np.append(prompt, token), steps)
-        accepted.append(int(np.logical_and.accumulate(ours == due).sum()))
+        accepted.append(int(np.logical_and.accumulate(ours == said[1:]).sum()))
     note = f"{sum(accepted)} of {steps * len(accepted)} drafts are what the model says"
     gate.add(Comparison(CLAIM, case.name, "drafts", MEASURED, note=note))
 
