@@ -45,6 +45,7 @@ CONFIG = checkpoints.glm_5_2(
     vocab_size=262,
 )  # fmt: skip
 STATE, LOG = "state.safetensors", "log.jsonl"
+THREADS = 1  # two at these widths gain a third only: both layouts are trained side by side instead
 DRAFTS = 3  # MTP steps trained
 MTP_WEIGHT = 0.2
 BIAS_STEP = 2e-3  # of the correction bias, after each step, towards even load (noaux_tc, DeepSeek-V3 section 2.1.2)
@@ -432,13 +433,10 @@ def train(
 @contextmanager
 def repeatable() -> Iterator[None]:
     """The same weights, to the bit, on the same kind of machine: sums are cut by threads, and scattered in order."""
-    threads, was, fills = (
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic,
-    )
+    fills: Any = torch.utils.deterministic
+    threads, was = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     filled = fills.fill_uninitialized_memory
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     fills.fill_uninitialized_memory = False  # it would cost time, and nothing here reads such memory
     try:

@@ -27,8 +27,8 @@ def test_bits_of_a_trigram_model(monkeypatch):
     text = corpus.encode("abcabcabcabd" * 300)
     monkeypatch.setattr(corpus, "library", lambda held_out: text)
     known, unknown = measure.trigram_bits(np.stack([corpus.encode("bcabca"), corpus.encode("xyzxyz")]))
-    # after "ab" comes c three times in four, after "bc" a, after "ca" b: (0.415 + 0 + 0 + 0.415) / 4 places
-    assert known == pytest.approx(2 * np.log2(4 / 3) / 4, abs=0.02)
+    # after "bc" comes a, after "ca" b, after "ab" c three times in four: (0 + 0 + 0.415 + 0) / 4 places
+    assert known == pytest.approx(np.log2(4 / 3) / 4, abs=0.01)
     assert unknown > 8
 
 
@@ -184,8 +184,9 @@ def test_evidence_names_no_layout_without_grounds(folder):
 
 
 def test_intervals():
-    assert layout.interval(np.ones(100, bool)) == layout.Interval(1.0, pytest.approx(0.963, abs=1e-3), 1.0)
-    assert layout.interval(np.zeros(100, bool)) == layout.Interval(0.0, 0.0, pytest.approx(0.037, abs=1e-3))
+    every, none = layout.interval(np.ones(100, bool)), layout.interval(np.zeros(100, bool))
+    assert (every.low, every.high) == pytest.approx((0.963, 1.0), abs=1e-3)
+    assert (none.low, none.high) == pytest.approx((0.0, 0.037), abs=1e-3)
     assert layout.interval(np.arange(100) < 50).low == pytest.approx(0.404, abs=1e-3)
     drawn = layout.interval(np.random.default_rng(0).normal(3, 1, 400))
     assert drawn.low == pytest.approx(drawn.mean - 0.098, abs=0.02)
