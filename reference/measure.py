@@ -175,9 +175,9 @@ def accepted(folder: Path, tokens: Array, steps: int = train.DRAFTS) -> Array:
 # -- what the gate asks
 
 
-def probes(count: int = 8, length: int = 2560) -> dict[str, Any]:
-    """Held-out texts, half of them library text and half lines of recall, and needles at 4 times index_topk: what the gate
-    keeps, since another Python has another library.
+def probes(count: int = 5, length: int = 2560) -> dict[str, Any]:
+    """Held-out texts, `count` of library text and `count` of recall lines, and as many needles at 4 times index_topk: what the
+    gate keeps, since another Python has another library.
     """
     random = np.random.default_rng(1126)
 

@@ -187,20 +187,19 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Prompt lengths: within index_topk, and at 5 times it. Without an indexer one will do."""
+        """Prompt lengths: within index_topk, and far beyond it. Without an indexer one will do."""
         topk = self.args.index_topk
         return [topk - 2, self.long] if topk else [48]
 
     @property
     def long(self) -> int:
-        """A prompt of five times index_topk, and at least of 80 tokens."""
-        return self.scaled([5 * TOPK])[0]
+        """A prompt beyond index_topk: 80 tokens, or three times index_topk where that is more."""
+        return max(5 * TOPK, 3 * self.args.index_topk)
 
     def scaled(self, cuts: list[int]) -> list[int]:
         """Cuts of a prompt that are written for index_topk = 16, for the case's own: as many, and few tokens stay few."""
-        factor = max(self.args.index_topk // TOPK, 1)
-        own = [cut * factor if cut > 8 else cut for cut in cuts]
-        own[own.index(max(own))] += factor * sum(cuts) - sum(own)
+        own = [cut * self.long // (5 * TOPK) if cut > 8 else cut for cut in cuts]
+        own[own.index(max(own))] += sum(cuts) * self.long // (5 * TOPK) - sum(own)
         return own
 
     def tokens(self, length: int, batch: int = 1) -> Array:
