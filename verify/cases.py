@@ -25,6 +25,12 @@ from .candidate import Ours
 
 Array = np.ndarray
 TRAINED = Path(checkpoints.__file__).parent / "trained"
+WHERE_LAYOUT_COUNTS = (
+    "the references agree",
+    "indexer scores and selections",
+    "final logits",
+    "a trained model's behaviour",
+)
 TOPK = 16  # index_topk of the tiny checkpoints: prompts of 80 are five times as long
 LARGEST = 1 << 29  # parameters of a checkpoint that is judged in memory
 
@@ -38,9 +44,9 @@ class Spec:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     bias_mean: float = 0.0
     folder: Path | None = None  # a checkpoint that is there already
-    texts: tuple[
-        str, ...
-    ] = ()  # what its prompts are cut from, in its tokenizer's bytes; random tokens where there are none
+    # what its prompts are cut from, a byte a token; random tokens where there are none
+    texts: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()  # judged in these alone, where another case stands for it in the others
     has_mtp: bool = True  # False where a checkpoint has no tensors for the MTP layer that its config names
 
     @property
@@ -90,9 +96,21 @@ def default_specs() -> list[Spec]:
 
 
 def trained_specs() -> list[Spec]:
-    """The small checkpoints that have really been trained (reference/train.py), on text that they were not trained on."""
-    folders = sorted(file.parent for file in TRAINED.glob("*/config.json"))
-    return [Spec(f"trained-{f.name}", {}, folder=f, texts=tuple(probes()["texts"])) for f in folders]
+    """The small checkpoints that have really been trained (reference/train.py), on text that they were not trained on.
+
+    The half-split one is the same recipe: it is judged where the layout counts, to save the others' time.
+    """
+    folders, texts = sorted(file.parent for file in TRAINED.glob("*/config.json")), tuple(probes()["texts"])
+    return [
+        Spec(
+            f"trained-{f.name}",
+            {},
+            folder=f,
+            texts=texts,
+            claims=() if f.name == "interleaved" else WHERE_LAYOUT_COUNTS,
+        )
+        for f in folders
+    ]
 
 
 @cache

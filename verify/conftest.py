@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for spec in specs:
         for convention in spec.args.conventions:
             out.conventions.setdefault(str(convention), []).append(spec.name)
+        if spec.claims:
+            out.not_verified[f"{spec.name}, other claims"] = f"left out for time; judged in: {', '.join(spec.claims)}"
         if spec.args.num_nextn_predict_layers and not spec.has_mtp:
             out.not_verified[f"MTP of {spec.name}"] = (
                 "config.json names an MTP layer, but the checkpoint has no tensors for it"
@@ -116,7 +118,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
-    specs = [s for s in metafunc.config.glm_specs if needs <= s.has]  # type: ignore[attr-defined]
+    claim = getattr(metafunc.module, "CLAIM", None)
+    every = metafunc.config.glm_specs  # type: ignore[attr-defined]
+    specs = [s for s in every if needs <= s.has and (not s.claims or claim in s.claims)]
     metafunc.parametrize("case", specs, ids=[s.name for s in specs], indirect=True)
 
 
