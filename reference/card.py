@@ -24,11 +24,11 @@ Written by `python -m reference.measure`; `make train` repeats the training.
 
 ## Recipe
 
-{layers} layers ({full} with an indexer: freq {freq}, offset {offset}), hidden {hidden}, {experts} experts of which {topk}
-and one shared are used, {heads} index heads, `index_topk` {index_topk}, one MTP layer, {rope} indexer RoPE. Bytes are
-tokens; six special ones. HF's own modules, float32, Muon and Adam, seed {seed}, {minutes:.0f} minutes on two cores. The
-text is the standard library of Python {python} (PSF licence), nine files of ten, by a hash of their names; the recall lines
-are generated (`reference/corpus.py`).
+{layers} layers ({full} with an indexer: freq {freq}, offset {offset}), hidden {hidden}, {experts} experts (top {topk}, one
+shared), {heads} index heads, `index_topk` {index_topk}, one MTP layer, {rope} indexer RoPE. Bytes are tokens; six special
+ones. HF's own modules, float32, Muon and Adam, seed {seed}, {minutes:.0f} minutes on one core. The text is the standard
+library of Python {python} (PSF licence), nine modules or packages of ten, by a hash of their names; the recall lines are
+generated (`reference/corpus.py`).
 
 """
 
@@ -60,7 +60,8 @@ def card(folder: Path) -> str:
         heads=config["index_n_heads"], index_topk=config["index_topk"], rope=recipe["indexer_rope"], seed=recipe["seed"],
         minutes=log[-1]["seconds"] / 60, python=recipe["python"],
     )  # fmt: skip
-    last = {line["phase"]: line for line in log}
+    last: dict[str, dict[str, Any]] = {p["name"]: {"load": 0.0} for p in recipe["phases"]}
+    last |= {line["phase"]: line for line in log}
     out += table(
         ["phase", "attention", "steps", "batch x tokens", "text", "loss", "MTP", "KL of the indexer", "busiest expert"],
         [
@@ -74,7 +75,7 @@ def card(folder: Path) -> str:
     out += f"""
 ## Measured
 
-On files and keys that it was not trained on; means with 95 % intervals, by bootstrap over texts or prompts.
+On modules and keys that it was not trained on; means with 95 % intervals (of texts by bootstrap, of prompts Wilson's).
 
 {table(["bits per byte", "held-out library text"], [[k, number(v)] for k, v in bits.items()])}
 Recall of a three-letter value, `key=VALUE`, said 2, 4 and 8 times `index_topk` tokens before, greedily, with the keys that the
