@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
-# A third repeats the training of the small checkpoint, in one to two hours: make train, or make train LAYOUT=half-split
+# A third repeats the training of the small checkpoint, in about two hours: make train, or make train LAYOUT=half-split
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,8 +17,8 @@ test: $(READY)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
 train: $(READY)
-	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out build/$(LAYOUT)
-	$(BIN)/python -m reference.measure build/$(LAYOUT)/checkpoint
+	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out training/$(LAYOUT) $(ARGS)
+	$(BIN)/python -m reference.measure training/$(LAYOUT)/checkpoint
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -60,8 +60,7 @@ def card(folder: Path) -> str:
         heads=config["index_n_heads"], index_topk=config["index_topk"], rope=recipe["indexer_rope"], seed=recipe["seed"],
         minutes=log[-1]["seconds"] / 60, python=recipe["python"],
     )  # fmt: skip
-    last: dict[str, dict[str, Any]] = {p["name"]: {"load": 0.0} for p in recipe["phases"]}
-    last |= {line["phase"]: line for line in log}
+    last = {line["phase"]: line for line in log}
     out += table(
         ["phase", "attention", "steps", "batch x tokens", "text", "loss", "MTP", "KL of the indexer", "busiest expert"],
         [

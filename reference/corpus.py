@@ -21,7 +21,6 @@ PAD, END, USER, ASSISTANT, SYSTEM, SEPARATOR = range(len(SPECIAL))
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEY, VALUE = 3, 3  # letters of a key (small ones) and of a value (capitals)
-LINE = KEY + VALUE + 2  # tokens of "key=VALUE\n"
 
 # not on every machine, not the same on every machine, or tables and near copies of each other rather than text
 SKIPPED = {
@@ -78,7 +77,7 @@ def files(held_out: bool) -> dict[str, bytes]:
     chosen = {name: (root / name).read_bytes() for name in names if is_held_out(_top(name)) == held_out}
     if not held_out:
         return chosen
-    known = {line for text in files(held_out=False).values() for line in _long_lines(text)}
+    known = {line for text in files(False).values() for line in _long_lines(text)}
     return {name: text for name, text in chosen.items() if _share(_long_lines(text), known) <= COPIED}
 
 
@@ -107,7 +106,7 @@ def window(random: np.random.Generator, text: Array, length: int) -> Array:
 
 def windows(random: np.random.Generator, count: int, length: int) -> Array:
     """Stretches of held-out library text, each of another file as long as there are any, int [count, length]."""
-    texts = [encode(text) for text in files(held_out=True).values() if len(text) >= length]
+    texts = [encode(text) for text in files(True).values() if len(text) >= length]
     order = np.concatenate([random.permutation(len(texts)) for _ in range(-(-count // len(texts)))])
     return np.stack([window(random, texts[i], length) for i in order[:count]])
 

@@ -280,12 +280,12 @@ class Equations:
         scores *= self._softmax_scale()
         # A padded row sees nothing: it attends evenly, to whatever; nobody reads it.
         scores = np.where(allowed[:, None], scores, -np.finfo(scores.dtype).max)
-        out = np.einsum("bhst,bthd->bshd", self.attend(stage, scores), kv[..., nope:], optimize=True)
+        out = np.einsum("bhst,bthd->bshd", self.attend(scores), kv[..., nope:], optimize=True)
         out = out.reshape(batch, length, -1)
         out = self.record(f"{stage}.heads", out)
         return self.record(f"{stage}.output", self._linear(w, "o_proj", out)), selection
 
-    def attend(self, stage: str, scores: Array) -> Array:
+    def attend(self, scores: Array) -> Array:
         """scores [B, H, S, T] -> attention, rows that sum to 1."""
         return softmax(scores)
 

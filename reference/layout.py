@@ -3,7 +3,7 @@
 An indexer learns to select what attention then looks at. Under the layout of its training its selection holds most of
 the attention mass; under the other its position signal is scrambled, and mass is lost, silently: both layouts have the
 same tensors. `captured_mass` measures it by the equations, on text, for the first layers of any checkpoint in HF layout:
-their inputs need no other layer's weights, so a machine that cannot hold the model can still ask.
+their inputs need no other layer's weights, so a machine that cannot hold the model can still ask about the dense ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXTS, RATIO = 4, 1.1  # what a verdict takes at least: texts, and the better's 
 class _Watched(Equations):
     """The equations, with the attention of the last layer that ran kept, as a mean over heads [B, S, T]."""
 
-    def attend(self, stage: str, scores: Array) -> Array:
+    def attend(self, scores: Array) -> Array:
         attention = softmax(scores)
         self.attention_seen = attention.mean(1)
         return attention
@@ -45,7 +45,8 @@ def captured_mass(
     (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
     everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer
     is held to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
-    One text at a time, some 4 x heads x T^2 numbers: 2 GB for 64 heads and T = 1024 in float64.
+    Memory: the embedding once (7.6 GB in GLM-5.2), one layer's weights, and of one text some 4 x heads x T^2 numbers (2 GB for
+    T = 1024), all in the dtype that `weights` gives. A layer of experts that is not the last holds those that are chosen.
 
     Raises ValueError for a model without an indexer, for a text or a number of layers that does not fit, and for a checkpoint
     that lacks a tensor.

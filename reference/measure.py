@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from . import checkpoints, corpus, hf, layout, train
 from .card import MEASURED, TRAINING, card
@@ -226,17 +227,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name not in about}
 
 
-def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """All figures of the card. Intervals hold 95 %, by bootstrap over texts or prompts."""
-    config = json.loads((folder / "config.json").read_text())
+def measure(folder: Path, texts: int, prompts: int) -> dict[str, Any]:
+    """All figures of the card, from so many texts, and so many prompts of each kind."""
+    config, training = (json.loads((folder / file).read_text()) for file in ("config.json", TRAINING))
     conventions, topk = Conventions.of(config), config["index_topk"]
     model = hf.load(folder, conventions)
     random = np.random.default_rng(2026)
     tensors = checkpoints.read_tensors(folder)
     out: dict[str, Any] = {"parameters": sum(tensors(name, torch.float32).numel() for name in tensors.names)}
 
-    log("bits per byte")
-    untrained = train.Trainee(config, conventions.indexer_rope, seed=0).model.eval()
+    untrained = train.Trainee(config, conventions.indexer_rope, training["recipe"]["seed"]).model.eval()
     untrained.config.num_hidden_layers = config["num_hidden_layers"]
     text = corpus.windows(random, texts, 8 * topk)
     trained, trigram = bits_per_byte(model, text), trigram_bits(text)
@@ -247,7 +247,6 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
         "saved, against the trigram model": interval(trigram - trained),
     }
 
-    log("needles")
     out["recall"] = {}
     for times in (2, 4, 8):
         asked, values = needles(random, prompts, times * topk)
@@ -256,7 +255,6 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
             with choosing(model, choice):
                 out["recall"][times][choice] = interval(recalled(model, asked, values))
 
-    log("captured mass")
     mass = layout.captured_mass(config, tensors, text, conventions)
     found = layout.evidence(mass)
     out["captured_mass"] = {
@@ -264,11 +262,9 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
         "by_layer": {rope: {i: float(m.mean()) for i, m in layers.items()} for rope, layers in mass.items()},
     }  # fmt: skip
 
-    log("drafts")
     right = accepted(folder, corpus.windows(random, prompts, 4 * topk))
     out["accepted"] = {step + 1: interval(right[:, step]) for step in range(right.shape[1])}
 
-    log("a sample")
     out["sample"] = sample(model, "def read(self, size=-1):\n", 400)
     out["sha256"] = digests(folder)
     return out
@@ -276,17 +272,19 @@ def measure(folder: Path, texts: int = 24, prompts: int = 100, log: Callable[[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.measure", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the folder `checkpoint` that reference.train wrote")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, nargs="?", help="the folder `checkpoint` of reference.train"
+    )
     parser.add_argument("--texts", metavar="N", type=_count, default=40, help="held-out texts, at least 4 (default 40)")
     parser.add_argument("--prompts", metavar="N", type=_count, default=100, help="needles, and drafts (default 100)")
-    parser.add_argument(
-        "--probes", metavar="FILE", type=Path, help="write the gate's texts and needles there, nothing else"
-    )
+    parser.add_argument("--probes", metavar="FILE", type=Path, help="instead: write the gate's texts and needles")
     chosen = parser.parse_args(argv)
     try:
         if chosen.probes:
             chosen.probes.write_text(json.dumps(probes(), indent=1) + "\n")
             return
+        if chosen.folder is None:
+            parser.error("DIR is due, or --probes FILE")
         for file in ("config.json", TRAINING):
             if not (chosen.folder / file).is_file():
                 raise ValueError(
@@ -295,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = measure(chosen.folder, chosen.texts, chosen.prompts)
         (chosen.folder / MEASURED).write_text(json.dumps(measured, indent=2, default=asdict) + "\n")
         (chosen.folder / "README.md").write_text(card(chosen.folder))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         parser.exit(1, f"{error}\n")
     print(chosen.folder / "README.md")
 

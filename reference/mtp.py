@@ -38,7 +38,7 @@ class Placeholder(torch.nn.Identity):
     """Where MtpLayer would build a decoder layer of its own; HF's loaded one takes its place."""
 
 
-class ReuseSelection(torch.nn.Module):
+class _ReuseSelection(torch.nn.Module):
     """Stands in for the indexer on later draft steps: writes its key, then answers with the selection it is given."""
 
     def __init__(self, indexer: torch.nn.Module, selection: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ class Mtp:
                 embedded[:, 0] = 0
             if step > 0 and self.reuse and indexer is not None:
                 assert self.block.selection is not None
-                attention.indexer = ReuseSelection(indexer, self.block.selection[:, -1:])
+                attention.indexer = _ReuseSelection(indexer, self.block.selection[:, -1:])
             try:
                 x = self.mtp(
                     embedded, previous,

@@ -1,6 +1,6 @@
-"""Trains the small checkpoint that the gate runs on every day, with HF's own modules: torch, CPU, two cores, float32.
+"""Trains the small checkpoint that the gate runs on every day, with HF's own modules: torch, CPU, one core, float32.
 
-    python -m reference.train --out DIR        one to two hours; interrupted, the same command goes on where it was
+    python -m reference.train --out DIR        about two hours; interrupted, the same command goes on where it was
 
 Three modes, as DeepSeek-V3.2 (section 2.1) trains its sparse attention, but from nothing: `dense`, without an indexer;
 `warm-up`, still dense, where each indexer learns to follow the attention of the layers that it serves (IndexCache, arXiv
@@ -171,7 +171,8 @@ class Trainee:
         self.model.config._experts_implementation = "grouped_mm"
         self.config, self.serves = config, served(list(self.indexers), count + 1)
         self.indexer_rope = indexer_rope
-        self.loads: dict[Any, Any] = {}
+        self.loads: dict[Any, torch.Tensor] = {}  # of this step's, by router
+        self.last_loads: dict[Any, torch.Tensor] = {}
         for layer in self.model.model.layers:
             if hasattr(layer.mlp, "gate"):
                 layer.mlp.gate.register_forward_hook(self._count)
@@ -262,9 +263,8 @@ class Trainee:
 
     def _count(self, router: Any, args: Any, out: Any) -> None:
         if router.training:
-            self.loads[router] = self.loads.get(router, 0) + torch.bincount(
-                out[2].flatten(), minlength=router.num_experts
-            )
+            load = torch.bincount(out[2].flatten(), minlength=router.num_experts)
+            self.loads[router] = self.loads.get(router, torch.zeros_like(load)) + load
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -528,7 +528,9 @@ def _restore(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon) -> tupl
     with safe_open(file, "pt") as state:
         metadata = state.metadata()
         if json.loads(metadata["recipe"]) != json.loads(json.dumps(recipe)):
-            raise ValueError(f"{file}: the state of another recipe, seed or Python; name another folder, or remove it")
+            raise ValueError(
+                f"{file}: the state of another recipe, seed, Python or torch; name another folder, or remove it"
+            )
         for name, tensor in _tensors(trainee, optimizer).items():
             tensor.copy_(state.get_tensor(name))
     return int(metadata["step"]), float(metadata["seconds"])

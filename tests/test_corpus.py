@@ -9,6 +9,8 @@ import pytest
 
 from reference import corpus
 
+LINE = len("key=VAL\n")
+
 
 def test_the_split_is_for_good():
     """By name alone: these stay where they are, whatever else changes."""
@@ -67,9 +69,9 @@ def test_keys_are_held_out_for_good():
 def test_what_nobody_can_know_is_not_learned():
     tokens, learn = corpus.recall(np.random.default_rng(2), 64, None, distinct=1)
     assert learn[:8].tolist() == [False] * 3 + [True] + [False] * 3 + [True]  # "abc=XYZ\n", said for the first time
-    again = tokens[corpus.LINE : 2 * corpus.LINE]
-    assert np.array_equal(again, tokens[: corpus.LINE]), "the first line after it repeats it"
-    assert learn[corpus.LINE : 2 * corpus.LINE].tolist() == [False] * 3 + [True] * 5
+    again = tokens[LINE : 2 * LINE]
+    assert np.array_equal(again, tokens[:LINE]), "the first line after it repeats it"
+    assert learn[LINE : 2 * LINE].tolist() == [False] * 3 + [True] * 5
 
 
 def test_filler_is_learned_but_for_its_beginning():

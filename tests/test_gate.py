@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from reference import checkpoints
+from verify import cases
 from verify import conftest as gate
 from verify.report import AGREES, FAULT, Comparison, Report
 
@@ -89,6 +90,10 @@ def test_a_single_test_is_a_part():
     assert status == 1
     assert "rope, both layouts: left out: others of its tests: the command line names single ones" in out
     assert "verdict: NO VERDICT" in out.strip().splitlines()[-1]
+
+
+def test_a_case_that_is_judged_in_some_claims_names_claims_that_exist():
+    assert set(cases.HALF_SPLIT_CLAIMS) < set(gate.all_claims())
 
 
 def test_an_exact_check_that_failed_is_the_worst():

@@ -135,6 +135,17 @@ def test_an_oracle_that_is_wrong_is_caught(built, monkeypatch):
         caught(test_indexer.test_scores_and_selection, case, Judge, "T = 4 index_topk", "small variance")
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("glm-5.2-interleaved", 2e-4), ("trained-interleaved", 2e-3)])
+@pytest.mark.parametrize("local", [True, False])
+def test_an_oracle_that_errs_more_than_float32_explains_is_caught(built, name, wrong, local, monkeypatch):
+    reference = cases.Reference(built(name), built(name).tokens(80))
+    stage = "layers.1.self_attn.heads"
+    assert reference.bound(stage, local)
+    monkeypatch.setitem(reference.local if local else reference.accumulated, stage, wrong)
+    with pytest.raises(tolerances.ReferencesDisagree):
+        reference.bound(stage, local)
+
+
 @pytest.mark.parametrize(
     ("wrong", "position"),
     [("off by one", p) for p in test_rope.POSITIONS] + [("frequencies", p) for p in test_rope.POSITIONS[1:]],
@@ -667,7 +678,7 @@ def test_a_form_that_differs_is_caught(built, monkeypatch):
 
 # -- what only a trained model shows
 
-TRAINED = "trained-interleaved"
+TRAINED_CASE = "trained-interleaved"
 
 
 def recall(case):
@@ -696,20 +707,20 @@ def the_most_recent(patch):
     [(the_most_recent, recall, "answer"), (draft_hidden_before_the_norm, own_drafts, "drafts of text")],
 )
 def test_a_fault_of_behaviour_is_caught(built, patch, check, stage, monkeypatch):
-    case = built(TRAINED)
+    case = built(TRAINED_CASE)
     assert check(case) is None
     patch(monkeypatch)
     check_of(check(case), stage)
 
 
 def test_the_wrong_layout_loses_what_was_said(built, monkeypatch):
-    case = built(TRAINED)
+    case = built(TRAINED_CASE)
     monkeypatch.setitem(case.__dict__, "ours", Ours(case.folder, indexer_rope="half-split"))
     check_of(recall(case), "answer")
 
 
 def test_a_checkpoint_that_names_the_wrong_layout_is_caught(built, tmp_path):
     """HF under the same wrong convention agrees with it in every number: the weights alone speak."""
-    case = cases.Case(replace(built(TRAINED).spec, overrides={"indexer_rope": "half-split"}), tmp_path, seed=0)
+    case = cases.Case(replace(built(TRAINED_CASE).spec, overrides={"indexer_rope": "half-split"}), tmp_path, seed=0)
     assert free(case) is None
     check_of(layout_told(case), "captured mass")

@@ -10,12 +10,14 @@ from verify.cases import Case
 CLAIM = "caches: chunks, decode, rewind, padding"
 
 # Chunks of one, odd ones, and one that crosses index_topk = 16 in its middle; the tail is decoded token by token.
+ACROSS = "across index_topk, token by token"
 CUTS = {
     "chunks": [1, 12, 7, 31, 1, 28],
     "decode": [61] + [1] * 19,
     "decode from the first token": [1] * 24 + [56],
     "few at a time": [30, 2, 3, 5, 8, 13, 19],
     "within index_topk": [5, 1, 1, 4, 3],
+    ACROSS: [],
     "across the growth of the buffers": [500, 8, 1, 1, 1, 1, 1, 1, 16],
 }
 
@@ -38,7 +40,8 @@ def reference(case: Case):
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts(case: Case, judge, name):
     """The buffers grow by 256 tokens."""
-    cuts = CUTS[name] if sum(CUTS[name]) > 256 else case.scaled(CUTS[name])
+    cuts = CUTS[name] if sum(CUTS[name]) > 256 else case.scaled(CUTS[name]) if CUTS[name] else []
+    cuts = cuts or [case.topk - 3, *[1] * 6, case.long - case.topk - 3]
     reference = case.reference(sum(cuts))
     logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
     judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
@@ -69,8 +72,8 @@ def test_rewind(case: Case, judge, reference):
 
 @pytest.mark.parametrize("cuts", [[80], [33, 40, 1, 1, 1, 1, 1, 1, 1]], ids=["prefill", "chunks and decode"])
 def test_left_padded_batch(case: Case, judge, cuts):
-    """Rows of 80, 67, 21 and 9 tokens (at index_topk = 16) in one batch: no pad may be attended to, or selected."""
-    rows = [case.reference(case.scaled([n])[0]) for n in (80, 67, 21, 9)]
+    """Rows far beyond index_topk, a little, and within it, in one batch: no pad may be attended to, or selected."""
+    rows = [case.reference(n) for n in (case.long, case.long * 67 // 80, case.topk + 5, case.topk // 2 + 1)]
     padding = [case.long - r.length for r in rows]
     tokens = np.concatenate([np.pad(r.tokens, ((0, 0), (p, 0))) for r, p in zip(rows, padding, strict=True)])
     logits = run_in_chunks(case, tokens, case.scaled(cuts), case.ours.model.make_cache(left_padding=padding))
