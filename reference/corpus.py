@@ -94,7 +94,7 @@ def _share(lines: set[bytes], known: set[bytes]) -> float:
 
 
 @cache
-def library(held_out: bool) -> Array:
+def standard_library(held_out: bool) -> Array:
     """All files of one side, one after the other, <|endoftext|> behind each. int [tokens]"""
     return np.concatenate([part for text in files(held_out).values() for part in (encode(text), np.array([END]))])
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from . import checkpoints, corpus, hf, layout, train
+from . import checkpoints, corpus, hf, layout, train, trainee
 from .card import MEASURED, TRAINING, card
 from .equations import Array, Conventions
 from .layout import interval
@@ -43,7 +43,7 @@ def bits_per_byte(model: Any, tokens: Array) -> Array:
 
 def trigram_bits(tokens: Array) -> Array:
     """As `bits_per_byte`, of a byte trigram model of the training text: Witten-Bell, each order backed by the one below."""
-    text, size = corpus.library(held_out=False).astype(np.int64), len(corpus.SPECIAL) + 256
+    text, size = corpus.standard_library(held_out=False).astype(np.int64), len(corpus.SPECIAL) + 256
     orders = []
     for order in range(3):
         grams = sum(text[back : len(text) - order + back] * size ** (order - back) for back in range(order + 1))
@@ -119,7 +119,7 @@ def needles(random: np.random.Generator, count: int, distance: int, distinct: in
 
 def between_lines(random: np.random.Generator, length: int, lines: Sequence[Array]) -> Array:
     """What lies around a needle: `lines`, and stretches of held-out library text; cut in front, so that the last is whole."""
-    text = corpus.library(held_out=True)
+    text = corpus.standard_library(held_out=True)
     parts: list[Array] = []
     while sum(len(part) for part in parts) < length:
         if random.random() < 0.3:
@@ -161,7 +161,7 @@ def drafted(model: Any, mtp: Mtp, prompt: Array, token: int, steps: int) -> Arra
     return np.concatenate(fed[1:], 1)[0]
 
 
-def accepted(folder: Path, tokens: Array, steps: int = train.DRAFTS) -> Array:
+def accepted(folder: Path, tokens: Array, steps: int = trainee.DRAFTS) -> Array:
     """Greedy drafts that the main model would have said too: bool [texts, steps], True while all so far were right."""
     conventions = Conventions.of(json.loads((folder / "config.json").read_text()))
     model = hf.load(folder, conventions)
@@ -236,7 +236,7 @@ def measure(folder: Path, texts: int, prompts: int) -> dict[str, Any]:
     tensors = checkpoints.read_tensors(folder)
     out: dict[str, Any] = {"parameters": sum(tensors(name, torch.float32).numel() for name in tensors.names)}
 
-    untrained = train.Trainee(config, conventions.indexer_rope, training["recipe"]["seed"]).model.eval()
+    untrained = trainee.Trainee(config, conventions.indexer_rope, training["recipe"]["seed"]).model.eval()
     untrained.config.num_hidden_layers = config["num_hidden_layers"]
     text = corpus.windows(random, texts, 8 * topk)
     trained, trigram = bits_per_byte(model, text), trigram_bits(text)

@@ -26,8 +26,8 @@ def test_files_of_a_package_go_to_one_side():
     assert not {name.split("/")[0] for name in training} & {name.split("/")[0] for name in tests}
     assert "typing.py" in training
     assert "inspect.py" in tests
-    assert len(corpus.library(False)) > 4e6
-    assert 3e5 < len(corpus.library(True)) < 0.3 * len(corpus.library(False))
+    assert len(corpus.standard_library(False)) > 4e6
+    assert 3e5 < len(corpus.standard_library(True)) < 0.3 * len(corpus.standard_library(False))
 
 
 def test_no_text_of_the_machine_and_no_copies():

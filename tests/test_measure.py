@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bits_of_a_trigram_model(monkeypatch):
     """Two bytes tell the third, but for what the back-off keeps; the first two are not asked."""
     text = corpus.encode("abcabcabcabd" * 300)
-    monkeypatch.setattr(corpus, "library", lambda held_out: text)
+    monkeypatch.setattr(corpus, "standard_library", lambda held_out: text)
     known, unknown = measure.trigram_bits(np.stack([corpus.encode("bcabca"), corpus.encode("xyzxyz")]))
     # after "bc" comes a, after "ca" b, after "ab" c three times in four: (0 + 0 + 0.415 + 0) / 4 places
     assert known == pytest.approx(np.log2(4 / 3) / 4, abs=0.01)
@@ -40,7 +40,7 @@ def test_bits_of_a_model(folder):
 
 
 def test_a_needle_lies_where_it_is_said_to(monkeypatch):
-    monkeypatch.setattr(corpus, "library", lambda held_out: corpus.encode("def f(x): return x\n" * 40))
+    monkeypatch.setattr(corpus, "standard_library", lambda held_out: corpus.encode("def f(x): return x\n" * 40))
     prompts, values = measure.needles(np.random.default_rng(0), 5, 128)
     for prompt, value in zip(prompts, values, strict=True):
         asks, said = len(prompt) - 1, len(prompt) - 1 - 128

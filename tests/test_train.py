@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from reference import checkpoints, corpus, hf, train
+from reference import trainee as pupil
 from reference.capture import capture
 
 SMALL = checkpoints.glm_5_2(
@@ -26,12 +27,12 @@ PHASES = tuple(
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {side: corpus.encode(f"def f(x): return {side}\n" * 40) for side in (False, True)}
-    monkeypatch.setattr(corpus, "library", lambda held_out: texts[held_out])
+    monkeypatch.setattr(corpus, "standard_library", lambda held_out: texts[held_out])
 
 
 @pytest.mark.parametrize("rope", ["interleaved", "half-split"])
 def test_the_scores_taught_are_those_by_which_hf_selects(rope: str) -> None:
-    trainee = train.Trainee(SMALL, rope, seed=0)
+    trainee = pupil.Trainee(SMALL, rope, seed=0)
     tokens = torch.as_tensor(np.random.default_rng(0).integers(6, 262, (2, 24)))
     with capture(trainee.model) as stages:
         trainee.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), "sparse", drafts=False)
@@ -41,7 +42,7 @@ def test_the_scores_taught_are_those_by_which_hf_selects(rope: str) -> None:
     with capture(trainee.model) as theirs:
         hf.forward(trainee.model, tokens)
     hook.remove()
-    taught = train.Teachable(layer.indexer)
+    taught = pupil.Teachable(layer.indexer)
     selected = taught(*inputs["args"])
     assert np.array_equal(np.sort(selected), np.sort(theirs["layers.0.self_attn.selection"]))
     seen = np.tril(np.ones((24, 24), bool))
@@ -54,7 +55,7 @@ def test_the_scores_taught_are_those_by_which_hf_selects(rope: str) -> None:
 
 
 def test_only_the_indexer_learns_from_following() -> None:
-    trainee = train.Trainee(SMALL, "interleaved", seed=0)
+    trainee = pupil.Trainee(SMALL, "interleaved", seed=0)
     tokens = torch.as_tensor(np.random.default_rng(0).integers(6, 262, (2, 24)))
     for mode in ("warm-up", "sparse"):
         trainee.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), mode, drafts=True)["indexer"].backward()
@@ -67,24 +68,24 @@ def test_only_the_indexer_learns_from_following() -> None:
 def test_following_is_zero_at_the_target_and_positive_elsewhere() -> None:
     scores = torch.randn(1, 6, 6) + hf.additive_causal_mask(1, 6, 6, torch.float32)[0]
     attention = torch.softmax(scores, -1)
-    assert float(train.follow(scores, attention, None)) == pytest.approx(0, abs=1e-6)
-    assert float(train.follow(scores + 3 * torch.randn(1, 6, 6), attention, None)) > 0.1
+    assert float(pupil.follow(scores, attention, None)) == pytest.approx(0, abs=1e-6)
+    assert float(pupil.follow(scores + 3 * torch.randn(1, 6, 6), attention, None)) > 0.1
     # over a selection: what lies outside does not count
     selected = torch.zeros(1, 6, 1, dtype=torch.int32)
-    assert float(train.follow(scores, torch.ones(1, 6, 6), selected)) == pytest.approx(0, abs=1e-6)
+    assert float(pupil.follow(scores, torch.ones(1, 6, 6), selected)) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_shared_layers_attention_is_followed_by_the_full_one_below() -> None:
-    assert train.served([0, 1, 2, 6, 8], 9) == {0: [0], 1: [1], 2: [2, 3, 4, 5], 6: [6, 7], 8: [8]}
+    assert pupil.served([0, 1, 2, 6, 8], 9) == {0: [0], 1: [1], 2: [2, 3, 4, 5], 6: [6, 7], 8: [8]}
 
 
 def test_biases_move_against_the_load() -> None:
-    trainee = train.Trainee(SMALL, "interleaved", seed=0)
+    trainee = pupil.Trainee(SMALL, "interleaved", seed=0)
     router = trainee.model.model.layers[-1].mlp.gate
     trainee.loads = {router: torch.tensor([9, 1, *[5] * 14])}
     trainee.balance()
     bias = router.e_score_correction_bias
-    assert bias[:2].tolist() == pytest.approx([-train.BIAS_STEP, train.BIAS_STEP])
+    assert bias[:2].tolist() == pytest.approx([-pupil.BIAS_STEP, pupil.BIAS_STEP])
     assert not bias[2:].any()
 
 
@@ -100,7 +101,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
     lines = [json.loads(line) for line in (tmp_path / "parts" / train.LOG).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"text", "indexer", "mtp"} <= set(lines[-1])
-    fresh = train.Trainee(SMALL, "interleaved", 0).parameters()
+    fresh = pupil.Trainee(SMALL, "interleaved", 0).parameters()
     assert all(not torch.equal(p, fresh[n]) for n, p in whole.parameters().items() if p.dim() >= 2)  # everything learns
 
 
@@ -126,7 +127,7 @@ def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_written_loads_in_hf_with_all_its_parts(tmp_path: Path) -> None:
     trainee = train.train(tmp_path, SMALL, PHASES, stop_after=1)
-    folder = train.export(trainee, tmp_path / "checkpoint")
+    folder = pupil.export(trainee, tmp_path / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "def f(x):\n\treturn 'é€😀'\x00\n"
     assert np.array_equal(tokenizer.encode(text), corpus.encode(text))
