@@ -10,15 +10,14 @@ from verify.cases import Case
 CLAIM = "caches: chunks, decode, rewind, padding"
 
 # Chunks of one, odd ones, and one that crosses index_topk = 16 in its middle; the tail is decoded token by token.
-ACROSS = "across index_topk, token by token"
+GROWTH, ACROSS = "across the growth of the buffers", "across index_topk, token by token"
 CUTS = {
     "chunks": [1, 12, 7, 31, 1, 28],
     "decode": [61] + [1] * 19,
     "decode from the first token": [1] * 24 + [56],
     "few at a time": [30, 2, 3, 5, 8, 13, 19],
     "within index_topk": [5, 1, 1, 4, 3],
-    ACROSS: [],
-    "across the growth of the buffers": [500, 8, 1, 1, 1, 1, 1, 1, 16],
+    GROWTH: [500, 8, 1, 1, 1, 1, 1, 1, 16],
 }
 
 
@@ -37,11 +36,16 @@ def reference(case: Case):
     return case.reference(case.long)
 
 
-@pytest.mark.parametrize("name", CUTS)
+def cuts_of(case: Case, name: str) -> list[int]:
+    if name == ACROSS:
+        return [case.topk - 3, *[1] * 6, case.long - case.topk - 3]
+    return CUTS[name] if name == GROWTH else case.scaled(CUTS[name])
+
+
+@pytest.mark.parametrize("name", [*CUTS, ACROSS])
 def test_cuts(case: Case, judge, name):
     """The buffers grow by 256 tokens."""
-    cuts = CUTS[name] if sum(CUTS[name]) > 256 else case.scaled(CUTS[name]) if CUTS[name] else []
-    cuts = cuts or [case.topk - 3, *[1] * 6, case.long - case.topk - 3]
+    cuts = cuts_of(case, name)
     reference = case.reference(sum(cuts))
     logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
     judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))

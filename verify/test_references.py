@@ -41,7 +41,7 @@ def test_hf_agrees_with_the_equations(case: Case, judge, regime, precision):
         kind = stages.kind(stage)
         if kind in stages.SELECTIONS or kind == stages.ROUTING:
             continue
-        bound = tolerances.bound(explained[stage], reference.truth[stage], 16, explained=tolerances.EXPLAINED_AT_MOST)
+        bound = tolerances.bound(explained[stage], reference.truth[stage], 16, explained=case.explained_at_most)
         if precision == "float64":
             bound = dataclasses.replace(bound, value=bound.value * FLOAT64)
         judge.values(case.name, f"{stage} ({precision})", seen[stage], reference.truth[stage], bound)
