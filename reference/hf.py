@@ -127,6 +127,32 @@ def in_float64(model: Any) -> Iterator[Any]:
         yield model
 
 
+@contextmanager
+def standing_in(stand_ins: Mapping[Any, torch.nn.Module]) -> Iterator[None]:
+    """{attention module: what stands in its indexer's place for a while}."""
+    own = {attention: attention.indexer for attention in stand_ins}
+    try:
+        for attention, stand_in in stand_ins.items():
+            attention.indexer = stand_in
+        yield
+    finally:
+        for attention, indexer in own.items():
+            attention.indexer = indexer
+
+
+class Given(torch.nn.Module):
+    """In an indexer's place: answers with a selection made before. `writes`: the indexer whose key is still to be cached."""
+
+    def __init__(self, selection: torch.Tensor, writes: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.selection, self.writes = selection, writes
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.writes is not None:
+            self.writes(*args, **kwargs)
+        return self.selection
+
+
 def additive_causal_mask(batch: int, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """0 where a query may look, the dtype's lowest number elsewhere, as HF's eager path expects it. [B, 1, S, T]"""
     allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

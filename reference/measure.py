@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,23 +64,14 @@ def trigram_bits(tokens: Array) -> Array:
 # -- needles
 
 
-@contextmanager
-def choosing(model: Any, choice: str, seed: int = 0) -> Iterator[None]:
+def choosing(model: Any, choice: str, seed: int = 0) -> AbstractContextManager[None]:
     """The model with its indexers' choices as they are (`learned`), or replaced by the most recent keys or random ones."""
+    attentions = {
+        i: layer.self_attn for i, layer in enumerate(model.model.layers) if layer.self_attn.indexer is not None
+    }
     if choice == "learned":
-        yield
-        return
-    replaced = {}
-    for i, layer in enumerate(model.model.layers):
-        indexer = layer.self_attn.indexer
-        if indexer is not None:
-            replaced[layer] = indexer
-            layer.self_attn.indexer = _Chosen(choice, indexer.index_topk, 1000 * seed + i)
-    try:
-        yield
-    finally:
-        for layer, indexer in replaced.items():
-            layer.self_attn.indexer = indexer
+        attentions = {}
+    return hf.standing_in({a: _Chosen(choice, a.indexer.index_topk, 1000 * seed + i) for i, a in attentions.items()})
 
 
 class _Chosen(torch.nn.Module):

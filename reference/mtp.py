@@ -16,7 +16,7 @@ from transformers.modeling_layers import MtpLayer
 
 from .capture import reinterleave
 from .checkpoints import read_tensors
-from .hf import additive_causal_mask
+from .hf import Given, additive_causal_mask, standing_in
 
 
 class FirstOutput(torch.nn.Module):
@@ -36,18 +36,6 @@ class FirstOutput(torch.nn.Module):
 
 class Placeholder(torch.nn.Identity):
     """Where MtpLayer would build a decoder layer of its own; HF's loaded one takes its place."""
-
-
-class _ReuseSelection(torch.nn.Module):
-    """Stands in for the indexer on later draft steps: writes its key, then answers with the selection it is given."""
-
-    def __init__(self, indexer: torch.nn.Module, selection: torch.Tensor) -> None:
-        super().__init__()
-        self.indexer, self.selection = indexer, selection
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.indexer(*args, **kwargs)
-        return self.selection
 
 
 class Mtp:
@@ -102,19 +90,17 @@ class Mtp:
             if self.zero_first and past == 0:
                 embedded = embedded.clone()
                 embedded[:, 0] = 0
+            stand_ins = {}
             if step > 0 and self.reuse and indexer is not None:
                 assert self.block.selection is not None
-                attention.indexer = _ReuseSelection(indexer, self.block.selection[:, -1:])
-            try:
+                stand_ins[attention] = Given(self.block.selection[:, -1:], writes=indexer)
+            with standing_in(stand_ins):
                 x = self.mtp(
                     embedded, previous,
                     position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
                     attention_mask=additive_causal_mask(fed.shape[0], fed.shape[1], past + fed.shape[1], embedded.dtype),
                     position_ids=positions, past_key_values=cache,
                 )  # fmt: skip
-            finally:
-                if indexer is not None:
-                    attention.indexer = indexer
             logits = torch.nn.functional.linear(x, self.head)
             selection = None if self.block.selection is None else self.block.selection.numpy().copy()
             out.append((logits.numpy(), x.numpy(), selection))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +142,14 @@ class Trainee:
     def joining(self) -> dict[str, torch.nn.Parameter]:
         return {f"mtp.{n}": p for n, p in self.mtp.named_parameters() if not n.startswith("mtp_block")}
 
-    @contextmanager
-    def mode(self, mode: str) -> Iterator[None]:
-        """Puts what the phase needs in the indexers' places."""
-        for i, indexer in self.indexers.items():
-            taught = EveryKey() if mode == "dense" else Teachable(indexer, dense=mode == "warm-up")
-            self.model.model.layers[i].self_attn.indexer = taught
-        try:
-            yield
-        finally:
-            for i, indexer in self.indexers.items():
-                self.model.model.layers[i].self_attn.indexer = indexer
+    def mode(self, mode: str) -> AbstractContextManager[None]:
+        """What the phase needs, in the indexers' places."""
+        return hf.standing_in({
+            self.model.model.layers[i].self_attn: (
+                EveryKey() if mode == "dense" else Teachable(indexer, dense=mode == "warm-up")
+            )
+            for i, indexer in self.indexers.items()
+        })  # fmt: skip
 
     def losses(self, tokens: torch.Tensor, learn: torch.Tensor, mode: str, drafts: bool) -> dict[str, torch.Tensor]:
         """tokens int [B, S], learn bool [B, S]: which of them are to be foretold."""
@@ -196,17 +193,15 @@ class Trainee:
         Step k is fed the token k ahead and the hidden of the step before, over all positions at once, as such models are
         trained. Drafting differs: there later steps attend to the keys that the first one wrote.
         """
-        attention: Any = self.block.layer.self_attn
-        taught, losses = attention.indexer, []
-        try:
-            for step in range(1, DRAFTS + 1):
-                fed = torch.cat([tokens[:, step:], tokens.new_full((len(tokens), step), corpus.PAD)], 1)
+        losses: list[torch.Tensor] = []
+        stand_ins: dict[Any, torch.nn.Module] = {}
+        for step in range(1, DRAFTS + 1):
+            fed = torch.cat([tokens[:, step:], tokens.new_full((len(tokens), step), corpus.PAD)], 1)
+            with hf.standing_in(stand_ins):
                 hidden = self.mtp(self.model.model.embed_tokens(fed), hidden, past_key_values=None, **shared)
-                losses.append(self._foretell(hidden, tokens, learn, step + 1))
-                assert self.block.selection is not None
-                attention.indexer = Given(self.block.selection)
-        finally:
-            attention.indexer = taught
+            losses.append(self._foretell(hidden, tokens, learn, step + 1))
+            assert self.block.selection is not None
+            stand_ins = {self.block.layer.self_attn: hf.Given(self.block.selection)}
         return torch.stack(losses).sum() / DRAFTS, self.block.selection
 
     def _count(self, router: Any, args: Any, out: Any) -> None:
@@ -224,17 +219,6 @@ class Trainee:
     def imbalance(self) -> float:
         """The busiest expert's load over its fair share, of the worst layer in the last step."""
         return max(float(load.max() / load.float().mean()) for load in self.last_loads.values())
-
-
-class Given(torch.nn.Module):
-    """In an indexer's place: answers with a selection made before."""
-
-    def __init__(self, selection: torch.Tensor) -> None:
-        super().__init__()
-        self.selection = selection
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        return self.selection
 
 
 @contextmanager
