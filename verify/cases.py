@@ -56,6 +56,11 @@ class Spec:
         return ModelArgs.from_dict(source, **self.overrides)
 
     @property
+    def family(self) -> str:
+        """The name without its RoPE layout."""
+        return self.name.removesuffix("-interleaved").removesuffix("-half-split")
+
+    @property
     def has(self) -> set[str]:
         """What a test can need: an indexer, shared layers, MTP, a cache that can be packed, weights that were trained."""
         args = self.args
@@ -101,7 +106,8 @@ def trained_specs() -> list[Spec]:
 
     The half-split one is the same recipe: to save time it is judged in some claims only.
     """
-    folders, texts = sorted(file.parent for file in TRAINED.glob("*/config.json")), tuple(probes()["texts"])
+    folders = sorted((file.parent for file in TRAINED.glob("*/config.json")), reverse=True)  # interleaved first
+    texts = tuple(probes()["texts"])
     return [
         Spec(
             f"trained-{f.name}",

@@ -114,13 +114,16 @@ def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"."""
+    """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"; over one
+    of each family where layouts make no difference (`any_layout`)."""
     if "case" not in metafunc.fixturenames:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
     claim = getattr(metafunc.module, "CLAIM", None)
     every = metafunc.config.glm_specs  # type: ignore[attr-defined]
     specs = [s for s in every if needs <= s.has and (not s.claims or claim in s.claims)]
+    if any(metafunc.definition.iter_markers("any_layout")):
+        specs = list({s.family: s for s in reversed(specs)}.values())[::-1]
     metafunc.parametrize("case", specs, ids=[s.name for s in specs], indirect=True)
 
 

@@ -45,9 +45,18 @@ def is_the_same(case: Case, prompt, ours, theirs, tie):
     return best[-1] - best[-2] < tie
 
 
-@pytest.mark.parametrize(("name", "bits", "tie"), [("float cache", None, 1e-3), ("int8 cache", 8, 0.1)])
-def test_recall_from_beyond_index_topk(case: Case, judge, gate, name, bits, tie):
+def test_recall_from_beyond_index_topk(case: Case, judge, gate):
     """A value said 4 x index_topk tokens before: the same answers as HF's, and more than half of them right."""
+    check_recall(case, judge, gate, "float cache", None, tie=1e-3)
+
+
+@pytest.mark.any_layout
+def test_recall_from_a_packed_cache(case: Case, judge, gate):
+    """As above, from an int8 cache."""
+    check_recall(case, judge, gate, "int8 cache", 8, tie=0.1)
+
+
+def check_recall(case: Case, judge, gate, name: str, bits: int | None, tie: float) -> None:
     options = {} if bits is None else {"kv_bits": bits, "kv_group_size": group_size(case.args)}
     right, asked = 0, probes()["needles"]
     for i, probe in enumerate(asked):
@@ -64,6 +73,7 @@ def test_recall_from_beyond_index_topk(case: Case, judge, gate, name, bits, tie)
     gate.add(Comparison(CLAIM, case.name, f"recall ({name})", MEASURED, note=note))
 
 
+@pytest.mark.any_layout
 def test_drafts(case: Case, judge, gate):
     """Three greedy draft steps, each fed what the one before chose: the same tokens as HF's chain."""
     steps, accepted, length = 3, [], 3 * case.args.index_topk

@@ -17,6 +17,7 @@ from verify.candidate import Ours, to_numpy
 from verify.cases import Case
 
 CLAIM = "weights and formats"
+pytestmark = pytest.mark.any_layout  # both layouts have the same tensors
 
 
 def save_mlx(model, folder, config) -> None:
