@@ -261,10 +261,14 @@ class Conversations(RuleBasedStateMachine):
         self.case, self.judge, self.folder, self.options = case, Shrinkable(judge), folder, options
         self.model, self.group = case.ours.model, group_size(case.args)
         self.random = np.random.default_rng(0)
-        self.all = [self.fresh()]
-        if case.args.index_topk > TOPK:  # few short runs would never get beyond it
-            self.all[0].history.append(case.tokens(case.args.index_topk - 3)[0].tolist())
-            self.feed(self.all[0].cache, self.all[0].history[0])
+        # Two of unequal length, one almost at index_topk: few short runs would rarely get there.
+        self.all = [self.begun(case.args.index_topk - 3), self.begun(5)]
+
+    def begun(self, length: int) -> Conversation:
+        row = self.fresh()
+        row.history.append(self.case.tokens(length)[0].tolist())
+        self.feed(row.cache, row.history[0])
+        return row
 
     def fresh(self) -> Conversation:
         return Conversation(self.model.make_cache(**self.options), self.options)
@@ -408,7 +412,7 @@ def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start
     options = (
         {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
     )
-    examples = 3 if case.args.indexer_rope == "half-split" else 6  # operations know nothing of layouts
+    examples = 2 if case.args.indexer_rope == "half-split" else 6  # operations know nothing of layouts
     if case.args.index_topk > TOPK:
         examples = 2  # long prompts cost four times as much
     run(lambda: Conversations(case, judge, tmp_path, options), examples, steps=10)
