@@ -404,6 +404,7 @@ class Conversations(RuleBasedStateMachine):
             self.check(row, "batch")
 
 
+@pytest.mark.any_layout
 @pytest.mark.needs("packable", "shared")
 @pytest.mark.parametrize("start", [None, 0, 20])
 def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start):
@@ -412,7 +413,5 @@ def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start
     options = (
         {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
     )
-    examples = 2 if case.args.indexer_rope == "half-split" else 6  # operations know nothing of layouts
-    if case.args.index_topk > TOPK:
-        examples = 2  # long prompts cost four times as much
+    examples = 6 if case.args.index_topk <= TOPK else 1  # long prompts cost four times as much
     run(lambda: Conversations(case, judge, tmp_path, options), examples, steps=10)
