@@ -46,11 +46,9 @@ def number(interval: Mapping[str, float]) -> str:
     return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
-def card(folder: Path) -> str:
-    """From config.json, training.json and measured.json of the checkpoint's folder."""
-    config, training, measured = (
-        json.loads((folder / file).read_text()) for file in ("config.json", TRAINING, MEASURED)
-    )
+def card(folder: Path, measured: Mapping[str, Any]) -> str:
+    """From config.json and training.json of the checkpoint's folder, and what was measured."""
+    config, training = (json.loads((folder / file).read_text()) for file in ("config.json", TRAINING))
     recipe, log = training["recipe"], training["log"]
     layers, freq, offset = (config[k] for k in ("num_hidden_layers", "index_topk_freq", "index_skip_topk_offset"))
     out = HEAD.format(
@@ -71,6 +69,7 @@ def card(folder: Path) -> str:
     )  # fmt: skip
     out += "\nLosses in nats, means over each phase's last 50 steps; `text` is the share of library text, the rest is recall.\n"
     bits, recall, mass = (measured[k] for k in ("bits_per_byte", "recall", "captured_mass"))
+    captured = [*([rope, number(m)] for rope, m in mass["by_layout"].items()), ["random keys", f"{mass['chance']:.3f}"]]
     out += f"""
 ## Measured
 
@@ -83,7 +82,7 @@ indexers choose, and with the same number of the most recent or of random ones i
 {table(["distance", *next(iter(recall.values()))], [[f"{d} x", *map(percent, by.values())] for d, by in recall.items()])}
 Attention mass that falls on the indexers' choice, dense attention being asked, over all layers (`reference/layout.py`):
 
-{table(["indexer RoPE", "mass captured"], [[rope, number(m)] for rope, m in mass["by_layout"].items()])}
+{table(["indexer RoPE", "mass captured"], captured)}
 Ratio {mass["ratio"]:.2f}: the weights say {mass["layout"]}.
 
 {table(["greedy draft steps", "all accepted"], [[step, percent(a)] for step, a in measured["accepted"].items()])}

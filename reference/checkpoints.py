@@ -197,6 +197,13 @@ def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> N
         names = read_tensors(folder).names
         index = {"metadata": {}, "weight_map": {n: f.name for n, f in names.items()}}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / file, metadata={"format": "pt"})
+    added = {n: t for n, t in tensors.items() if n not in index["weight_map"]}
+    for key, more in (
+        ("total_parameters", lambda t: t.numel()),
+        ("total_size", lambda t: t.numel() * t.element_size()),
+    ):
+        if key in index["metadata"]:
+            index["metadata"][key] += sum(more(t) for t in added.values())
     index["weight_map"] |= dict.fromkeys(tensors, file)
     index_file.write_text(json.dumps(index, indent=2))
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from .equations import Array, Conventions, Equations, Weights, causal, rms_norm, select, softmax
 
-LAYOUTS = ("interleaved", "half-split")
-TEXTS, RATIO = 4, 1.1  # what a verdict takes at least: texts, and the better's mass over the other's
+LAYOUTS, CHANCE = ("interleaved", "half-split"), "chance"
+# What a verdict takes at least: texts, the better's mass over the other's, and its share of what chance leaves. The last tells
+# an indexer that has learned: without, one that never did favours either layout, by luck of its weights, at ratios up to 1.6.
+TEXTS, RATIO, LEARNED = 4, 1.1, 0.5
 
 
 class _Watched(Equations):
@@ -38,21 +40,31 @@ def captured_mass(
     layers: int | None = None,
     topk: int | None = None,
 ) -> dict[str, dict[int, Array]]:
-    """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice.
+    """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice. And, under
+    "chance", what a choice of as many keys at random would catch.
 
     weights: names in HF layout -> arrays (`checkpoints.read_tensors`); they are read once a layer, and of the last layer
-    nothing behind its attention. tokens: int [B, T], text that the model can read. layers: how many, from the first on
+    nothing behind its attention. tokens: int [B, T], different texts that the model can read. layers: how many, from the first on
     (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
     everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer
     is held to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
     Memory: the embedding once (7.6 GB in GLM-5.2), one layer's weights, and of one text some 4 x heads x T^2 numbers (2 GB for
     T = 1024), all in the dtype that `weights` gives. A layer of experts that is not the last holds those that are chosen.
 
-    Raises ValueError for a model without an indexer, for a text or a number of layers that does not fit, and for a checkpoint
-    that lacks a tensor.
+    Raises ValueError for a model without an indexer, for texts or a number of layers that do not fit, and for a checkpoint
+    that lacks a tensor, or holds one that is not finite.
     """
-    if "index_topk" not in config:
+    if config.get("index_topk") is None:
         raise ValueError("no indexer (index_topk is missing): there is no layout to tell")
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens {tokens.dtype} {list(tokens.shape)}: whole numbers [texts, length] are due")
+    if tokens.min() < 0 or tokens.max() >= config["vocab_size"]:
+        raise ValueError(
+            f"tokens from {tokens.min()} to {tokens.max()}: from 0 to below vocab_size = {config['vocab_size']} are due"
+        )
+    if len(np.unique(tokens, axis=0)) < len(tokens):
+        raise ValueError("two texts are the same: each counts as a sample of its own")
     (batch, length), count = tokens.shape, config["num_hidden_layers"]
     topk = min(config["index_topk"], length // 8) if topk is None else topk
     layers = count if layers is None else layers
@@ -60,7 +72,7 @@ def captured_mass(
         raise ValueError(
             f"{length} tokens do not suffice to tell choices of {topk} apart: at least {2 * topk + 1} are due"
         )
-    if not 1 <= layers <= count:
+    if type(layers) is not int or not 1 <= layers <= count:
         raise ValueError(f"layers = {layers}: the model has {count}")
     conventions = conventions or Conventions.of(config)
     positions, allowed = np.arange(length)[None], causal((1, length), None)
@@ -74,6 +86,8 @@ def captured_mass(
     del embedding
     chosen: dict[tuple[str, int], Array] = {}
     mass: dict[str, dict[int, Array]] = {rope: {i: np.zeros(batch) for i in range(layers)} for rope in LAYOUTS}
+    by_chance = float((topk / np.arange(2 * topk + 1, length + 1)).mean())
+    mass[CHANCE] = {i: np.full(batch, by_chance) for i in range(layers)}
     for layer in range(layers):
         own = _kept(weights)
         for equations in (watched, *indexers.values()):
@@ -91,6 +105,10 @@ def captured_mass(
             for rope, equations in indexers.items():
                 if watched.full[layer]:
                     scores = equations.scores(layer, x, q_latent, positions, allowed)
+                    if np.isnan(scores).any():
+                        raise ValueError(
+                            f"layer {layer}: its indexer's scores are not finite; the checkpoint is damaged"
+                        )
                     chosen[rope, text] = select(scores[:, 2 * topk :], topk)
                 seen = np.take_along_axis(watched.attention_seen[:, 2 * topk :], chosen[rope, text], -1)
                 mass[rope][layer][text] = seen.sum(-1).mean()
@@ -145,13 +163,21 @@ class Evidence:
 
     mass: Mapping[str, Interval]
     texts: int
+    chance: float
 
     @property
     def layout(self) -> str | None:
-        """The layout of the training; None where this does not suffice to tell: too few texts, masses too near."""
+        """The layout of the training; None where this does not suffice to tell: too few texts, masses too near to each other,
+        or to what chance would catch."""
         better, worse = sorted(LAYOUTS, key=lambda layout: -self.mass[layout].mean)
         is_clear = self.mass[better].low > self.mass[worse].high and self.ratio >= RATIO
-        return better if is_clear and self.texts >= TEXTS else None
+        return better if is_clear and self.has_learned and self.texts >= TEXTS else None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the indexers catch far more than chance, under the better layout."""
+        best = max(self.mass[layout].low for layout in LAYOUTS)
+        return best - self.chance >= LEARNED * (1 - self.chance)
 
     @property
     def ratio(self) -> float:
@@ -163,4 +189,5 @@ class Evidence:
 def evidence(mass: Mapping[str, Mapping[int, Array]]) -> Evidence:
     """Of all layers together, from `captured_mass`."""
     by_text = {rope: np.mean(list(layers.values()), 0) for rope, layers in mass.items()}
-    return Evidence({rope: interval(m) for rope, m in by_text.items()}, len(by_text[LAYOUTS[0]]))
+    masses = {rope: interval(by_text[rope]) for rope in LAYOUTS}
+    return Evidence(masses, len(by_text[LAYOUTS[0]]), float(by_text[CHANCE].mean()))

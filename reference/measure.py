@@ -249,7 +249,7 @@ def measure(folder: Path, texts: int, prompts: int) -> dict[str, Any]:
     mass = layout.captured_mass(config, tensors, text, conventions)
     found = layout.evidence(mass)
     out["captured_mass"] = {
-        "by_layout": dict(found.mass), "ratio": found.ratio, "layout": found.layout,
+        "by_layout": dict(found.mass), "chance": found.chance, "ratio": found.ratio, "layout": found.layout,
         "by_layer": {rope: {i: float(m.mean()) for i, m in layers.items()} for rope, layers in mass.items()},
     }  # fmt: skip
 
@@ -272,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     try:
         if chosen.probes:
+            if chosen.folder is not None:
+                parser.error("--probes FILE and DIR: one of them is due")
             chosen.probes.write_text(json.dumps(probes(), indent=1) + "\n")
             return
         if chosen.folder is None:
@@ -281,16 +283,32 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(
                     f"{chosen.folder / file}: no such file; due is the folder `checkpoint` of reference.train"
                 )
-        measured = measure(chosen.folder, chosen.texts, chosen.prompts)
-        (chosen.folder / MEASURED).write_text(json.dumps(measured, indent=2, default=asdict) + "\n")
-        (chosen.folder / "README.md").write_text(card(chosen.folder))
+        _check(chosen.folder)
+        measured = json.dumps(measure(chosen.folder, chosen.texts, chosen.prompts), indent=2, default=asdict) + "\n"
+        text = card(chosen.folder, json.loads(measured))
+        (chosen.folder / MEASURED).write_text(measured)
+        (chosen.folder / "README.md").write_text(text)
     except (ValueError, OSError, SafetensorError) as error:
         parser.exit(1, f"{error}\n")
     print(chosen.folder / "README.md")
 
 
+def _check(folder: Path) -> None:
+    """Minutes of measuring should not end in a card that cannot be written. Raises ValueError."""
+    try:
+        training, config = (json.loads((folder / file).read_text()) for file in (TRAINING, "config.json"))
+        recipe, steps = training["recipe"], {line["step"] for line in training["log"]}
+        ends = np.cumsum([phase["steps"] for phase in recipe["phases"]])
+        if config["index_topk"] != recipe["config"]["index_topk"] or not steps.issuperset(ends.tolist()):
+            raise ValueError("the log does not reach the end of each phase, or config.json is another model's")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / TRAINING}: not what reference.train writes beside its checkpoint ({error!r})"
+        ) from None
+
+
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < layout.TEXTS:
+    if not text.isdecimal() or int(text) < layout.TEXTS:
         raise argparse.ArgumentTypeError(f"{text}: a number of at least {layout.TEXTS} is due")
     return int(text)
 

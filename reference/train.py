@@ -11,6 +11,7 @@ drawn from (seed, step): a resumed run sees what an uninterrupted one would.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -127,8 +128,20 @@ def train(
 
     Raises ValueError where the state is of another recipe (or another Python's library).
     """
-    with repeatable():
+    out.mkdir(parents=True, exist_ok=True)
+    with repeatable(), alone_in(out):
         return _train(out, config, phases, indexer_rope, seed, save_every, stop_after)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would overwrite each other's state. Raises ValueError; a killed run leaves no lock behind."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError("another run is training in this folder; name another, or wait") from None
+        yield
 
 
 @contextmanager
@@ -157,15 +170,15 @@ def _train(
     save_every: int,
     stop_after: int | None,
 ) -> Trainee:
-    out.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(config, phases, indexer_rope, seed)
     trainee = Trainee(config, indexer_rope, seed)
     parameters = trainee.parameters()
     optimizer = Muon(parameters)
     step, seconds = _restore(out / STATE, recipe, trainee, optimizer)
     if (out / LOG).exists():  # what was logged after the state was saved comes again
-        kept = [line for line in _lines(out / LOG) if line["step"] <= step]
-        (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        kept = "".join(f"{json.dumps(line)}\n" for line in _lines(out / LOG) if line["step"] <= step)
+        (out / LOG).with_suffix(".part").write_text(kept)
+        os.replace((out / LOG).with_suffix(".part"), out / LOG)
     total = sum(p.steps for p in phases)
     last = total if stop_after is None else min(total, step + stop_after)
     started = time.monotonic() - seconds
@@ -203,9 +216,14 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     lines = []
     for line in file.read_text().splitlines():
         try:
-            lines.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(
+                f"{file.name}: {line[:80]!r} is no line of this trainer's; remove the file, or name another folder"
+            )
+        lines.append(entry)
     return lines
 
 
@@ -217,6 +235,11 @@ def _tensors(trainee: Trainee, optimizer: Muon) -> dict[str, torch.Tensor]:
 
 
 def _save(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon, step: int, seconds: float) -> None:
+    for name, tensor in _tensors(trainee, optimizer).items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"step {step}: {name} is not finite: the training has diverged; {file.name} is left as it was"
+            )
     metadata = {"recipe": json.dumps(recipe), "step": str(step), "seconds": str(seconds)}
     beside = file.with_suffix(".part")
     save_file({n: t.contiguous() for n, t in _tensors(trainee, optimizer).items()}, beside, metadata)
@@ -226,15 +249,25 @@ def _save(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon, step: int,
 def _restore(file: Path, recipe: Any, trainee: Trainee, optimizer: Muon) -> tuple[int, float]:
     if not file.exists():
         return 0, 0.0
-    with safe_open(file, "pt") as state:
-        metadata = state.metadata()
-        if json.loads(metadata["recipe"]) != json.loads(json.dumps(recipe)):
-            raise ValueError(
-                f"{file}: the state of another recipe, seed, Python or torch; name another folder, or remove it"
-            )
-        for name, tensor in _tensors(trainee, optimizer).items():
-            tensor.copy_(state.get_tensor(name))
-    return int(metadata["step"]), float(metadata["seconds"])
+    damaged = f"{file.name}: damaged, or not this trainer's; remove it, or name another folder"
+    try:
+        with safe_open(file, "pt") as state:
+            metadata = state.metadata() or {}
+            own, step, seconds = json.loads(metadata["recipe"]), int(metadata["step"]), float(metadata["seconds"])
+            kept = {name: state.get_tensor(name) for name in _tensors(trainee, optimizer)}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{damaged} ({error})") from None
+    if own != json.loads(json.dumps(recipe)):
+        raise ValueError(
+            f"{file.name}: the state of another recipe, seed, Python or torch; name another folder, or remove it"
+        )
+    for name, tensor in _tensors(trainee, optimizer).items():
+        if kept[name].shape != tensor.shape or kept[name].dtype != tensor.dtype or not kept[name].isfinite().all():
+            raise ValueError(f"{damaged} ({name})")
+        tensor.copy_(kept[name])
+    if not 0 <= step <= sum(phase["steps"] for phase in own["phases"]):
+        raise ValueError(f"{damaged} (step {step})")
+    return step, seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -256,13 +289,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, SafetensorError) as error:
         parser.exit(1, f"{chosen.out}: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{chosen.out}: interrupted; the same command goes on from the last state saved\n")
+        parser.exit(
+            130, f"{chosen.out}: interrupted; the same command goes on from the last state saved, if there is one\n"
+        )
     print(folder)
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text}: a whole number, not negative, is due")
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, not negative, below 2^63 is due")
     return int(text)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ class Teachable(torch.nn.Module):
     """In the place of an indexer of HF's, with its weights: `scores` [B, S, T] carry gradients, and it selects by them.
 
     HF's own forward stands under no_grad, returns integers, and copies the keys for each query. x and q_latent are
-    detached: an indexer learns, but nothing learns for its sake (DeepSeek-V3.2). `dense`: it scores, and selects all.
+    detached: an indexer learns, but nothing else has a gradient from it (DeepSeek-V3.2). `dense`: it scores, and selects all.
     """
 
     def __init__(self, indexer: Any, dense: bool = False) -> None:
@@ -250,7 +251,11 @@ def served(full: list[int], layers: int) -> dict[int, list[int]]:
 
 
 def export(trainee: Trainee, folder: Path) -> Path:
-    """Writes the checkpoint in HF layout, as published ones are: bf16, float32 correction biases, several shards."""
+    """Writes the checkpoint in HF layout, as published ones are: bf16, float32 correction biases, several shards. What was in
+    `folder` before is replaced as a whole, at the end.
+    """
+    target, folder = folder, folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
     model = trainee.model
     stored = copy.deepcopy(model).to(torch.bfloat16)
     for (_, kept), (name, buffer) in zip(model.named_buffers(), stored.named_buffers(), strict=True):
@@ -266,7 +271,9 @@ def export(trainee: Trainee, folder: Path) -> Path:
     checkpoints.write_tokenizer(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for its owner alone
-    return folder
+    if target.exists():
+        shutil.rmtree(target)
+    return folder.rename(target)
 
 
 def published(trainee: Trainee) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The gate as a process: its last lines, its report, its options, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -179,3 +180,18 @@ def test_a_wrong_checkpoint_fails(tmp_path):
     assert status == 1
     assert f"{name} holds NaN or infinity" in out
     assert "Traceback" not in out
+
+
+def test_a_kept_checkpoint_that_is_not_as_its_card_says_stops_the_gate(tmp_path):
+    kept = Path(shutil.copytree(cases.TRAINED / "interleaved", tmp_path / "kept"))
+    cases.check_kept(kept)
+    for damage, message in (
+        (lambda: (kept / "config.json").write_text("{}"), "config.json: not the file of the model card"),
+        (lambda: (kept / "config.json").unlink(), "not as this repository keeps it"),
+        (lambda: (kept / "measured.json").unlink(), "not as this repository keeps it"),
+    ):
+        damage()
+        cases.check_kept.cache_clear()
+        with pytest.raises(ValueError, match=message):
+            cases.check_kept(kept)
+    cases.check_kept.cache_clear()

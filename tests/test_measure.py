@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -169,18 +170,62 @@ def test_what_has_no_layout_is_refused(folder, tmp_path):
 
 
 def test_evidence_names_no_layout_without_grounds(folder):
-    near = {"interleaved": {0: np.array([0.5, 0.7, 0.6, 0.5])}, "half-split": {0: np.array([0.55, 0.6, 0.7, 0.6])}}
-    assert layout.evidence(near).layout is None
-    far = {"interleaved": {0: np.array([0.2, 0.21, 0.19, 0.2])}, "half-split": {0: np.array([0.55, 0.6, 0.7, 0.6])}}
+    chance = {"chance": {0: np.full(4, 0.1)}}
+    near = {"interleaved": {0: np.array([0.7, 0.9, 0.8, 0.7])}, "half-split": {0: np.array([0.75, 0.8, 0.9, 0.8])}}
+    assert layout.evidence(near | chance).layout is None
+    far = {
+        "interleaved": {0: np.array([0.2, 0.21, 0.19, 0.2])},
+        "half-split": {0: np.array([0.75, 0.8, 0.9, 0.8])},
+    } | chance
     assert layout.evidence(far).layout == "half-split"
-    assert layout.evidence(far).ratio == pytest.approx(0.6125 / 0.2)
+    assert layout.evidence(far).ratio == pytest.approx(0.8125 / 0.2)
+    unlearned = {rope: {0: mass[0] / 2} for rope, mass in far.items() if rope != "chance"} | chance
+    assert layout.evidence(unlearned).layout is None
     few = {rope: {0: mass[0][:3]} for rope, mass in far.items()}
     assert layout.evidence(few).layout is None
-    slight = {"interleaved": {0: np.full(8, 0.5)}, "half-split": {0: np.full(8, 0.52)}}
+    slight = {"interleaved": {0: np.full(8, 0.8)}, "half-split": {0: np.full(8, 0.82)}, "chance": {0: np.full(8, 0.1)}}
     assert layout.evidence(slight).layout is None
     config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
     random = layout.captured_mass(config, read, np.random.default_rng(0).integers(6, 262, (8, 96)))
     assert layout.evidence(random).layout is None, "indexers that never learned"
+
+
+@pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
+def test_indexers_that_never_learned_have_no_layout(kept):
+    """Each would favour one by luck of its weights, at ratios up to 1.6; what they catch is what chance does."""
+    config, read = json.loads((kept / "config.json").read_text()), checkpoints.weights_of(kept)
+    texts = np.stack([corpus.encode(text)[:200] for text in probes()["texts"][:4]])
+    assert layout.evidence(layout.captured_mass(config, read, texts, layers=3)).layout == kept.name
+
+    def changed(change):
+        return functools.cache(lambda name: change(name, read(name)) if ".indexer." in name else read(name))
+
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        shuffled = changed(lambda _, tensor, random=random: random.permutation(tensor.ravel()).reshape(tensor.shape))
+        assert layout.evidence(layout.captured_mass(config, shuffled, texts, layers=3)).layout is None
+    negated = changed(lambda name, tensor: -tensor if "weights_proj" in name else tensor)
+    assert layout.evidence(layout.captured_mass(config, negated, texts, layers=3)).layout is None
+    broken = changed(lambda name, tensor: tensor * np.nan)
+    with pytest.raises(ValueError, match="layer 0: its indexer's scores are not finite"):
+        layout.captured_mass(config, broken, texts, layers=3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((4, 65)), "float64 \\[4, 65\\]: whole numbers"),
+        (np.zeros(65, int), "whole numbers \\[texts, length\\] are due"),
+        (np.zeros((0, 65), int), "whole numbers"),
+        (np.full((1, 65), -1), "tokens from -1 to -1: from 0 to below vocab_size"),
+        (np.full((1, 65), 10**6), "from 0 to below vocab_size"),
+        (np.zeros((2, 65), int), "two texts are the same"),
+    ],
+)
+def test_texts_that_are_none_are_refused(folder, tokens, message):
+    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    with pytest.raises(ValueError, match=message):
+        layout.captured_mass(config, read, tokens)
 
 
 def test_intervals():
@@ -202,7 +247,7 @@ def test_there_are_checkpoints_to_keep():
 
 @pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
 def test_the_card_says_what_was_measured(kept):
-    assert (kept / "README.md").read_text() == card.card(kept)
+    assert (kept / "README.md").read_text() == card.card(kept, json.loads((kept / card.MEASURED).read_text()))
     measured = json.loads((kept / card.MEASURED).read_text())
     assert measured["sha256"] == measure.digests(kept)
     assert sum(f.stat().st_size for f in kept.iterdir()) < 8e6
@@ -238,10 +283,16 @@ def test_probes_are_what_the_gate_takes_them_for():
 
 
 def test_a_users_mistakes_are_told_in_a_line(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for file in ("config.json", card.TRAINING):
+        (empty / file).write_text("{}")
     for arguments, message in (
         ([str(tmp_path)], "config.json: no such file; due is the folder `checkpoint` of reference.train"),
         ([str(tmp_path), "--texts", "0"], "a number of at least 4 is due"),
-        ([str(tmp_path), "--probes", str(tmp_path / "no" / "file")], "No such file or directory"),
+        ([str(empty)], "training.json: not what reference.train writes"),
+        ([str(tmp_path), "--probes", str(tmp_path / "file")], "one of them is due"),
+        (["--probes", str(tmp_path / "no" / "file")], "No such file or directory"),
     ):
         with pytest.raises(SystemExit):
             measure.main(arguments)

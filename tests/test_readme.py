@@ -1,6 +1,7 @@
 """The README is tested: every command, option and table in it exists, and every option is in it."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -17,8 +18,10 @@ from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
-from reference import checkpoints, measure, train
+from reference import card, checkpoints, measure, train
+from reference.layout import LAYOUTS
 from verify import conftest as gate
+from verify.cases import TRAINED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -178,3 +181,17 @@ def test_the_makefile_has_what_the_readme_names():
     assert "pytest tests/" in listed.stdout
     assert "reference.train --indexer-rope interleaved" in listed.stdout
     assert sys.version_info >= (3, 11)
+
+
+def test_the_figures_of_the_captured_mass_are_the_cards():
+    """Right layout, wrong layout, chance, each from .. to: as rounded from what was measured."""
+    figures: dict = {"right": set(), "wrong": set(), "chance": set()}
+    for name in LAYOUTS:
+        measured = json.loads((TRAINED / name / card.MEASURED).read_text())["captured_mass"]
+        for rope, mass in measured["by_layout"].items():
+            figures["right" if rope == name else "wrong"].add(f"{mass['mean']:.2f}")
+        figures["chance"].add(f"{measured['chance']:.2f}")
+    right, wrong, chance = (" to ".join(sorted(found)) for found in figures.values())
+    text = " ".join(README.split())
+    assert f"it catches {right} of the attention under the right layout and {wrong} under the other" in text
+    assert f"random keys would catch {chance}." in text

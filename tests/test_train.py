@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from reference import checkpoints, corpus, hf, train
@@ -18,6 +22,7 @@ SMALL = checkpoints.glm_5_2(
     hidden_size=32, intermediate_size=32, moe_intermediate_size=16, kv_lora_rank=32, q_lora_rank=32, index_topk=8,
     num_hidden_layers=5, vocab_size=262, initializer_range=0.2,
 )  # fmt: skip
+NORM = "parameter/model.norm.weight"
 PHASES = tuple(
     train.Phase(mode, mode, 2, 2, 24, 0.5, 4, (1e-2, 1e-3), filler=True, drafts=True)
     for mode in ("dense", "warm-up", "sparse")
@@ -111,8 +116,9 @@ def test_a_users_mistakes_are_told_in_a_line(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "damaged" / train.STATE).write_bytes(b"no safetensors")
     for arguments, message in (
         (["--out", str(tmp_path / "file")], "File exists"),
-        (["--out", str(tmp_path / "damaged")], "rror while deserializing"),
-        (["--out", str(tmp_path), "--seed", "-1"], "a whole number, not negative, is due"),
+        (["--out", str(tmp_path / "damaged")], "state.safetensors: damaged, or not this trainer's"),
+        (["--out", str(tmp_path), "--seed", "-1"], "a whole number, not negative, below 2^63 is due"),
+        (["--out", str(tmp_path), "--seed", str(1 << 63)], "below 2^63 is due"),
     ):
         with pytest.raises(SystemExit):
             train.main(arguments)
@@ -123,6 +129,44 @@ def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
     train.train(tmp_path, SMALL, PHASES, stop_after=1)
     with pytest.raises(ValueError, match=r"state.safetensors: the state of another recipe"):
         train.train(tmp_path, SMALL, PHASES, seed=1)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with train.alone_in(tmp_path), pytest.raises(ValueError, match="another run is training in this folder"):
+        train.train(tmp_path, SMALL, PHASES, stop_after=1)
+    train.train(tmp_path, SMALL, PHASES, stop_after=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, metadata: tensors.update({NORM: tensors[NORM][None]}), NORM),
+        (lambda tensors, metadata: tensors.update({NORM: tensors[NORM] * torch.nan}), NORM),
+        (lambda tensors, metadata: tensors.update({NORM: tensors[NORM].bfloat16()}), NORM),
+        (lambda tensors, metadata: tensors.pop(NORM), NORM),
+        (lambda tensors, metadata: metadata.update(step="9999"), "step 9999"),
+        (lambda tensors, metadata: metadata.pop("step"), "'step'"),
+    ],
+)
+def test_a_damaged_state_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    train.train(tmp_path, SMALL, PHASES, stop_after=1)
+    tensors = load_file(tmp_path / train.STATE)
+    with safe_open(tmp_path / train.STATE, "pt") as state:
+        metadata = dict(state.metadata())
+    change(tensors, metadata)
+    save_file(tensors, tmp_path / train.STATE, metadata)
+    with pytest.raises(ValueError, match=rf"state.safetensors: damaged, or not this trainer's.*{message}"):
+        train.train(tmp_path, SMALL, PHASES)
+
+
+def test_a_training_that_diverges_keeps_its_last_state(tmp_path: Path) -> None:
+    train.train(tmp_path, SMALL, PHASES, stop_after=1)
+    before = (tmp_path / train.STATE).read_bytes()
+    wild = tuple(replace(phase, rate=(1e30, 1e30)) for phase in PHASES)
+    with pytest.raises(ValueError, match="the training has diverged"):
+        train.train(tmp_path / "wild", SMALL, wild)
+    assert (tmp_path / train.STATE).read_bytes() == before
+    assert not (tmp_path / "wild" / train.STATE).exists()
 
 
 def test_what_is_written_loads_in_hf_with_all_its_parts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 
 from glm_dsa import ModelArgs, weights
 from glm_dsa.checkpoint import assemble, check_values
+from glm_dsa.errors import GlmDsaError
 from glm_dsa.keys import read_json
 from reference import checkpoints, corpus, hf
 from reference.capture import capture
@@ -106,8 +108,9 @@ def trained_specs() -> list[Spec]:
 
     The half-split one is the same recipe: to save time it is judged in some claims only.
     """
-    folders = sorted((file.parent for file in TRAINED.glob("*/config.json")), reverse=True)  # interleaved first
-    texts = tuple(probes()["texts"])
+    folders, texts = [TRAINED / "interleaved", TRAINED / "half-split"], tuple(probes()["texts"])
+    for folder in folders:
+        check_kept(folder)
     return [
         Spec(
             f"trained-{f.name}",
@@ -118,6 +121,20 @@ def trained_specs() -> list[Spec]:
         )
         for f in folders
     ]
+
+
+@cache
+def check_kept(folder: Path) -> None:
+    """Raises ValueError where a kept checkpoint is not what its card was written for."""
+    try:
+        due = read_json(folder / "measured.json")["sha256"]
+        wrong = [
+            file for file, digest in due.items() if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest
+        ]
+    except (OSError, KeyError, GlmDsaError) as error:
+        raise ValueError(f"{folder}: not as this repository keeps it ({error}); check it out again") from None
+    if wrong:
+        raise ValueError(f"{folder / wrong[0]}: not the file of the model card (SHA-256); check it out again")
 
 
 @cache

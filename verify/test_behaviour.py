@@ -24,16 +24,18 @@ def said_by_hf(case: Case, prompt: str):
 
 
 def said_by_ours(case: Case, prompt, count, **options):
-    """Greedy, from a cache: the prompt in chunks, then token by token."""
+    """Greedy, from a cache: the prompt in chunks, then token by token. With the number of keys that each layer looked at."""
     model, said = case.ours.model, []
     cache = model.make_cache(**options)
     chunks = [prompt[start : start + CHUNK] for start in range(0, len(prompt), CHUNK)]
     for _ in range(count):
         for chunk in chunks:
-            logits = model(mx.array(chunk[None]), cache)
+            with trace.capture(model) as seen:
+                logits = model(mx.array(chunk[None]), cache)
         said.append(int(mx.argmax(logits[0, -1])))
         chunks = [np.array(said[-1:])]
-    return np.array(said)
+    selections = [value for stage, value in seen.items() if stage.endswith("self_attn.selection")]
+    return np.array(said), {0 if s is None else s.shape[-1] for s in selections}
 
 
 def is_the_same(case: Case, prompt, ours, theirs, tie):
@@ -62,7 +64,9 @@ def check_recall(case: Case, judge, gate, name: str, bits: int | None, tie: floa
     for i, probe in enumerate(asked):
         prompt = corpus.encode(probe["prompt"])
         theirs = said_by_hf(case, probe["prompt"])
-        ours = said_by_ours(case, prompt, corpus.VALUE, **options)
+        ours, looked_at = said_by_ours(case, prompt, corpus.VALUE, **options)
+        sparse = f"every layer looks at index_topk of {len(prompt)} tokens (at {sorted(looked_at)})"
+        judge.holds(case.name, f"sparse ({name})", looked_at == {case.args.index_topk}, sparse)
         if bits is None or corpus.decode(theirs) == probe["value"]:  # what HF does not know, packing may change
             expected = f"{corpus.decode(ours)!r} where HF says {corpus.decode(theirs)!r}"
             judge.holds(case.name, f"answer {i} ({name})", is_the_same(case, prompt, ours, theirs, tie), expected)
@@ -95,7 +99,9 @@ def test_drafts(case: Case, judge, gate):
 
 
 def test_the_weights_tell_their_layout(case: Case, judge, gate):
-    """Under the layout that config.json names, the indexers catch what attention looks at; under the other they lose it."""
+    """Under the layout that config.json names, the indexers catch what attention looks at; under the other they lose it: the
+    checkpoint and the convention that is in force are judged here, by the equations; that the candidate obeys it, elsewhere.
+    """
     tokens = case.tokens(4 * case.args.index_topk, batch=4)
     found = layout.evidence(layout.captured_mass(case.config, case.weights, tokens, case.conventions))
     says = ", ".join(f"{rope} {mass}" for rope, mass in found.mass.items())
