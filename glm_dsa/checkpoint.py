@@ -27,11 +27,17 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "
 
 
 class Stored(NamedTuple):
-    """A tensor as a file's header describes it."""
+    """A tensor as a file's header describes it. `begin`, `end`: its bytes, counted from the end of the header."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
 
 
 def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any) -> Model:
@@ -163,12 +169,12 @@ def read_header(file: Path) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     spans = []
     for name, entry in header.items():
-        stored[name], span = _entry(file, name, entry)
-        if 8 + length + span[1] > size:
+        stored[name] = tensor = stored_as(file, name, entry)
+        if 8 + length + tensor.end > size:
             raise CheckpointError(
-                f"{file}: cut short: {name} ends at byte {8 + length + span[1]}, the file at {size}; download it again"
+                f"{file}: cut short: {name} ends at byte {8 + length + tensor.end}, the file at {size}; download it again"
             )
-        spans.append((*span, name))
+        spans.append((tensor.begin, tensor.end, name))
     end = 0
     for begin, stop, name in sorted(spans):
         if begin != end:
@@ -179,7 +185,8 @@ def read_header(file: Path) -> dict[str, Stored]:
     return stored
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
+def stored_as(file: Path, name: str, entry: Any) -> Stored:
+    """A tensor's entry in a header, checked. Raises `CheckpointError`."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -191,7 +198,7 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
         raise CheckpointError(
             f"{file}: {name}, {dtype} {list(shape[:8])}, does not fill bytes {begin} to {end}; the header is damaged"
         )
-    return Stored(file, dtype, shape), (begin, end)
+    return Stored(file, dtype, shape, begin, end)
 
 
 def read_tensors(stored: dict[str, Stored]) -> dict[str, mx.array]:

@@ -8,18 +8,18 @@ attention that is not flat.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from . import corpus, hf
+from .stored import BLOCK, read_tensors, weights_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -208,49 +208,8 @@ def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> N
     index_file.write_text(json.dumps(index, indent=2))
 
 
-class read_tensors:
-    """Checkpoint tensors by name: float64 NumPy arrays for the equations, or torch tensors of a given dtype. FP8 blocks are
-    multiplied by their scales. Raises ValueError for a name that is not there.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder, self.names = Path(folder), dict[str, Path]()
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as shard:
-                self.names |= dict.fromkeys(shard.keys(), file)
-
-    def __call__(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        tensor = self._stored(name)
-        if f"{name}_scale_inv" in self.names:
-            scale = self._stored(f"{name}_scale_inv")
-            spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-            tensor = tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
-        return tensor.to(dtype) if dtype is not None else tensor.to(torch.float64).numpy()
-
-    def _stored(self, name: str) -> torch.Tensor:
-        if name not in self.names:
-            raise ValueError(
-                f"{self.folder}: no tensor {name} in its *.safetensors; HF layout is due, all shards there"
-            )
-        with safe_open(self.names[name], "pt") as shard:
-            return shard.get_tensor(name)
-
-
-def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:
-    """`read_tensors` that keeps what it read: for checkpoints that fit in memory in float64."""
-    read, kept = read_tensors(folder), {}
-
-    def get(name: str) -> np.ndarray:
-        if name not in kept:
-            kept[name] = read(name)
-        return kept[name]
-
-    return get
-
-
 # Kept in bf16 by GLM-5.2-FP8; all other matrices of a layer are FP8.
 NOT_FP8 = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj", "eh_proj", "shared_head")
-BLOCK = 128
 
 
 def write_fp8(source: str | Path, packed: str | Path, plain: str | Path) -> None:

@@ -1,0 +1,125 @@
+"""Tensors of a checkpoint under HF's names, out of any layout and format: HF's (bf16, fp16, fp32, FP8 blocks), or mlx-lm's
+(experts stacked, kv_b_proj split, matrices packed). Nothing is kept: a piece is read, unpacked and handed out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from .packed import Packing, dequantize
+
+BLOCK = 128  # FP8: rows and columns that share a scale
+EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
+Rows = slice | int | None
+
+
+class read_tensors:
+    """By HF's name: float64 NumPy arrays for the equations, or torch tensors of a given dtype; whole, or `rows` of one.
+
+    names: {stored name: file}. Raises ValueError for a name that is not there, and for parts that do not belong together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.names = Path(folder), dict[str, Path]()
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as shard:
+                self.names |= dict.fromkeys(shard.keys(), file)
+        config = self.folder / "config.json"
+        self.config: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
+
+    def __call__(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> Any:
+        """rows: of the first axis; an int leaves the axis out."""
+        tensor = self._meant(name, dtype or torch.float64, rows)
+        return tensor.to(dtype) if dtype is not None else tensor.to(torch.float64).numpy()
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return self._place(name)[0] in self.names
+        except ValueError:
+            return False
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """Where HF's tensor is stored: under its own name, or as one expert of a stack."""
+        expert = EXPERT.fullmatch(name)
+        if name not in self.names and expert is not None:
+            return f"{expert[1]}.switch_mlp.{expert[3]}.weight", int(expert[2])
+        return name, None
+
+    def _meant(self, name: str, dtype: torch.dtype, rows: Rows) -> torch.Tensor:
+        stored, expert = self._place(name)
+        if expert is not None:
+            whole = self._matrix(stored, dtype, expert)
+            return whole if rows is None else whole[rows]
+        if name.endswith(".kv_b_proj.weight") and name not in self.names:
+            whole = self._joined(name.removesuffix(".kv_b_proj.weight"), dtype)
+            return whole if rows is None else whole[rows]
+        if f"{name}_scale_inv" in self.names:
+            whole = self._fp8(name, dtype)
+            return whole if rows is None else whole[rows]
+        return self._matrix(stored, dtype, rows)
+
+    def _matrix(self, name: str, dtype: torch.dtype, rows: Rows) -> torch.Tensor:
+        """Plain or packed; `rows` of the first axis."""
+        path = name.removesuffix(".weight")
+        if f"{path}.scales" not in self.names or not name.endswith(".weight"):
+            return self._stored(name, rows)
+        words, scales = self._stored(name, rows), self._stored(f"{path}.scales", rows)
+        biases = self._stored(f"{path}.biases", rows) if f"{path}.biases" in self.names else None
+        whole = self._stored(f"{path}.global_scale", rows) if f"{path}.global_scale" in self.names else None
+        try:
+            packing = Packing.of(words, scales, self.width(path))
+            return dequantize(words, scales, biases, packing, whole, torch.promote_types(dtype, torch.float32))
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {path}: {error}") from None
+
+    def _joined(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
+        """kv_b_proj = [W_uk; W_uv] of each head, out of embed_q = W_uk^T and unembed_out = W_uv."""
+        w_uk = self._matrix(f"{attention}.embed_q.weight", dtype, None).transpose(-1, -2)
+        return torch.cat([w_uk, self._matrix(f"{attention}.unembed_out.weight", dtype, None)], 1).flatten(0, 1)
+
+    def _fp8(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        scale = self._stored(f"{name}_scale_inv")
+        tensor = self._stored(name).to(torch.promote_types(dtype, torch.float32))
+        spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return tensor * spread[: tensor.shape[0], : tensor.shape[1]]
+
+    def width(self, path: str) -> int:
+        """How many values a row of a packed matrix holds: its shape leaves that open (4 bit in 64s, 8 bit in 32s)."""
+        c, leaf = self.config, path.rsplit(".", 1)[-1]
+        inner = c["intermediate_size"]
+        if ".experts." in path or ".switch_mlp." in path:
+            inner = c["moe_intermediate_size"]
+        elif ".shared_experts." in path:
+            inner = c["moe_intermediate_size"] * (c.get("n_shared_experts") or 1)
+        widths = {
+            "q_b_proj": c["q_lora_rank"], "wq_b": c["q_lora_rank"], "kv_b_proj": c["kv_lora_rank"],
+            "embed_q": c["qk_nope_head_dim"], "unembed_out": c["kv_lora_rank"], "eh_proj": 2 * c["hidden_size"],
+            "o_proj": c["num_attention_heads"] * c["v_head_dim"], "down_proj": inner,
+        }  # fmt: skip
+        return widths.get(leaf, c["hidden_size"])
+
+    def _stored(self, name: str, rows: Rows = None) -> torch.Tensor:
+        if name not in self.names:
+            raise ValueError(f"{self.folder}: no tensor {name} in its *.safetensors; are all shards there?")
+        with safe_open(self.names[name], "pt") as shard:
+            return shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+
+
+def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:
+    """`read_tensors` that keeps what it read: for checkpoints that fit in memory in float64."""
+    read, kept = read_tensors(folder), {}
+
+    def get(name: str) -> np.ndarray:
+        if name not in kept:
+            kept[name] = read(name)
+        return kept[name]
+
+    return get

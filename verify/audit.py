@@ -1,0 +1,419 @@
+"""`python -m verify audit DIR_OR_REPO`: what headers alone tell of a release. Seconds for 1.5 TB; no weight is read.
+
+Every tensor that config.json asks for, present, of the right shape and in a format that can be read; nothing else there;
+how precise each component is kept, and whether that is wise; what the model and its cache take, and where that fits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from glm_dsa import ModelArgs, weights
+from glm_dsa.cache import Widths, cache_bytes
+from glm_dsa.checkpoint import Stored
+from glm_dsa.errors import ConfigError, WeightsError, printable
+from glm_dsa.store import KvQuantization
+from glm_dsa.weights import FP8_BLOCK, TensorSpec
+
+from .release import Release
+
+FAULT, WARNING, NOTE = "FAULT", "warning", "note"
+FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+LEAST_BITS = 6  # of embedding and head: below, a warning
+CONTEXTS = {"32k": 32 << 10, "128k": 128 << 10, "1M": 1 << 20}
+MEMORIES = (128, 192, 256, 512)  # GB
+USABLE = 0.75  # of a Mac's memory the GPU may hold by default
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`what`, in one line, says where, what was expected, and what to do."""
+
+    severity: str
+    what: str
+
+
+@dataclass
+class Component:
+    """Tensors as people talk about them. `formats`: {format: tensors}."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, scales and biases of packed ones included."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass
+class Audit:
+    release: str
+    layout: str
+    mtp: str
+    files: int
+    findings: list[Finding]
+    conventions: list[str]
+    components: dict[str, Component]
+    cache: dict[str, dict[str, int]]  # {"fp16" or "int8": {context: bytes}}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self.components.values())
+
+    @property
+    def verdict(self) -> str:
+        faults = sum(f.severity == FAULT for f in self.findings)
+        if faults:
+            return f"FAULT: {faults} of {len(self.findings)} findings"
+        return "headers are as they should be; nothing is said here about the weights' values"
+
+    def fits(self) -> dict[int, dict[str, list[str]]]:
+        """{GB of memory: {cache: contexts that fit beside the weights}}."""
+        return {
+            memory: {
+                kind: [c for c, size in sizes.items() if self.nbytes + size <= USABLE * memory * 1e9]
+                for kind, sizes in self.cache.items()
+            }
+            for memory in MEMORIES
+        }
+
+
+class _Packed(NamedTuple):
+    """What `weights.packing_of` asks of an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def audit(release: Release) -> Audit:
+    """Raises `ConfigError` where config.json is no model's at all; all else is a finding."""
+    try:
+        args = ModelArgs.from_dict(release.config)
+    except ConfigError as error:
+        raise ConfigError(f"{release.origin}/config.json: {error}") from None
+    return _Auditor(args, release).run()
+
+
+class _Auditor:
+    def __init__(self, args: ModelArgs, release: Release) -> None:
+        self.args, self.release, self.found = args, release, release.tensors
+        self.findings: list[Finding] = []
+        self.components: dict[str, Component] = defaultdict(Component)
+        self.seen: set[str] = set()
+        self.packed: dict[str, dict[str, Any]] = {}
+        self.policy: dict[tuple[str, str], list[str]] = defaultdict(list)  # (component, format) -> tensors
+
+    def run(self) -> Audit:
+        with_mtp = weights.has_mtp(self.args, self.found)
+        missing = []
+        for spec in stored_inventory(self.args, self.found):
+            if weights.is_mtp(self.args, spec.name) and not with_mtp:
+                continue
+            if spec.name in self.found:
+                self._take(spec)
+            else:
+                missing.append(spec.name)
+        self._absent(missing)
+        self._surplus()
+        self._precision()
+        self._against_config()
+        mtp = "none" if not self.args.num_nextn_predict_layers else "present" if with_mtp else "absent"
+        if mtp == "absent":
+            self._say(
+                NOTE, "config.json names an MTP layer, and no tensor of it is there: nothing can be drafted with it"
+            )
+        order = {FAULT: 0, WARNING: 1, NOTE: 2}
+        return Audit(
+            release=self.release.origin,
+            layout="HF" if weights.is_hf_layout(self.found) else "MLX",
+            mtp=mtp,
+            files=len({t.file for t in self.found.values()}),
+            findings=sorted(self.findings, key=lambda f: order[f.severity]),
+            conventions=[str(c) for c in self.args.conventions],
+            components=dict(self.components),
+            cache=cache_sizes(self.args),
+        )
+
+    def _say(self, severity: str, what: str) -> None:
+        self.findings.append(Finding(severity, printable(what)))
+
+    # -- one tensor, with its scales
+
+    def _take(self, spec: TensorSpec) -> None:
+        name, found = spec.name, self.found[spec.name]
+        path = name.removesuffix(".weight")
+        parts = [name]
+        if found.dtype == "F8_E4M3":
+            parts, kind = [name, f"{name}_scale_inv"], "fp8"
+            self._fp8(spec, found)
+        elif f"{path}.scales" in self.found and name.endswith(".weight"):
+            parts += [p for part in ("scales", "biases", "global_scale") if (p := f"{path}.{part}") in self.found]
+            kind = self._mlx_packed(spec, path)
+        else:
+            kind = self._plain(spec, found)
+        self.seen.update(parts)
+        component = self.components[spec.component]
+        component.tensors += 1
+        component.parameters += math.prod(spec.shape)
+        component.nbytes += sum(self.found[part].nbytes for part in parts if part in self.found)
+        component.formats[kind] = component.formats.get(kind, 0) + 1
+        self.policy[_policy_part(name), kind].append(name)
+
+    def _plain(self, spec: TensorSpec, found: Stored) -> str:
+        self._shape(spec.name, found.shape, spec.shape)
+        if found.dtype not in FLOATS:
+            self._say(FAULT, f"{spec.name} is {found.dtype}: floating point is due, or packed weights with scales")
+        return FLOATS.get(found.dtype, found.dtype)
+
+    def _fp8(self, spec: TensorSpec, found: Stored) -> None:
+        self._shape(spec.name, found.shape, spec.shape)
+        scale = self.found.get(f"{spec.name}_scale_inv")
+        due = tuple(-(-n // FP8_BLOCK) for n in spec.shape)
+        if scale is None:
+            self._say(
+                FAULT, f"{spec.name}: FP8 without {spec.name}_scale_inv; cast without its scale it would be wrong"
+            )
+        elif scale.dtype != "F32" or scale.shape != due:
+            self._say(FAULT, f"{spec.name}_scale_inv is {scale.dtype} {list(scale.shape)}: F32 {list(due)} is due")
+
+    def _mlx_packed(self, spec: TensorSpec, path: str) -> str:
+        parts = {p: self.found[p] for part in weights.PACKED if (p := f"{path}.{part}") in self.found}
+        try:
+            arrays: Any = {p: _Packed(t.shape, DTYPES.get(t.dtype)) for p, t in parts.items()}
+            packing = weights.packing_of(path, arrays, spec.shape[-1])
+        except WeightsError as error:
+            self._say(FAULT, str(error))
+            return "packed"
+        for name, part in parts.items():
+            last = part.shape[-1] if name.endswith(".weight") else spec.shape[-1] // packing["group_size"]
+            self._shape(name, part.shape, (*spec.shape[:-1], last))
+        self.packed[path] = packing
+        mode = "" if packing["mode"] == "affine" else f" {packing['mode']}"
+        return f"{packing['bits']} bit{mode}, groups of {packing['group_size']}"
+
+    def _shape(self, name: str, found: tuple[int, ...], due: tuple[int, ...]) -> None:
+        if found != due:
+            self._say(FAULT, f"{name} is {list(found)}: {list(due)} is due; does config.json belong to these weights?")
+
+    # -- what is not there, and what should not be
+
+    def _absent(self, missing: list[str]) -> None:
+        indexers = [name for name in missing if ".indexer." in name]
+        if indexers:
+            layers = sorted({int(m[1]) for n in indexers if (m := weights.LAYER.fullmatch(n))})
+            schedule = next(c for c in self.args.conventions if c.name == "indexer_schedule")
+            self._say(
+                FAULT,
+                f"no indexer on layers {ranges(layers)} ({len(indexers)} tensors missing), where one is due: {schedule}; "
+                "a loader that fills them with random numbers runs, and is wrong beyond index_topk",
+            )
+        for line in grouped(name for name in missing if ".indexer." not in name):
+            self._say(FAULT, f"missing: {line}; a shard may be missing, or config.json is another model's")
+
+    def _surplus(self) -> None:
+        surplus = [name for name in self.found if name not in self.seen]
+        shared = [n for n in surplus if ".indexer." in n and weights.is_ignorable(self.args, n)]
+        if shared:
+            layers = sorted({int(m[1]) for n in shared if (m := weights.LAYER.fullmatch(n))})
+            self._say(
+                FAULT,
+                f"an indexer on shared layers {ranges(layers)} ({len(shared)} tensors): they reuse the selection of the "
+                "full layer below; this definition leaves these tensors unread, others run them",
+            )
+        tables = [n for n in surplus if n not in shared and weights.is_ignorable(self.args, n)]
+        if tables:
+            self._say(NOTE, f"{len(tables)} tables of angles (rotary_emb.inv_freq), unread")
+        for line in grouped(n for n in surplus if n not in shared and n not in tables):
+            self._say(FAULT, f"not expected: {line}; config.json names no such tensor")
+
+    # -- precision
+
+    def _precision(self) -> None:
+        for (part, kind), names in sorted(self.policy.items()):
+            where = f"{part}: {kind} on {len(names)} tensors ({names[0]}{', ...' if len(names) > 1 else ''})"
+            if part in ("router", "correction bias", "indexer") and " bit" in kind:
+                self._say(FAULT, f"{where}; it decides by near ties: policy keeps it unquantized")
+            elif part == "correction bias" and kind in ("bf16", "fp16"):
+                self._say(WARNING, f"{where}; published in fp32: rounded, it changes which experts win near ties")
+            elif part == "indexer" and kind == "fp8":
+                self._say(NOTE, f"{where}, as the published FP8 release has it")
+        for part in ("embedding", "head"):
+            component = self.components.get(part)
+            if component and component.bits < LEAST_BITS:
+                self._say(WARNING, f"{part}: {component.bits:.1f} bits a weight; at least {LEAST_BITS} are advised")
+
+    def _against_config(self) -> None:
+        """mlx-lm packs modules as config.json says before it loads; this definition goes by shapes."""
+        said = self.release.config.get("quantization")
+        if not self.packed:
+            if isinstance(said, Mapping):
+                self._say(WARNING, "config.json has a key quantization, and nothing is packed")
+            return
+        if not isinstance(said, Mapping):
+            self._say(
+                WARNING,
+                "packed weights, but config.json has no key quantization: mlx-lm's own loader will not load them",
+            )
+            return
+        keys = ("group_size", "bits", "mode")
+        default = {"mode": "affine"} | {k: said[k] for k in keys if k in said}
+        others = []
+        for path, packing in self.packed.items():
+            own = said.get(path, {})
+            due = default | dict(own) if isinstance(own, Mapping) else default
+            if own is False or any(due.get(k) != packing[k] for k in keys):
+                others.append(path)
+        if others:
+            self._say(
+                WARNING,
+                f"{len(others)} modules are packed otherwise than config.json's key quantization says (first: {others[0]}, "
+                f"{self.packed[others[0]]}): mlx-lm's own loader goes by the key",
+            )
+
+
+def _policy_part(name: str) -> str:
+    if name.endswith("e_score_correction_bias"):
+        return "correction bias"
+    if ".indexer." in name:
+        return "indexer"
+    return "router" if name.endswith("mlp.gate.weight") else ""
+
+
+def stored_inventory(args: ModelArgs, found: Iterable[str]) -> Iterator[TensorSpec]:
+    """`weights.inventory`, as this checkpoint names it: layer by layer, experts apart or stacked, kv_b_proj whole or split."""
+    names = set(found)
+    stacked = {n.split(".mlp.")[0] for n in names if ".mlp.switch_mlp." in n}
+    split = {n.split(".self_attn.")[0] for n in names if ".self_attn.embed_q." in n or ".self_attn.unembed_out." in n}
+    heads = args.num_attention_heads
+    for spec in weights.inventory(args):
+        layer, _, rest = spec.name.partition(".self_attn." if ".self_attn." in spec.name else ".mlp.")
+        if rest.startswith("experts.") and layer in stacked:
+            _, expert, projection = rest.split(".", 2)
+            if expert == "0":
+                shape = (args.n_routed_experts, *spec.shape)
+                yield TensorSpec(f"{layer}.mlp.switch_mlp.{projection}", shape, spec.component)
+        elif rest == "kv_b_proj.weight" and layer in split:
+            for part, shape in (
+                ("embed_q", (heads, args.kv_lora_rank, args.qk_nope_head_dim)),
+                ("unembed_out", (heads, args.v_head_dim, args.kv_lora_rank)),
+            ):
+                yield TensorSpec(f"{layer}.self_attn.{part}.weight", shape, spec.component)
+        else:
+            yield spec
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers only, in one line each: `model.layers.3-5.mlp.experts.0-7.up_proj.weight (24)`."""
+    numbers: dict[str, list[list[int]]] = defaultdict(list)
+    for name in names:
+        numbers[re.sub(r"\.\d+(?=\.)", ".#", name)].append([int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)])
+    lines = []
+    for pattern, found in numbers.items():
+        line = pattern
+        for column in zip(*found, strict=True):
+            line = line.replace(".#", f".{ranges(sorted(set(column)))}", 1)
+        lines.append(line + (f" ({len(found)} tensors)" if len(found) > 1 else ""))
+    return lines
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 6] -> "0-2,6"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def cache_sizes(args: ModelArgs) -> dict[str, dict[str, int]]:
+    """Bytes of the KV cache of one sequence, by context, where the model runs in 16 bit."""
+    sizes = {}
+    for kind, quantization in (("fp16", None), ("int8", _int8(args))):
+        if kind == "int8" and quantization is None:
+            continue
+        each = [sum(cache_bytes(_widths(args, layer), 2, quantization)) for layer in range(args.num_hidden_layers)]
+        sizes[kind] = {context: sum(each) * tokens for context, tokens in CONTEXTS.items()}
+    return sizes
+
+
+def _widths(args: ModelArgs, layer: int) -> Widths:
+    return Widths(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim if args.runs_indexer(layer) else 0)
+
+
+def _int8(args: ModelArgs) -> KvQuantization | None:
+    for group in (64, 32):
+        if args.kv_lora_rank % group == 0 and args.qk_rope_head_dim % group == 0:
+            return KvQuantization(8, group)
+    return None
+
+
+# -- what is printed
+
+
+def render(found: Audit) -> str:
+    size = found.nbytes
+    out = [
+        printable(
+            f"{found.release}: {found.layout} layout, {found.files} files, {size / 1e9:,.1f} GB, MTP {found.mtp}"
+        ),
+        "",
+    ]
+    rows: list[tuple[str, ...]] = [("component", "tensors", "parameters", "GB", "bits a weight", "formats")]
+    total = Component()
+    for name, c in found.components.items():
+        formats = "; ".join(f"{kind} ({n})" for kind, n in sorted(c.formats.items(), key=lambda f: -f[1]))
+        rows.append((name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.nbytes / 1e9:.3f}", f"{c.bits:.2f}", formats))
+        total.tensors, total.parameters, total.nbytes = (
+            total.tensors + c.tensors, total.parameters + c.parameters, total.nbytes + c.nbytes,
+        )  # fmt: skip
+    rows.append(
+        ("total", f"{total.tensors:,}", f"{total.parameters:,}", f"{total.nbytes / 1e9:.3f}", f"{total.bits:.2f}", "")
+    )
+    out += _table(rows, right=(1, 2, 3, 4))
+    rows = [("KV cache, GB", *CONTEXTS)]
+    rows += [(kind, *(f"{size / 1e9:.2f}" for size in sizes.values())) for kind, sizes in found.cache.items()]
+    out += ["", *_table(rows, right=(1, 2, 3))]
+    rows = [("memory", *(f"{kind} cache" for kind in found.cache))]
+    for memory, kinds in found.fits().items():
+        rows.append((f"{memory} GB", *(f"up to {c[-1]}" if c else "no" for c in kinds.values())))
+    out += ["", f"what fits, weights and cache within {USABLE:.0%} of memory, one sequence", *_table(rows)]
+    out += ["", "conventions in force", *(f"  {c}" for c in found.conventions)]
+    out += ["", "findings"] if found.findings else ["", "findings: none"]
+    out += [f"  {f.severity}: {f.what}" for f in found.findings]
+    return "\n".join([*out, "", f"verdict: {found.verdict}"])
+
+
+def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def as_json(found: Audit) -> str:
+    plain = asdict(found) | {"bytes": found.nbytes, "fits": found.fits(), "verdict": found.verdict}
+    for name, component in found.components.items():
+        plain["components"][name]["bits"] = round(component.bits, 4)
+    return json.dumps(plain, indent=2)

@@ -1,0 +1,79 @@
+"""A release by its headers: config.json and every tensor's name, dtype and shape, from a folder or from the hub.
+
+No weight is read, and none is downloaded: of a repository that is not in the hub's cache, byte ranges are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_dsa.checkpoint import Stored, read_headers, stored_as
+from glm_dsa.errors import CheckpointError
+from glm_dsa.keys import read_json
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Release:
+    """`origin`: what the user called it; `folder`: None where only headers were asked for from the hub."""
+
+    origin: str
+    folder: Path | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+
+def headers_of(target: str) -> Release:
+    """A checkpoint folder, or a repository's name. Raises `CheckpointError` in one line."""
+    if Path(target).is_dir():
+        return _of_folder(target, Path(target))
+    if Path(target).exists() or not REPOSITORY.fullmatch(target):
+        raise CheckpointError(
+            f"{target}: no such folder, and no name of a repository; a checkpoint's folder or OWNER/NAME is due"
+        )
+    cached = _in_cache(target)
+    return _of_folder(target, cached) if cached is not None else _of_repository(target)
+
+
+def _of_folder(origin: str, folder: Path) -> Release:
+    return Release(origin, folder, read_json(folder / CONFIG), read_headers(folder))
+
+
+def _in_cache(repository: str) -> Path | None:
+    """The snapshot of a repository that was downloaded before, if all of its weights are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+        read_headers(folder)
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
+    return folder
+
+
+def _of_repository(repository: str) -> Release:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        config = read_json(Path(hf_hub_download(repository, CONFIG)))
+        files = HfApi().get_safetensors_metadata(repository).files_metadata
+    except CheckpointError:
+        raise
+    except Exception as error:  # requests', httpx's and the hub's own: no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repository}: no such folder here, and the hub does not give it: {reason}") from None
+    tensors: dict[str, Stored] = {}
+    for file, header in sorted(files.items()):
+        for name, entry in header.tensors.items():
+            fields = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
+            tensors[name] = stored_as(Path(file), name, fields)
+    return Release(repository, None, config, tensors)
