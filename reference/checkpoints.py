@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from . import corpus, hf
-from .stored import BLOCK, read_tensors, weights_of
+from .stored import BLOCK, read_tensors
 
 INDEX = "model.safetensors.index.json"
 

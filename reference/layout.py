@@ -43,7 +43,7 @@ def captured_mass(
     """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice. And, under
     "chance", what a choice of as many keys at random would catch.
 
-    weights: names in HF layout -> arrays (`checkpoints.read_tensors`); they are read once a layer, and of the last layer
+    weights: names in HF layout -> arrays (`stored.read_tensors`); they are read once a layer, and of the last layer
     nothing behind its attention. tokens: int [B, T], different texts that the model can read. layers: how many, from the first on
     (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
     everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer

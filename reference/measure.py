@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from . import checkpoints, corpus, hf, layout, train, trainee
+from . import corpus, hf, layout, train, trainee
 from .card import MEASURED, TRAINING, card
 from .equations import Array, Conventions
 from .layout import interval
 from .mtp import Mtp
+from .stored import read_tensors
 
 CHOICES = ("learned", "recent", "random")  # what decides which keys a query attends to
 FIRST = 2  # the first token that is asked for: a trigram model needs two before it
@@ -224,7 +225,7 @@ def measure(folder: Path, texts: int, prompts: int) -> dict[str, Any]:
     conventions, topk = Conventions.of(config), config["index_topk"]
     model = hf.load(folder, conventions)
     random = np.random.default_rng(2026)
-    tensors = checkpoints.read_tensors(folder)
+    tensors = read_tensors(folder)
     out: dict[str, Any] = {"parameters": sum(tensors(name, torch.float32).numel() for name in tensors.names)}
 
     untrained = trainee.Trainee(config, conventions.indexer_rope, training["recipe"]["seed"]).model.eval()

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from transformers.modeling_layers import MtpLayer
 
 from .capture import reinterleave
-from .checkpoints import read_tensors
 from .hf import Given, additive_causal_mask, standing_in
+from .stored import read_tensors
 
 
 class FirstOutput(torch.nn.Module):

@@ -1,22 +1,16 @@
 """`python -m verify audit`: what headers tell, on releases of every format, on damaged ones, and at full size."""
 
 import json
-import resource
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
-import torch
 
 from glm_dsa import ModelArgs, weights
 from reference import checkpoints
-from verify import audit, release
-from verify.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "verify" / "configs"

@@ -20,6 +20,7 @@ import glm_dsa
 from glm_dsa.__main__ import main
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from reference.stored import read_tensors
 
 INDEX = checkpoints.INDEX
 ROOT = Path(__file__).parents[1]
@@ -164,7 +165,7 @@ def index_no_map(folder):
 def missing_tensor(folder):
     name = "model.layers.3.mlp.experts.5.up_proj.weight"
     file, index = shard_of(folder, name), json.loads((folder / INDEX).read_text())
-    read = checkpoints.read_tensors(folder)
+    read = read_tensors(folder)
     save_file({n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file and n != name}, file)
     del index["weight_map"][name]
     (folder / INDEX).write_text(json.dumps(index))
@@ -178,7 +179,7 @@ def extra_tensor(folder):
 
 def nan(folder):
     file = shard_of(folder, NORM)
-    read = checkpoints.read_tensors(folder)
+    read = read_tensors(folder)
     tensors = {n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file}
     tensors[NORM][3] = float("nan")
     save_file(tensors, file)

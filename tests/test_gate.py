@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from reference import checkpoints
+from reference.stored import read_tensors
 from verify import cases
 from verify import conftest as gate
 from verify.report import AGREES, FAULT, Comparison, Report
@@ -171,8 +172,8 @@ def test_a_wrong_checkpoint_fails(tmp_path):
     """Weights that were trained interleaved, in a config that says half-split, are not the gate's to doubt; NaN are."""
     folder = checkpoints.write(tmp_path / "nan", checkpoints.glm_5_2(num_hidden_layers=4))
     name = "model.layers.1.self_attn.o_proj.weight"
-    file = checkpoints.read_tensors(folder).names[name]
-    read = checkpoints.read_tensors(folder)
+    file = read_tensors(folder).names[name]
+    read = read_tensors(folder)
     tensors = {n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file}
     tensors[name][0, 0] = float("nan")
     save_file(tensors, file)

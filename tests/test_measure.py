@@ -12,6 +12,7 @@ import pytest
 from reference import card, checkpoints, corpus, hf, layout, measure
 from reference.capture import capture
 from reference.equations import Conventions
+from reference.stored import read_tensors, weights_of
 from verify import conftest as gate
 from verify.cases import TRAINED, probes
 
@@ -89,7 +90,7 @@ def as_half_split(config, read):
 
 def test_captured_mass_follows_the_weights(folder):
     """Rows of wq_b and wk reordered: what was captured under one layout is captured under the other."""
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     tokens = np.random.default_rng(0).integers(6, 262, (2, 64))
     before = layout.captured_mass(config, read, tokens)
     after = layout.captured_mass(config, as_half_split(config, read), tokens)
@@ -102,7 +103,7 @@ def test_captured_mass_follows_the_weights(folder):
 
 def test_captured_mass_is_the_share_of_attention_on_the_choice(folder):
     """By hand, from HF's dense attention and HF's selection: a full layer, and one that shares."""
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     tokens, topk = np.random.default_rng(0).integers(6, 262, (1, 64)), 5
     conventions = Conventions(indexer_rope="interleaved")
     mass = layout.captured_mass(config, read, tokens, layers=4, topk=topk)
@@ -119,7 +120,7 @@ def test_captured_mass_is_the_share_of_attention_on_the_choice(folder):
 
 
 def test_the_first_layers_need_no_others_weights(folder):
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.read_tensors(folder)
+    config, read = json.loads((folder / "config.json").read_text()), read_tensors(folder)
     asked = []
 
     def get(name):
@@ -138,7 +139,7 @@ def test_an_fp8_checkpoint_captures_what_its_blocks_mean(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     tokens = np.random.default_rng(0).integers(6, 262, (1, 40))
     packed, plain = (
-        layout.captured_mass(config, checkpoints.read_tensors(tmp_path / f), tokens, layers=3) for f in ("fp8", "plain")
+        layout.captured_mass(config, read_tensors(tmp_path / f), tokens, layers=3) for f in ("fp8", "plain")
     )
     for layer in range(3):
         assert packed["interleaved"][layer] == pytest.approx(plain["interleaved"][layer], abs=0.02)
@@ -155,18 +156,18 @@ def test_an_fp8_checkpoint_captures_what_its_blocks_mean(folder, tmp_path):
     ],
 )
 def test_what_cannot_tell_a_layout_is_refused(folder, length, options, message):
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     with pytest.raises(ValueError, match=message):
         layout.captured_mass(config, read, np.zeros((1, length), int), **options)
     assert layout.captured_mass(config, read, np.zeros((1, 65), int), layers=1, topk=32)["interleaved"][0].shape == (1,)
 
 
 def test_what_has_no_layout_is_refused(folder, tmp_path):
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.read_tensors(folder)
+    config, read = json.loads((folder / "config.json").read_text()), read_tensors(folder)
     with pytest.raises(ValueError, match="no indexer"):
         layout.captured_mass({k: v for k, v in config.items() if k != "index_topk"}, read, np.zeros((1, 64), int))
     with pytest.raises(ValueError, match="no tensor model"):
-        layout.captured_mass(config, checkpoints.read_tensors(tmp_path), np.zeros((1, 64), int))
+        layout.captured_mass(config, read_tensors(tmp_path), np.zeros((1, 64), int))
 
 
 def test_evidence_names_no_layout_without_grounds(folder):
@@ -185,7 +186,7 @@ def test_evidence_names_no_layout_without_grounds(folder):
     assert layout.evidence(few).layout is None
     slight = {"interleaved": {0: np.full(8, 0.8)}, "half-split": {0: np.full(8, 0.82)}, "chance": {0: np.full(8, 0.1)}}
     assert layout.evidence(slight).layout is None
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     random = layout.captured_mass(config, read, np.random.default_rng(0).integers(6, 262, (8, 96)))
     assert layout.evidence(random).layout is None, "indexers that never learned"
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from reference import checkpoints, corpus, hf, train
 from reference import trainee as pupil
 from reference.capture import capture
+from reference.stored import read_tensors
 
 SMALL = checkpoints.glm_5_2(
     hidden_size=32, intermediate_size=32, moe_intermediate_size=16, kv_lora_rank=32, q_lora_rank=32, index_topk=8,
@@ -181,7 +182,7 @@ def test_what_is_written_loads_in_hf_with_all_its_parts(tmp_path: Path) -> None:
         as_stored = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16().float()
         assert torch.equal(stored[name], as_stored), name
     assert len(list(folder.glob("*.safetensors"))) >= 2
-    weights = checkpoints.read_tensors(folder)
+    weights = read_tensors(folder)
     assert {f"model.layers.5.{n}.weight" for n in ("enorm", "hnorm", "eh_proj", "shared_head.norm")} <= set(
         weights.names
     )

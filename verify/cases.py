@@ -21,6 +21,7 @@ from glm_dsa.keys import read_json
 from reference import checkpoints, corpus, hf
 from reference.capture import capture
 from reference.equations import Conventions, Equations, causal
+from reference.stored import weights_of
 
 from . import stages, tolerances
 from .candidate import Ours
@@ -220,7 +221,7 @@ class Case:
 
     @cached_property
     def weights(self) -> Any:
-        return checkpoints.weights_of(self.folder)
+        return weights_of(self.folder)
 
     @property
     def longest(self) -> int:

@@ -12,6 +12,7 @@ import glm_dsa
 from glm_dsa.keys import read_json
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
+from reference.stored import read_tensors
 from verify.cases import Case
 
 CLAIM = "config and schedules"
@@ -73,7 +74,7 @@ def test_parameters_as_hf_builds_them(judge):
 
 def test_inventory_is_what_hf_wrote(case: Case, judge):
     """Names and shapes, one by one, of the checkpoint on disk."""
-    written = checkpoints.read_tensors(case.folder)
+    written = read_tensors(case.folder)
     found = {name: tuple(written(name).shape) for name in written.names}
     due = {s.name: s.shape for s in glm_dsa.inventory(case.args) if case.spec.has_mtp or s.component != "mtp"}
     differing = sorted(set(found.items()) ^ set(due.items()))[:4]

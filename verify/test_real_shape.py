@@ -12,8 +12,8 @@ import torch
 
 import glm_dsa
 from glm_dsa.moe import Router
-from reference import checkpoints
 from reference.equations import routing_weights
+from reference.stored import read_tensors
 from verify import compare, tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case, Reference, Spec
@@ -34,7 +34,7 @@ def asked_for(request):
 class OneLayer(Case):
     """Weights are read anew each time they are asked for: float64 copies of a whole layer would not fit."""
 
-    weights = property(lambda self: checkpoints.read_tensors(self.folder))
+    weights = property(lambda self: read_tensors(self.folder))
 
 
 def true_widths(**changes) -> dict:

@@ -13,6 +13,7 @@ import glm_dsa
 from glm_dsa import weights
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from reference.stored import read_tensors, weights_of
 from verify.candidate import Ours, to_numpy
 from verify.cases import Case
 
@@ -35,10 +36,10 @@ def same(ours: dict, theirs: dict) -> bool:
 
 def test_every_tensor_arrives(case: Case, judge):
     """HF layout -> modules, against the tensors read by the safetensors library and split by numpy."""
-    read, args = checkpoints.weights_of(case.folder), case.args
+    read, args = weights_of(case.folder), case.args
     ours = parameters_of(glm_dsa.load(case.folder, **case.spec.overrides))
     due: dict[str, np.ndarray] = {}
-    for name in checkpoints.read_tensors(case.folder).names:
+    for name in read_tensors(case.folder).names:
         tensor = read(name)
         if name.endswith("kv_b_proj.weight"):
             heads = tensor.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
@@ -147,7 +148,7 @@ def test_an_mlx_build_with_the_mtp_layer_of_hf(case: Case, judge, tmp_path):
     """MTP added to a build that was converted without: its tensors keep HF's names, experts one by one."""
     model = glm_dsa.load(case.folder)
     main = {n: t for n, t in parameters_of(model).items() if not weights.is_mtp(case.args, n)}
-    read = checkpoints.read_tensors(case.folder)
+    read = read_tensors(case.folder)
     files = {str(read.names[n]) for n in read.names if weights.is_mtp(case.args, n)}
     mtp = {n: t for file in sorted(files) for n, t in mx.load(file).items() if weights.is_mtp(case.args, n)}
     (tmp_path / "mixed").mkdir()
@@ -160,7 +161,7 @@ def test_an_mlx_build_with_the_mtp_layer_of_hf(case: Case, judge, tmp_path):
 
 def test_early_mlx_builds(case: Case, judge):
     """Builds from before `embed_q` keep a quantized kv_b_proj: it is split, and packed anew with its own bits."""
-    read, attention = checkpoints.read_tensors(case.folder), "model.layers.0.self_attn"
+    read, attention = read_tensors(case.folder), "model.layers.0.self_attn"
     kv_b = mx.array(read(f"{attention}.kv_b_proj.weight", torch.float32).numpy())
     packed = dict(zip(weights.PACKED, mx.quantize(kv_b, 32, 8), strict=True))
     split = weights.to_modules(case.args, {f"{attention}.kv_b_proj.{part}": t for part, t in packed.items()})
@@ -194,7 +195,7 @@ def test_shared_layers_may_carry_dead_indexers(case: Case, judge, tmp_path):
     shared = next(i for i in range(case.args.num_hidden_layers) if not case.args.runs_indexer(i))
     folder = tmp_path / "dead"
     shutil.copytree(case.folder, folder)
-    read = checkpoints.read_tensors(folder)
+    read = read_tensors(folder)
     extra = {
         n.replace("layers.0.", f"layers.{shared}."): read(n, torch.bfloat16)
         for n in read.names
