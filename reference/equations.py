@@ -178,6 +178,14 @@ def routing_weights(logits: Array, experts: Array, config: Mapping[str, Any]) ->
     return chosen * config["routed_scaling_factor"]
 
 
+def add_expert(
+    out: Array, x: Array, experts: Array, weights: Array, expert: int, gate: Array, up: Array, down: Array
+) -> None:
+    """Adds to `out` [B, S, hidden] what one expert answers to the tokens that chose it, weighted."""
+    *token, slot = np.nonzero(experts == expert)
+    out[tuple(token)] += weights[(*token, slot)][:, None] * swiglu(x[tuple(token)], gate, up, down)
+
+
 # -- the model
 
 
@@ -316,14 +324,16 @@ class Equations:
         own = route(logits, w("gate.e_score_correction_bias"), self.config)
         experts = self.choose(f"{stage}.gate.topk", own)
         weights = self.record(f"{stage}.gate.weights", routing_weights(logits, experts, self.config))
-        out = np.zeros_like(x)
-        for expert in np.unique(experts):
-            *token, slot = np.nonzero(experts == expert)
-            answer = swiglu(x[tuple(token)], *self._swiglu(w, f"experts.{expert}"))
-            out[tuple(token)] += weights[(*token, slot)][:, None] * answer
-        out = self.record(f"{stage}.experts", out)
+        out = self.record(f"{stage}.experts", self.routed(layer, x, experts, weights))
         shared = self.record(f"{stage}.shared_experts", swiglu(x, *self._swiglu(w, "shared_experts")))
         return self.record(f"{stage}.output", out + shared)
+
+    def routed(self, layer: int, x: Array, experts: Array, weights: Array) -> Array:
+        """Sum of what the chosen experts answer, weighted. x [B, S, hidden], experts and weights [B, S, k]."""
+        w, out = self._scoped(layer, "mlp."), np.zeros_like(x)
+        for expert in np.unique(experts):
+            add_expert(out, x, experts, weights, expert, *self._swiglu(w, f"experts.{expert}"))
+        return out
 
     # -- multi-token prediction
 

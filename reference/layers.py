@@ -1,0 +1,122 @@
+"""HF's model a layer at a time: each is built from a checkpoint's own tensors, run and dropped, so that memory does not grow
+with the model. The experts of a layer come in chunks: one layer of GLM-5.2's is 39 GB in float32.
+
+The layers run HF's code unmodified. Whoever runs one says what stands in its experts' place: `Chunk`s of HF's own class,
+most likely, summed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from . import hf
+from .equations import Conventions
+from .stored import read_tensors
+
+Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Experts(torch.nn.Module):
+    """In the place of a layer's experts: x [tokens, hidden], experts and weights [tokens, k] -> what `answer` says."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.answer(x, experts, weights)
+
+
+class Layers:
+    """A checkpoint in any layout (`read_tensors`), as HF's modules in float32. `changes` are config keys to replace."""
+
+    def __init__(self, folder: str | Path, conventions: Conventions, **changes: Any) -> None:
+        self.read = read_tensors(folder)
+        self.config: Mapping[str, Any] = self.read.config | changes
+        config = hf.config_for(self.config)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
+        hf.apply(self.model, conventions)
+        sparse = [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "experts")]
+        self.experts_class = type(sparse[0].experts) if sparse else torch.nn.Module
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int [B, S] -> [B, S, hidden]; only the rows that are asked for are read."""
+        wanted, at = tokens.unique(return_inverse=True)
+        rows = [self.read("model.embed_tokens.weight", torch.float32, int(row)) for row in wanted]
+        return torch.stack(rows)[at]
+
+    @contextmanager
+    def loaded(self, layer: int, answer: Answer) -> Iterator[torch.nn.Module]:
+        """The model, with this one layer's weights in memory; `answer` stands in the place of its experts."""
+        empty = self.model.model.layers[layer]
+        module, prefix = copy.deepcopy(empty), f"model.layers.{layer}."
+        if hasattr(module.mlp, "experts"):
+            module.mlp.experts = Experts(answer)
+        names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+        module.load_state_dict({n: self.read(prefix + n, torch.float32) for n in names}, strict=True, assign=True)
+        self.model.model.layers[layer] = module
+        try:
+            yield self.model
+        finally:
+            self.model.model.layers[layer] = empty
+
+    @torch.no_grad()
+    def run(
+        self, layer: int, x: torch.Tensor, selection: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A loaded layer on x [B, S, hidden], uncached -> (x, the selection that it used, int [B, S, K])."""
+        batch, length = x.shape[:2]
+        positions = torch.arange(length)[None]
+        kwargs = {} if selection is None else {"prev_topk_indices": selection.int()}
+        out = self.model.model.layers[layer](
+            x,
+            attention_mask=hf.additive_causal_mask(batch, length, length, x.dtype),
+            position_ids=positions,
+            position_embeddings=self.model.model.rotary_emb(x, position_ids=positions),
+            **kwargs,
+        )
+        return out if isinstance(out, tuple) else (out, None)
+
+    def chunk(self, first: int, gate_up: torch.Tensor, down: torch.Tensor) -> Chunk:
+        """Experts `first`, `first` + 1, ... of a layer: gate_up [n, 2 I, hidden], down [n, hidden, I]."""
+        return Chunk(self.experts_class, self.model.config, first, gate_up, down)
+
+    @torch.no_grad()
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        norm = copy.deepcopy(self.model.model.norm)
+        norm.load_state_dict({"weight": self.read("model.norm.weight", torch.float32)}, assign=True)
+        return norm(x)
+
+    def head(self, rows: slice) -> torch.Tensor:
+        """Some rows of the head, float32 [rows, hidden]."""
+        tied = self.config.get("tie_word_embeddings")
+        return self.read("model.embed_tokens.weight" if tied else "lm_head.weight", torch.float32, rows)
+
+
+class Chunk:
+    """Some experts of a layer, in a module of HF's own class."""
+
+    def __init__(
+        self, kind: type[torch.nn.Module], config: Any, first: int, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> None:
+        self.first, self.count = first, len(down)
+        of_chunk = copy.deepcopy(config)
+        of_chunk.n_routed_experts = self.count
+        with torch.device("meta"):
+            self.module = kind(of_chunk)
+        self.module.load_state_dict({"gate_up_proj": gate_up, "down_proj": down}, assign=True)
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What these experts add to each token, [tokens, hidden]. HF leaves out the expert numbered `count`."""
+        own = experts - self.first
+        return self.module(x, own.where((own >= 0) & (own < self.count), self.count), weights)
