@@ -74,7 +74,7 @@ class OurLayers:
         with trace.listen(self.model, listener):
             out, chosen = module(x, rotation, mask, None, selection)
         mx.eval(out, *(v for v in seen.values() if v is not None))
-        self.model.model.layers[layer] = nn.Module()  # its weights are let go
+        self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]  # its weights are let go
         return Seen({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
 
     def embed(self, tokens: Array) -> mx.array:
@@ -88,9 +88,8 @@ class OurLayers:
         if "scales" not in parts:
             return parts["weight"].astype(mx.float32)
         packing = weights.packing_of(path, {f"{path}.{p}": a for p, a in parts.items()}, width)
-        return mx.dequantize(
-            *(a if a.dtype in (mx.uint32, mx.uint8) else a.astype(mx.float32) for a in parts.values()), **packing
-        )
+        floats = {p: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for p, a in parts.items()}
+        return mx.dequantize(floats["weight"], floats["scales"], floats.get("biases"), **packing)
 
     def norm(self, x: mx.array) -> mx.array:
         return self.model.model.norm(x)
