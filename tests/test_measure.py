@@ -194,7 +194,7 @@ def test_evidence_names_no_layout_without_grounds(folder):
 @pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
 def test_indexers_that_never_learned_have_no_layout(kept):
     """Each would favour one by luck of its weights, at ratios up to 1.6; what they catch is what chance does."""
-    config, read = json.loads((kept / "config.json").read_text()), checkpoints.weights_of(kept)
+    config, read = json.loads((kept / "config.json").read_text()), weights_of(kept)
     texts = np.stack([corpus.encode(text)[:200] for text in probes()["texts"][:4]])
     assert layout.evidence(layout.captured_mass(config, read, texts, layers=3)).layout == kept.name
 
@@ -224,7 +224,7 @@ def test_indexers_that_never_learned_have_no_layout(kept):
     ],
 )
 def test_texts_that_are_none_are_refused(folder, tokens, message):
-    config, read = json.loads((folder / "config.json").read_text()), checkpoints.weights_of(folder)
+    config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     with pytest.raises(ValueError, match=message):
         layout.captured_mass(config, read, tokens)
 

@@ -12,20 +12,30 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from glm_dsa.errors import GlmDsaError
+
 from . import cases, report
 from .judge import Judge
+from .on_trial import OnTrial
+from .release import headers_of
 
 REPORT = pytest.StashKey[report.Report]()
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
+RELEASE = "test_release.py"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("glm-dsa gate")
     group.addoption(
-        "--checkpoint", metavar="DIR", help="judge this checkpoint (HF layout, small enough for float32 in memory)"
+        "--checkpoint",
+        metavar="DIR_OR_REPO",
+        help="judge this release, of any size: HF's layout or mlx-lm's, packed or not",
     )
     group.addoption(
         "--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it"
+    )
+    group.addoption(
+        "--tokens", metavar="N", type=int, help="with --checkpoint: the prompt's length (default: 4 index_topk)"
     )
     group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
@@ -36,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         layers = _layers(config.getoption("--layers"))
-        specs = _specs(config.getoption("--checkpoint"), config.getoption("--index-topk"))
+        specs, release, why = _on_trial(config, layers)
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
         out.clear()
@@ -44,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(str(error), returncode=1)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"), "dtype": "float32", "device": "cpu",
-        "command": "pytest " + shlex.join(config.invocation_params.args), "cases": [s.name for s in specs],
+        "command": "pytest " + shlex.join(config.invocation_params.args),
+        "cases": [s.name for s in specs] or [release.name] if release else [s.name for s in specs],
     }  # fmt: skip
     mx.set_default_device(mx.cpu)  # on a Mac the default would be Metal
     out.not_verified["16 bit, and Metal or CUDA"] = "the verdict is given in float32 on the CPU"
@@ -57,13 +68,17 @@ def pytest_configure(config: pytest.Config) -> None:
             out.not_verified[f"MTP of {spec.name}"] = (
                 "config.json names an MTP layer, but the checkpoint has no tensors for it"
             )
-    if config.getoption("--checkpoint") and specs[0].args.has_indexer:
-        out.not_verified["that the indexers were trained under this RoPE layout"] = (
-            "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
-        )
+    if release is not None:
+        if release.args.has_indexer:
+            out.not_verified["that the indexers were trained under this RoPE layout"] = (
+                "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
+            )
+        for convention in () if specs else release.args.conventions:
+            out.conventions.setdefault(str(convention), []).append(release.name)
     out.header["conventions"] = out.conventions
     config.stash[REPORT] = out
     config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
+    config.glm_release, config.glm_only_release = release, why  # type: ignore[attr-defined]
 
 
 def _layers(text: str | None) -> set[int] | None:
@@ -78,12 +93,27 @@ def _layers(text: str | None) -> set[int] | None:
     return chosen
 
 
-def _specs(checkpoint: str | None, index_topk: int | None) -> list[cases.Spec]:
-    if checkpoint is not None:
-        return [cases.spec_of(Path(checkpoint), index_topk)]
-    if index_topk is not None:
-        raise ValueError("--index-topk belongs to --checkpoint")
-    return cases.default_specs()
+def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[cases.Spec], OnTrial | None, str]:
+    """(checkpoints that all claims are held to, the release that is judged layer by layer, why only so)."""
+    checkpoint, topk, tokens = (config.getoption(o) for o in ("--checkpoint", "--index-topk", "--tokens"))
+    if checkpoint is None:
+        for option, value in (("--index-topk", topk), ("--tokens", tokens)):
+            if value is not None:
+                raise ValueError(f"{option} belongs to --checkpoint")
+        return cases.default_specs(), None, ""
+    headers = headers_of(checkpoint)
+    release = OnTrial.of(headers, topk, tokens, layers)
+    try:
+        return [cases.spec_of(release.folder, topk)], release, ""
+    except GlmDsaError:
+        raise
+    except ValueError as error:
+        return [], release, str(error).removeprefix(f"--checkpoint {release.folder}: ")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What judges a release has nothing to say without one."""
+    return True if collection_path.name == RELEASE and config.getoption("--checkpoint") is None else None
 
 
 # -- fixtures
@@ -110,7 +140,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
     seed = request.config.getoption("--seed")
     again = ["pytest", request.node.nodeid] + (["--seed", str(seed)] if seed else [])
-    for option in ("--checkpoint", "--index-topk"):
+    for option in ("--checkpoint", "--index-topk", "--tokens"):
         value = request.config.getoption(option)
         again += [] if value is None else [option, str(value)]
     again += ["--real-shape"] if request.config.getoption("--real-shape") else []
@@ -120,6 +150,8 @@ def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"; over one
     of each family where layouts make no difference (`any_layout`)."""
+    if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
+        metafunc.parametrize("layer", metafunc.config.glm_release.layers)  # type: ignore[attr-defined]
     if "case" not in metafunc.fixturenames:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
@@ -140,12 +172,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def all_claims() -> list[str]:
     """Every claim of the gate, whether its file was collected or not."""
-    texts = (file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("test_*.py")))
+    files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if file.name != RELEASE]
+    texts = (file.read_text(encoding="utf-8") for file in files)
     return [match[1] for text in texts if (match := re.search(r'^CLAIM = "(.*)"$', text, re.MULTILINE))]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     out = config.stash[REPORT]
+    if why := config.glm_only_release:  # type: ignore[attr-defined]
+        others = [item for item in items if item.path.name != RELEASE]
+        items[:] = [item for item in items if item.path.name == RELEASE]
+        for item in others:
+            if hasattr(getattr(item, "module", None), "CLAIM"):
+                out.leave_out(item.module.CLAIM, 1, f"not of this release: {why}")  # type: ignore[attr-defined]
     # The references judge first: nothing else counts until they agree.
     items.sort(key=lambda item: getattr(getattr(item, "module", None), "ORDER", 1))
     ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
