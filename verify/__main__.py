@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from glm_dsa.errors import GlmDsaError
@@ -28,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(audit.as_json(found) if chosen.json else audit.render(found))
+    try:
+        print(audit.as_json(found) if chosen.json else audit.render(found), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if found.verdict.startswith(audit.FAULT) else 0
 
 

@@ -133,13 +133,13 @@ class Trial:
     def name(self) -> str:
         return self.release.name
 
-    def layer(self, index: int) -> tuple[LayerReference, dict[str, Array], Drift]:
+    def layer(self, index: int) -> tuple[LayerReference, dict[str, Any], Drift]:
         """(reference, our stages on HF's input, what has come of the layers before)."""
         ran = self.run.layer(index)
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth)
-        local = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
+        local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
         return reference, local, self._drift(index, ran)
 
     def _reference(self, hf: dict[str, Array], truth: dict[str, Array]) -> LayerReference:
@@ -149,7 +149,7 @@ class Trial:
         return LayerReference(self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1])
 
     def _drift(self, index: int, ran: Ran) -> Drift:
-        error = compare.values(to_numpy(self.run.own[1:]), self.run.hf.numpy()).error
+        error = compare.values(np.array(self.run.own[1:]), self.run.hf.numpy()).error
         keys, experts = (f"layers.{index}.{s}" for s in ("self_attn.indexer.topk", stages.ROUTING))
         allowed = np.tril(np.ones((self.run.tokens.shape[1],) * 2, bool))
         selection = same(ran.ours.get(keys), ran.hf.get(keys), allowed) if self.run.is_sparse else None

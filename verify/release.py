@@ -60,9 +60,10 @@ def _in_cache(repository: str) -> Path | None:
 
 def _of_repository(repository: str) -> Release:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity_error()  # it would tell of each attempt
     try:
         config = read_json(Path(hf_hub_download(repository, CONFIG)))
         files = HfApi().get_safetensors_metadata(repository).files_metadata
