@@ -41,10 +41,8 @@ class read_tensors:
         return tensor.to(dtype) if dtype is not None else tensor.to(torch.float64).numpy()
 
     def __contains__(self, name: str) -> bool:
-        try:
-            return self._place(name)[0] in self.names
-        except ValueError:
-            return False
+        joined = name.endswith(".kv_b_proj.weight") and name.replace("kv_b_proj", "embed_q") in self.names
+        return joined or self._place(name)[0] in self.names
 
     def _place(self, name: str) -> tuple[str, int | None]:
         """Where HF's tensor is stored: under its own name, or as one expert of a stack."""
