@@ -60,7 +60,7 @@ class read_tensors:
             whole = self._joined(name.removesuffix(".kv_b_proj.weight"), dtype)
             return whole if rows is None else whole[rows]
         if f"{name}_scale_inv" in self.names:
-            whole = self._fp8(name, dtype)
+            whole = self._fp8(name)
             return whole if rows is None else whole[rows]
         return self._matrix(stored, dtype, rows)
 
@@ -83,11 +83,11 @@ class read_tensors:
         w_uk = self._matrix(f"{attention}.embed_q.weight", dtype, None).transpose(-1, -2)
         return torch.cat([w_uk, self._matrix(f"{attention}.unembed_out.weight", dtype, None)], 1).flatten(0, 1)
 
-    def _fp8(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        scale = self._stored(f"{name}_scale_inv")
-        tensor = self._stored(name).to(torch.promote_types(dtype, torch.float32))
+    def _fp8(self, name: str) -> torch.Tensor:
+        """Blocks times their scales, rounded to bf16: what FP8 checkpoints are unpacked to everywhere (DeepSeek's weight_dequant)."""
+        scale, tensor = self._stored(f"{name}_scale_inv"), self._stored(name).float()
         spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return tensor * spread[: tensor.shape[0], : tensor.shape[1]]
+        return (tensor * spread[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
 
     def width(self, path: str) -> int:
         """How many values a row of a packed matrix holds: its shape leaves that open (4 bit in 64s, 8 bit in 32s)."""
