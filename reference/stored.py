@@ -84,7 +84,7 @@ class read_tensors:
         return torch.cat([w_uk, self._matrix(f"{attention}.unembed_out.weight", dtype, None)], 1).flatten(0, 1)
 
     def _fp8(self, name: str) -> torch.Tensor:
-        """Blocks times their scales, rounded to bf16: what FP8 checkpoints are unpacked to everywhere (DeepSeek's weight_dequant)."""
+        """Blocks times their scales, rounded to bf16: what FP8 checkpoints are unpacked to (DeepSeek's weight_dequant)."""
         scale, tensor = self._stored(f"{name}_scale_inv"), self._stored(name).float()
         spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
         return (tensor * spread[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
