@@ -58,18 +58,21 @@ def reinterleave(x: np.ndarray, width: int) -> np.ndarray:
 
 
 @contextmanager
-def capture(model: torch.nn.Module) -> Iterator[Stages]:
-    """Collects the stages of every decoder layer that runs inside, and of norm and head. The last run wins."""
+def capture(model: torch.nn.Module, attended: Stages | None = None) -> Iterator[Stages]:
+    """Collects the stages of every decoder layer that runs inside, and of norm and head. The last run wins.
+
+    `attended` is given, by attention module, how much of its attention each key gets: the mean over heads, [B, S, T].
+    """
     stages: Stages = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
             path = name.removeprefix("model").removeprefix(".")
-            for hook in _hooks(path, module, stages):
+            for hook in _hooks(path, module, stages, attended):
                 stack.callback(hook.remove)
         yield stages
 
 
-def _hooks(path: str, module: Any, stages: Stages) -> Iterator[Any]:
+def _hooks(path: str, module: Any, stages: Stages, attended: Stages | None) -> Iterator[Any]:
     kind = type(module).__name__
 
     def put(stage: str, value: Any) -> None:
@@ -118,7 +121,7 @@ def _hooks(path: str, module: Any, stages: Stages) -> Iterator[Any]:
     elif kind.endswith("Indexer"):
         yield from _indexer_hooks(path, module, put, stages)
     elif leaf == "self_attn":
-        yield from _attention_hooks(path, module, put, stages)
+        yield from _attention_hooks(path, module, put, stages, attended)
 
 
 def _indexer_hooks(path: str, module: Any, put: Callable[[str, Any], None], stages: Stages) -> Iterator[Any]:
@@ -139,7 +142,9 @@ def _indexer_hooks(path: str, module: Any, put: Callable[[str, Any], None], stag
     yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
-def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], stages: Stages) -> Iterator[Any]:
+def _attention_hooks(
+    path: str, module: Any, put: Callable[[str, Any], None], stages: Stages, attended: Stages | None
+) -> Iterator[Any]:
     """q_rope and k_rope, seen as the rotary widths of what `expand_kv` and eager attention are handed."""
 
     class Undo:
@@ -164,9 +169,12 @@ def _attention_hooks(path: str, module: Any, put: Callable[[str, Any], None], st
     eager = modeling.eager_attention_forward
 
     def attend(m: Any, query: torch.Tensor, *args: Any, **kwargs: Any):
+        out = eager(m, query, *args, **kwargs)
         if m is module:
             put_rotated(f"{path}.q_rope", query[..., -module.qk_rope_head_dim :].transpose(1, 2))
-        return eager(m, query, *args, **kwargs)
+            if attended is not None:
+                attended[path] = _numpy(out[1].mean(1))
+        return out
 
     modeling.eager_attention_forward = attend
     yield Undo(lambda: setattr(modeling, "eager_attention_forward", eager))

@@ -86,6 +86,17 @@ class Layers:
         )
         return out if isinstance(out, tuple) else (out, None)
 
+    def experts(self, layer: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts `first`, ... of a layer, float32: gate_up [count, 2 I, hidden], down [count, hidden, I]."""
+        inner, hidden = self.config["moe_intermediate_size"], self.config["hidden_size"]
+        gate_up, down = torch.empty(count, 2 * inner, hidden), torch.empty(count, hidden, inner)
+        for i in range(count):
+            path = f"model.layers.{layer}.mlp.experts.{first + i}"
+            gate_up[i, :inner] = self.read(f"{path}.gate_proj.weight", torch.float32)
+            gate_up[i, inner:] = self.read(f"{path}.up_proj.weight", torch.float32)
+            down[i] = self.read(f"{path}.down_proj.weight", torch.float32)
+        return gate_up, down
+
     def chunk(self, first: int, gate_up: torch.Tensor, down: torch.Tensor) -> Chunk:
         """Experts `first`, `first` + 1, ... of a layer: gate_up [n, 2 I, hidden], down [n, hidden, I]."""
         return Chunk(self.experts_class, self.model.config, first, gate_up, down)

@@ -10,6 +10,7 @@ Codes of `bits` bits follow one another in a stream of little-endian bits, throu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,16 +27,17 @@ class Packing:
     mode: str
 
     @classmethod
-    def of(cls, words: torch.Tensor, scales: torch.Tensor, width: int) -> Packing:
-        """From the parts of a packed matrix whose rows hold `width` values. Raises ValueError where they do not fit."""
-        bits, left = divmod(32 * words.shape[-1], width)
+    def of(cls, words: Sequence[int], scales: torch.Tensor, width: int) -> Packing:
+        """From the words' shape and the scales of a matrix whose rows hold `width` values. Raises ValueError where they do
+        not fit."""
+        bits, left = divmod(32 * words[-1], width)
         group_size, over = divmod(width, scales.shape[-1])
         is_float = scales.dtype == torch.uint8
         mode = FLOAT_MODES.get((bits, group_size)) if is_float else "affine"
         fits = mode is not None and (is_float or (bits in AFFINE_BITS and group_size in AFFINE_GROUPS))
         if left or over or not fits:
             raise ValueError(
-                f"words {list(words.shape)} and scales {list(scales.shape)} {scales.dtype} do not pack rows of {width}"
+                f"words {list(words)} and scales {list(scales.shape)} {scales.dtype} do not pack rows of {width}"
             )
         return cls(bits, group_size, mode or "")
 
@@ -46,8 +48,10 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return stream
     if 8 % bits == 0:
-        shifts = range(0, 8, bits)
-        return torch.stack([(stream >> shift) & (2**bits - 1) for shift in shifts], -1).flatten(-2)
+        codes = torch.empty(*stream.shape[:-1], stream.shape[-1] * 8 // bits, dtype=torch.uint8)
+        for i in range(8 // bits):  # written in place: twice as fast as stacking
+            codes[..., i :: 8 // bits] = (stream >> (bits * i)) & (2**bits - 1)
+        return codes
     eights = stream.unflatten(-1, (-1, bits))  # 8 codes in `bits` bytes
     together = sum(eights[..., i].long() << (8 * i) for i in range(bits))
     return torch.stack([(together >> (bits * i)) & (2**bits - 1) for i in range(8)], -1).to(torch.uint8).flatten(-2)
@@ -65,7 +69,8 @@ def dequantize(
     codes = unpack(words, packing.bits).unflatten(-1, (-1, packing.group_size))
     if packing.mode == "affine":
         assert biases is not None
-        return torch.addcmul(biases.to(dtype)[..., None], codes.to(dtype), scales.to(dtype)[..., None]).flatten(-2)
+        values = codes.to(dtype).mul_(scales.to(dtype)[..., None]).add_(biases.to(dtype)[..., None])
+        return values.flatten(-2)
     if packing.mode == "mxfp8":
         values = codes.view(torch.float8_e4m3fn).to(dtype)
     else:

@@ -1,12 +1,13 @@
 """Tensors of a checkpoint under HF's names, out of any layout and format: HF's (bf16, fp16, fp32, FP8 blocks), or mlx-lm's
-(experts stacked, kv_b_proj split, matrices packed). Nothing is kept: a piece is read, unpacked and handed out.
+(experts stacked, kv_b_proj split, matrices packed; the halves of kv_b_proj under mlx-lm's names too). Nothing is kept: a
+piece is read, unpacked and handed out.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .packed import Packing, dequantize
 
 BLOCK = 128  # FP8: rows and columns that share a scale
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
+HALF = re.compile(r"(.*\.self_attn)\.(embed_q|unembed_out)\.weight")
 Rows = slice | int | None
 
 
@@ -42,9 +44,22 @@ class read_tensors:
 
     def __contains__(self, name: str) -> bool:
         joined = name.endswith(".kv_b_proj.weight") and name.replace("kv_b_proj", "embed_q") in self.names
-        return joined or self._place(name)[0] in self.names
+        half = HALF.fullmatch(name)
+        split = half is not None and f"{half[1]}.kv_b_proj.weight" in self.names
+        return joined or split or self.place(name)[0] in self.names
 
-    def _place(self, name: str) -> tuple[str, int | None]:
+    def packing(self, name: str) -> tuple[Packing, torch.Tensor] | None:
+        """How a matrix is packed, and its scales; None where it is not. Raises ValueError as above."""
+        stored, expert = self.place(name)
+        path = stored.removesuffix(".weight")
+        if f"{path}.scales" not in self.names:
+            return None
+        with safe_open(self.names[stored], "pt") as shard:
+            words = shard.get_slice(stored).get_shape()
+        scales = self._stored(f"{path}.scales", expert)
+        return self._packing(path, words, scales), scales
+
+    def place(self, name: str) -> tuple[str, int | None]:
         """Where HF's tensor is stored: under its own name, or as one expert of a stack."""
         expert = EXPERT.fullmatch(name)
         if name not in self.names and expert is not None:
@@ -52,12 +67,16 @@ class read_tensors:
         return name, None
 
     def _meant(self, name: str, dtype: torch.dtype, rows: Rows) -> torch.Tensor:
-        stored, expert = self._place(name)
+        stored, expert = self.place(name)
         if expert is not None:
             whole = self._matrix(stored, dtype, expert)
             return whole if rows is None else whole[rows]
         if name.endswith(".kv_b_proj.weight") and name not in self.names:
             whole = self._joined(name.removesuffix(".kv_b_proj.weight"), dtype)
+            return whole if rows is None else whole[rows]
+        half = HALF.fullmatch(name)
+        if half is not None and name not in self.names and f"{half[1]}.kv_b_proj.weight" in self.names:
+            whole = self._split(half[1], half[2] == "embed_q", dtype)
             return whole if rows is None else whole[rows]
         if f"{name}_scale_inv" in self.names:
             whole = self._fp8(name)
@@ -72,9 +91,12 @@ class read_tensors:
         words, scales = self._stored(name, rows), self._stored(f"{path}.scales", rows)
         biases = self._stored(f"{path}.biases", rows) if f"{path}.biases" in self.names else None
         whole = self._stored(f"{path}.global_scale", rows) if f"{path}.global_scale" in self.names else None
+        packing = self._packing(path, words.shape, scales)
+        return dequantize(words, scales, biases, packing, whole, torch.promote_types(dtype, torch.float32))
+
+    def _packing(self, path: str, words: Sequence[int], scales: torch.Tensor) -> Packing:
         try:
-            packing = Packing.of(words, scales, self.width(path))
-            return dequantize(words, scales, biases, packing, whole, torch.promote_types(dtype, torch.float32))
+            return Packing.of(words, scales, self.width(path))
         except ValueError as error:
             raise ValueError(f"{self.folder}: {path}: {error}") from None
 
@@ -82,6 +104,12 @@ class read_tensors:
         """kv_b_proj = [W_uk; W_uv] of each head, out of embed_q = W_uk^T and unembed_out = W_uv."""
         w_uk = self._matrix(f"{attention}.embed_q.weight", dtype, None).transpose(-1, -2)
         return torch.cat([w_uk, self._matrix(f"{attention}.unembed_out.weight", dtype, None)], 1).flatten(0, 1)
+
+    def _split(self, attention: str, keys: bool, dtype: torch.dtype) -> torch.Tensor:
+        """The other way round: one of embed_q and unembed_out, out of kv_b_proj."""
+        nope, value = self.config["qk_nope_head_dim"], self.config["v_head_dim"]
+        heads = self._meant(f"{attention}.kv_b_proj.weight", dtype, None).unflatten(0, (-1, nope + value))
+        return heads[:, :nope].transpose(-1, -2) if keys else heads[:, nope:]
 
     def _fp8(self, name: str) -> torch.Tensor:
         """Blocks times their scales, rounded to bf16: what FP8 checkpoints are unpacked to (DeepSeek's weight_dequant)."""

@@ -6,22 +6,26 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from glm_dsa.errors import GlmDsaError
-
-from . import cases, report
+from . import cases, cost, report
 from .judge import Judge
-from .on_trial import OnTrial
+from .on_trial import OnTrial, Trial
+from .progress import Progress
 from .release import headers_of
+from .saved import Saved
 
 REPORT = pytest.StashKey[report.Report]()
+BY_LAYER = "the release, layer by layer"
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
 RELEASE = "test_release.py"
+OF_RELEASE = ("--index-topk", "--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +40,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--tokens", metavar="N", type=int, help="with --checkpoint: the prompt's length (default: 4 index_topk)"
+    )
+    group.addoption(
+        "--original",
+        metavar="DIR_OR_REPO",
+        help="with --checkpoint: what it was made from; tells damage from rounding, and what quantization cost",
+    )
+    group.addoption(
+        "--limit",
+        metavar="NAME=NUMBER",
+        action="append",
+        default=[],
+        help=f"with --original: fail beyond this cost; {', '.join(cost.LIMITS)}; may be repeated",
+    )
+    group.addoption(
+        "--prompt-file",
+        metavar="FILE",
+        help="with --checkpoint: text to run on, not random tokens; needs tokenizer.json",
+    )
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="with --checkpoint: go on after the last layer that an interrupted run finished",
+    )
+    group.addoption(
+        "--timings",
+        action="store_true",
+        help="with --checkpoint: also time each layer's reading and passes as bare loops",
     )
     group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
@@ -54,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(str(error), returncode=1)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"), "dtype": "float32", "device": "cpu",
-        "command": "pytest " + shlex.join(config.invocation_params.args),
+        "command": "pytest " + shlex.join(str(a) for a in config.invocation_params.args if a != "--resume"),
         "cases": [s.name for s in specs] or [release.name] if release else [s.name for s in specs],
     }  # fmt: skip
     mx.set_default_device(mx.cpu)  # on a Mac the default would be Metal
@@ -69,6 +100,17 @@ def pytest_configure(config: pytest.Config) -> None:
                 "config.json names an MTP layer, but the checkpoint has no tensors for it"
             )
     if release is not None:
+        out.told.add(BY_LAYER)
+        if release.original is None:
+            out.not_verified["that these are the model's own weights"] = (
+                "without --original nobody can tell swapped layers or experts, or values changed within the usual range"
+            )
+        if release.args.has_indexer and not release.is_sparse:
+            out.not_verified["selections"] = (
+                f"the prompt's {release.tokens.shape[1]} tokens are within index_topk = {release.args.index_topk}"
+            )
+        if release.args.num_nextn_predict_layers and not specs:
+            out.not_verified["MTP"] = "a release that is judged layer by layer is judged without its MTP layer"
         if release.args.has_indexer:
             out.not_verified["that the indexers were trained under this RoPE layout"] = (
                 "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
@@ -95,19 +137,26 @@ def _layers(text: str | None) -> set[int] | None:
 
 def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[cases.Spec], OnTrial | None, str]:
     """(checkpoints that all claims are held to, the release that is judged layer by layer, why only so)."""
-    checkpoint, topk, tokens = (config.getoption(o) for o in ("--checkpoint", "--index-topk", "--tokens"))
+    given = {o: config.getoption(o) for o in ("--checkpoint", *OF_RELEASE)}
+    checkpoint = given["--checkpoint"]
     if checkpoint is None:
-        for option, value in (("--index-topk", topk), ("--tokens", tokens)):
-            if value is not None:
+        for option, value in given.items():
+            if value:
                 raise ValueError(f"{option} belongs to --checkpoint")
         return cases.default_specs(), None, ""
-    headers = headers_of(checkpoint)
-    release = OnTrial.of(headers, topk, tokens, layers)
+    prompt, original, topk = (given[o] for o in ("--prompt-file", "--original", "--index-topk"))
+    release = OnTrial.of(
+        headers_of(checkpoint), topk, given["--tokens"], layers,
+        None if original is None else headers_of(original), cost.parse_limits(given["--limit"]),
+        None if prompt is None else Path(prompt), config.getoption("--seed"),
+    )  # fmt: skip
+    if release.refused:
+        return [], release, "it does not load"
+    if original is not None:
+        return [], release, "judged beside its original"
     try:
         return [cases.spec_of(release.folder, topk)], release, ""
-    except GlmDsaError:
-        raise
-    except ValueError as error:
+    except ValueError as error:  # GlmDsaError too
         return [], release, str(error).removeprefix(f"--checkpoint {release.folder}: ")
 
 
@@ -136,13 +185,37 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return _built[spec.name]
 
 
+@pytest.fixture(scope="session")
+def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterator[Trial]:
+    """The release's one pass. What an interrupted run needs is let go when all was judged."""
+    release: OnTrial = pytestconfig.glm_release  # type: ignore[attr-defined]
+    if release.refused:
+        pytest.skip("it does not load")
+    seed, cache = pytestconfig.getoption("--seed"), getattr(pytestconfig, "cache", None)
+    chosen = [pytestconfig.getoption(option) for option in ("keyword", "markexpr")]
+    saved = Saved(cache and cache.mkdir("glm-dsa"), [release.identity(seed), chosen])
+    if not pytestconfig.getoption("--resume"):
+        saved.drop()
+    running = Trial(release, seed, saved, timed=pytestconfig.getoption("--timings"))
+    capturing: Any = pytestconfig.pluginmanager.getplugin("capturemanager")
+    aside = capturing.global_and_fixture_disabled if capturing else nullcontext
+    progress = Progress(release.nbytes(), aside, len(running.finished))
+    running.tell, running.passed = progress.at, progress.layer
+    yield running
+    progress.close()
+    if {"logits", "top"} <= set(running.said):
+        saved.drop()
+
+
 @pytest.fixture
 def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
     seed = request.config.getoption("--seed")
     again = ["pytest", request.node.nodeid] + (["--seed", str(seed)] if seed else [])
-    for option in ("--checkpoint", "--index-topk", "--tokens"):
+    for option in ("--checkpoint", "--index-topk", "--tokens", "--original", "--prompt-file"):
         value = request.config.getoption(option)
         again += [] if value is None else [option, str(value)]
+    for limit in request.config.getoption("--limit"):
+        again += ["--limit", limit]
     again += ["--real-shape"] if request.config.getoption("--real-shape") else []
     return Judge(gate, request.module.CLAIM, shlex.join(again), seed, request.config.glm_layers)  # type: ignore[attr-defined]
 
@@ -151,7 +224,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"; over one
     of each family where layouts make no difference (`any_layout`)."""
     if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
-        metafunc.parametrize("layer", metafunc.config.glm_release.layers)  # type: ignore[attr-defined]
+        release: OnTrial = metafunc.config.glm_release  # type: ignore[attr-defined]
+        metafunc.parametrize("layer", release.layers[:1] if release.refused else release.layers)
     if "case" not in metafunc.fixturenames:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
@@ -180,11 +254,8 @@ def all_claims() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     out = config.stash[REPORT]
     if why := config.glm_only_release:  # type: ignore[attr-defined]
-        others = [item for item in items if item.path.name != RELEASE]
         items[:] = [item for item in items if item.path.name == RELEASE]
-        for item in others:
-            if hasattr(getattr(item, "module", None), "CLAIM"):
-                out.leave_out(item.module.CLAIM, 1, f"not of this release: {why}")  # type: ignore[attr-defined]
+        out.not_verified["the gate's other claims"] = f"not of this release: {why}"
     # The references judge first: nothing else counts until they agree.
     items.sort(key=lambda item: getattr(getattr(item, "module", None), "ORDER", 1))
     ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
@@ -193,7 +264,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if any("::" in str(argument) for argument in config.args):
         for claim in list(out.claims):
             out.leave_out(claim, 1, "others of its tests: the command line names single ones")
-    for claim in all_claims() if ours else ():
+    for claim in all_claims() if ours and not config.glm_only_release else ():  # type: ignore[attr-defined]
         out.claims.setdefault(claim, Counter())  # files that the command line does not name
     if ours:
         out.open()

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-from glm_dsa import ModelArgs
+from glm_dsa import ModelArgs, checkpoint, weights
+from glm_dsa.errors import CheckpointError
 from reference.equations import Conventions, rms_norm
 
-from . import compare, stages, tolerances
+from . import compare, cost, report, stages, tolerances
+from .audit import Finding
+from .bare import Bare
 from .candidate import to_numpy
 from .compare import Distributions
+from .damage import Weighing
+from .judge import Judge
 from .release import Release
+from .saved import Saved
 from .stream import Pass, Ran
 
 Array = np.ndarray
 HEAD_ROWS = 8192  # tokens of the vocabulary whose logits are computed at once
 HEAD_POSITIONS = 64  # of a prompt, evenly spread: a head of 154,880 x 6144 costs as much as ten layers
+COST_POSITIONS = 512  # of them where torch alone computes
+SHAPES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
+    "index_n_heads", "index_head_dim", "indexer_types", "num_experts_per_tok",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,25 +46,47 @@ class OnTrial:
 
     headers: Release
     overrides: dict[str, Any]
-    tokens: int
+    tokens: Array  # int [1, S]
     layers: list[int]
+    original: Release | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    prompt: str = ""  # the prompt file's name; random tokens where there is none
+    refused: str = ""  # why the definition does not load it
 
     @classmethod
-    def of(cls, headers: Release, topk: int | None, tokens: int | None, layers: set[int] | None) -> OnTrial:
+    def of(
+        cls,
+        headers: Release,
+        topk: int | None = None,
+        tokens: int | None = None,
+        layers: set[int] | None = None,
+        original: Release | None = None,
+        limits: Mapping[str, float] | None = None,
+        prompt: Path | None = None,
+        seed: int = 0,
+    ) -> OnTrial:
         """Raises ValueError, in one line, for what cannot be judged here."""
-        if headers.folder is None:
-            raise ValueError(f"{headers.origin}: not downloaded; its headers can be audited, its weights are due here")
-        overrides = {} if topk is None else {"index_topk": topk}
-        args = ModelArgs.from_dict(headers.config, **overrides)
-        if args.has_indexer and args.main_rope != "interleaved":
-            raise ValueError(f"{headers.origin}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
-        length = tokens or max(80, 4 * args.index_topk)
-        if length < 2:
+        overrides: dict[str, Any] = {} if topk is None else {"index_topk": topk}
+        args = _args_of(headers, overrides)
+        if original is not None:
+            _check_original(headers, args, original, _args_of(original, overrides))
+        elif limits:
+            raise ValueError("--limit is a limit to what quantization cost: --original is due too")
+        if tokens is not None and tokens < 2:
             raise ValueError(f"--tokens {tokens}: at least 2 are due")
-        chosen = sorted(layers) if layers is not None else list(range(args.num_hidden_layers))
-        if chosen[-1] >= args.num_hidden_layers:
-            raise ValueError(f"--layers: {headers.origin} has {args.num_hidden_layers} layers, from 0 on")
-        return cls(headers, overrides, length, chosen)
+        chosen = _chosen(headers.origin, args, layers)
+        if prompt is not None:
+            ids = _encode(headers, prompt, tokens, args.vocab_size)
+        else:
+            length = tokens or default_length(args, 2 if original is not None else 1)
+            ids = np.random.default_rng(seed).integers(3, args.vocab_size, (1, length))
+        try:
+            checkpoint.assemble(headers.folder or "", **overrides)
+            refused = ""
+        except CheckpointError as error:
+            refused = str(error)
+        name = "" if prompt is None else prompt.name
+        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused)
 
     @property
     def folder(self) -> Path:
@@ -61,6 +100,107 @@ class OnTrial:
     @property
     def args(self) -> ModelArgs:
         return ModelArgs.from_dict(self.headers.config, **self.overrides)
+
+    @property
+    def is_sparse(self) -> bool:
+        return 0 < self.args.index_topk < self.tokens.shape[1]
+
+    def nbytes(self) -> dict[int, int]:
+        """Of each layer that is run, as it is stored."""
+        sizes = dict.fromkeys(self.layers, 0)
+        for name, tensor in self.headers.tensors.items():
+            match = weights.LAYER.fullmatch(name)
+            if match and int(match[1]) in sizes:
+                sizes[int(match[1])] += tensor.nbytes
+        return sizes
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """All that the verdict depends on: what an interrupted run must agree in with the one that goes on."""
+        code = hashlib.sha256()
+        for package in ("glm_dsa", "reference", "verify"):
+            for file in sorted((Path(__file__).parent.parent / package).glob("*.py")):
+                code.update(file.read_bytes())
+        return {
+            "release": _digest(self.headers), "original": self.original and _digest(self.original), "seed": seed,
+            "tokens": self.tokens.tolist(), "layers": self.layers, "overrides": self.overrides,
+            "limits": dict(self.limits), "code": code.hexdigest(), "versions": report.versions(),
+        }  # fmt: skip
+
+
+def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
+    if headers.folder is None:
+        raise ValueError(f"{headers.origin}: not downloaded; its headers can be audited, its weights are due here")
+    args = ModelArgs.from_dict(headers.config, **overrides)
+    if args.has_indexer and args.main_rope != "interleaved":
+        raise ValueError(f"{headers.origin}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
+    return args
+
+
+def _check_original(headers: Release, args: ModelArgs, original: Release, theirs: ModelArgs) -> None:
+    for key in SHAPES:
+        if getattr(args, key) != getattr(theirs, key):
+            raise ValueError(
+                f"--original {original.origin}: {key} = {getattr(theirs, key)}, {headers.origin} has {getattr(args, key)}; "
+                "the model that the release was made from is due"
+            )
+
+
+def _chosen(origin: str, args: ModelArgs, layers: set[int] | None) -> list[int]:
+    chosen = sorted(layers) if layers is not None else list(range(args.num_hidden_layers))
+    if chosen[-1] >= args.num_hidden_layers:
+        raise ValueError(f"--layers: {origin} has {args.num_hidden_layers} layers, from 0 on")
+    for layer in chosen if args.has_indexer else ():
+        full = max((i for i in range(layer + 1) if args.runs_indexer(i)), default=layer)
+        if full not in chosen:
+            raise ValueError(f"--layers: layer {layer} shares the selection of layer {full}, which is due too")
+    return chosen
+
+
+def default_length(args: ModelArgs, rows: int) -> int:
+    """Four times index_topk, or what half of this machine's memory holds of the oracles' attention scores.
+
+    HF and the equations hold [H, S, T] whole, three times over in float32 and in float64.
+    """
+    wanted = max(80, 4 * args.index_topk)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    most = int((memory / (args.num_attention_heads * (12 * rows + 24))) ** 0.5)
+    if most <= args.index_topk:
+        raise ValueError(
+            f"index_topk = {args.index_topk}: this machine's memory holds the oracles' attention to {most} tokens; add "
+            "--index-topk 64, say, for a look at selections, or --tokens N for one without"
+        )
+    return min(wanted, most)
+
+
+def _encode(headers: Release, prompt: Path, tokens: int | None, vocabulary: int) -> Array:
+    from tokenizers import Tokenizer
+
+    assert headers.folder is not None
+    file = headers.folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"--prompt-file {prompt}: {file} is due, to encode it with")
+    try:
+        text = prompt.read_text(encoding="utf-8")
+        ids = Tokenizer.from_file(str(file)).encode(text).ids
+    except OSError as error:
+        raise ValueError(f"--prompt-file {prompt}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt-file {prompt}: UTF-8 is due") from None
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{file}: no tokenizer: {str(error).splitlines()[0]}") from None
+    if len(ids) < (tokens or 2):
+        raise ValueError(f"--prompt-file {prompt}: {len(ids)} tokens, at least {tokens or 2} are due")
+    if max(ids) >= vocabulary:
+        raise ValueError(f"--prompt-file {prompt}: token {max(ids)} of {file} is beyond the vocabulary of {vocabulary}")
+    return np.array([ids[:tokens]])
+
+
+def _digest(headers: Release) -> str:
+    digest = hashlib.sha256(repr(sorted(headers.config.items(), key=lambda item: item[0])).encode())
+    for file in sorted({t.file for t in headers.tensors.values()}):
+        status = file.stat()
+        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -115,32 +255,86 @@ class Case:
 
 @dataclass
 class Trial:
-    """The pass over a release, advanced as its layers are asked for, in order."""
+    """The pass over a release, advanced as its layers are asked for, in order; it can be taken up where it was interrupted.
+
+    costs, findings: by layer, for as long as the run lasts. said: {what was judged: its comparisons, and its failure}.
+    """
 
     release: OnTrial
     seed: int
+    saved: Saved | None = None
+    tell: Callable[[str], None] = lambda _: None
+    passed: Callable[[int, float], None] = lambda *_: None  # a layer, and its seconds
+    timed: bool = False
+    times: dict[int, str] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
     scores: dict[str, Array] = field(default_factory=dict)  # of the last full layer
+    finished: list[int] = field(default_factory=list)
+    costs: dict[int, cost.LayerCost] = field(default_factory=dict)
+    findings: dict[int, list[Finding]] = field(default_factory=dict)
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         release = self.release
-        random = np.random.default_rng(self.seed)
-        tokens = random.integers(3, release.args.vocab_size, (1, release.tokens))
+        original = None
+        if release.original is not None and release.original.folder is not None:
+            original = (release.original.folder, Conventions.of(release.original.config))
         conventions = Conventions.of(release.headers.config)
-        self.run = Pass(release.folder, conventions, release.overrides, tokens)
+        self.run = Pass(
+            release.folder,
+            conventions,
+            release.overrides,
+            release.tokens,
+            original,
+            self._beside,
+            lambda s: self.tell(s),
+        )
+        theirs = None if self.run.original is None else self.run.original.read
+        layers = self.run.args.num_hidden_layers
+        self.weighing = Weighing(release.headers.tensors, self.run.theirs.read, theirs, layers)
         self.case = Case(self.name, self.run.args, self.run.theirs.read)
+        if not self._restore():
+            self.run.embed()
+
+    def _beside(self, *chunk: Any) -> None:
+        self.weighing.experts(*chunk)
 
     @property
     def name(self) -> str:
         return self.release.name
 
+    def upto(self, layer: int) -> None:
+        """Runs what is missing of the layers before and this one; nobody judges them then."""
+        for missing in [i for i in self.release.layers if i <= layer and i not in self.finished]:
+            self.layer(missing)
+
     def layer(self, index: int) -> tuple[LayerReference, dict[str, Any], Drift]:
         """(reference, our stages on HF's input, what has come of the layers before)."""
+        if index in self.finished:
+            pytest.fail(
+                f"layer {index} was run, and not judged, by the run that was interrupted: start anew", pytrace=False
+            )
+        before = [i for i in self.release.layers if i < index]
+        if before:
+            self.upto(before[-1])
+        begun = time.monotonic()
+        self.tell(f"layer {index}")
+        bare = Bare(self.run) if self.timed else None
         ran = self.run.layer(index)
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth)
         local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
+        self.tell(f"layer {index}, weights")
+        self.findings[index] = self.weighing.layer(index)
+        if ran.original:
+            self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse)
+        self.finished.append(index)
+        seconds = time.monotonic() - begun
+        self.passed(index, seconds)
+        if bare is not None:
+            least = bare.seconds(index)
+            self.times[index] = f"{seconds:.1f} s, {seconds / least:.2f} times its bare loops ({least:.1f} s)"
         return reference, local, self._drift(index, ran)
 
     def _reference(self, hf: dict[str, Array], truth: dict[str, Array]) -> LayerReference:
@@ -151,20 +345,29 @@ class Trial:
 
     def _drift(self, index: int, ran: Ran) -> Drift:
         error = compare.values(np.array(self.run.own[1:]), self.run.hf.numpy()).error
-        keys, experts = (f"layers.{index}.{s}" for s in ("self_attn.indexer.topk", stages.ROUTING))
+        shares: list[float | None] = []
         allowed = np.tril(np.ones((self.run.tokens.shape[1],) * 2, bool))
-        selection = same(ran.ours.get(keys), ran.hf.get(keys), allowed) if self.run.is_sparse else None
-        return Drift(error, selection, same(ran.ours.get(experts), ran.hf.get(experts)))
+        for stage, only in (("self_attn.indexer.topk", allowed), (stages.ROUTING, None)):
+            ours, hf = ran.ours.get(f"layers.{index}.{stage}"), ran.hf.get(f"layers.{index}.{stage}")
+            wanted = ours is not None and hf is not None and (only is None or self.run.is_sparse)
+            shares.append(cost.same(ours[1], hf[0], only) if wanted else None)  # type: ignore[index]
+        return Drift(error, *shares)
 
-    def logits(self) -> tuple[LayerReference, dict[str, Array], Distributions]:
+    def logits(self) -> tuple[LayerReference, dict[str, Array], Distributions, cost.Cost | None]:
+        """(reference, ours on HF's last hidden, how far ours is on its own, what quantization cost)."""
         run, args = self.run, self.run.args
+        self.upto(self.release.layers[-1])
         length = run.tokens.shape[1]
-        at = np.unique(np.linspace(0, length - 1, min(length, HEAD_POSITIONS)).round().astype(int))
+        at = _spread(length, HEAD_POSITIONS)
+        asked = _spread(length - 1, COST_POSITIONS)  # those that a token follows
         hidden, own = run.theirs.norm(run.hf[:, at]), run.ours.norm(run.own[:, mx.array(at)])
         weight = run.theirs.read("model.norm.weight").astype(np.float64)
         exact = rms_norm(run.hf[:, at].double().numpy(), weight, args.rms_norm_eps)
-        parts: dict[str, list[Array]] = {"hf": [], "truth": [], "ours": []}
+        parts: dict[str, list[Array]] = {"hf": [], "truth": [], "ours": [], "release": [], "original": []}
+        if run.original is not None:
+            of_release, of_original = run.theirs.norm(run.hf[0, asked]), run.original.norm(run.first[1, asked])
         for start in range(0, args.vocab_size, HEAD_ROWS):
+            self.tell(f"logits, token {start:,} of {args.vocab_size:,}")
             rows = slice(start, min(start + HEAD_ROWS, args.vocab_size))
             head = run.theirs.head(rows)
             parts["hf"].append((hidden @ head.T).numpy())
@@ -172,19 +375,66 @@ class Trial:
             logits = run.ours.head(own, rows)
             mx.eval(logits)
             parts["ours"].append(np.array(logits))
-        hf, truth, ours = (np.concatenate(p, -1) for p in parts.values())
+            if run.original is not None:
+                parts["release"].append((of_release @ head.T).numpy())
+                parts["original"].append((of_original @ run.original.head(rows).T).numpy())
+        whole = {name: np.concatenate(p, -1) for name, p in parts.items() if p}
         mine = to_numpy(own)
         assert mine is not None
-        reference = self._reference({"norm": hidden.numpy(), "logits": hf}, {"norm": exact, "logits": truth})
-        return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], hf)
+        reference = self._reference(
+            {"norm": hidden.numpy(), "logits": whole["hf"]}, {"norm": exact, "logits": whole["truth"]}
+        )
+        paid = None
+        if run.original is not None:
+            paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
+        ours = whole["ours"]
+        return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+
+    # -- judged once, though the run be interrupted
+
+    def once(self, judge: Judge, what: str, check: Callable[[], None]) -> None:
+        """Judges, or says again what an interrupted run found. `check` fails as pytest's tests do."""
+        if what in self.said:
+            for record in self.said[what]["comparisons"]:
+                judge.report.add(report.Comparison(**record))
+            if (failure := self.said[what]["failure"]) is not None:
+                pytest.fail(failure, pytrace=False)
+            return
+        before = len(judge.report.comparisons)
+        try:
+            check()
+        except pytest.fail.Exception as error:
+            self._say(what, judge, before, str(error))
+            raise
+        self._say(what, judge, before, None)
+
+    def _say(self, what: str, judge: Judge, before: int, failure: str | None) -> None:
+        self.said[what] = {"comparisons": [asdict(c) for c in judge.report.comparisons[before:]], "failure": failure}
+        self._save()
+
+    def _save(self) -> None:
+        if self.saved is None:
+            return
+        facts = {
+            "worst": self.worst, "finished": self.finished, "said": self.said,
+            "costs": {i: asdict(c) for i, c in self.costs.items()},
+            "findings": {i: [asdict(f) for f in found] for i, found in self.findings.items()},
+        }  # fmt: skip
+        scores = {f"scores.{stage}": value for stage, value in self.scores.items()}
+        self.saved.save(self.run.state() | scores, facts)
+
+    def _restore(self) -> bool:
+        found = None if self.saved is None else self.saved.load()
+        if found is None:
+            return False
+        state, facts = found
+        self.run.restore(state)
+        self.scores = {n.removeprefix("scores."): a for n, a in state.items() if n.startswith("scores.")}
+        self.worst, self.finished, self.said = facts["worst"], facts["finished"], facts["said"]
+        self.costs = {int(i): cost.LayerCost(**c) for i, c in facts["costs"].items()}
+        self.findings = {int(i): [Finding(**f) for f in found] for i, found in facts["findings"].items()}
+        return True
 
 
-def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) -> float | None:
-    """The share of ref's choices that ours makes too, in its second row; choices of masked keys left out."""
-    if ours is None or ref is None:
-        return None
-    size = int(max(ours.max(), ref.max())) + 1
-    mine, theirs = compare.as_sets(ours[1:], size), compare.as_sets(ref, size)
-    if allowed is not None:
-        theirs = theirs & allowed[None, :, :size]
-    return float((mine & theirs).sum() / theirs.sum())
+def _spread(length: int, most: int) -> Array:
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))

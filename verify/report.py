@@ -73,6 +73,7 @@ class Report:
     planned: Counter = field(default_factory=Counter)  # claim -> tests that were collected and not deselected
     not_verified: dict[str, str] = field(default_factory=dict)  # what -> why
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
+    told: set[str] = field(default_factory=set)  # claims whose figures are printed too
     started: float = field(default_factory=time.time)
 
     def clear(self) -> None:
@@ -167,6 +168,8 @@ class Report:
             if self.not_verified
             else []
         )
+        figures = [c for c in self.comparisons if c.claim in self.told and c.verdict == MEASURED]
+        out += ["", "measured"] + [f"  {c.stage}: {c.note}" for c in figures] if figures else []
         out += ["", "conventions in force"] + [f"  {line}  [{self._cases(c)}]" for line, c in self.conventions.items()]
         out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
         out += [self.header.get("command", ""), "", f"verdict: {self.verdict(exit_status)}"]

@@ -1,7 +1,6 @@
 """A release on trial, layer by layer in bounded memory: `pytest verify/ --checkpoint DIR`."""
 
 import numpy as np
-import pytest
 
 from verify import audit
 from verify.on_trial import Trial
@@ -10,34 +9,78 @@ from verify.report import MEASURED, Comparison
 CLAIM = "the release, layer by layer"
 
 
-@pytest.fixture(scope="module")
-def trial(request) -> Trial:
-    return Trial(request.config.glm_release, request.config.getoption("--seed"))
-
-
 def test_headers(judge, gate, request):
-    """What the headers tell: tensors, shapes, formats, policy."""
+    """What the headers tell: tensors, shapes, formats, policy; and whether the release loads."""
     release = request.config.glm_release
     found = audit.audit(release.headers)
-    for finding in found.findings:
-        if finding.severity != audit.FAULT:
-            gate.add(Comparison(CLAIM, release.name, "headers", MEASURED, note=f"{finding.severity}: {finding.what}"))
+    tell(gate, release.name, "headers", found.findings)
     faults = [f.what for f in found.findings if f.severity == audit.FAULT]
+    if release.refused and not faults:
+        faults = [release.refused]
     judge.holds(release.name, "headers", not faults, "; ".join(faults) or "config.json and tensors belong together")
 
 
 def test_layer(trial: Trial, judge, gate, layer):
     """On HF's input each stage agrees; and what has come of the layers before is followed."""
-    reference, ours, drift = trial.layer(layer)
-    judge.stages(ours, reference, local=True, replaced=reference.injections)
-    gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} drift", MEASURED, drift.error, note=str(drift)))
+
+    def check() -> None:
+        reference, ours, drift = trial.layer(layer)
+        gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} drift", MEASURED, drift.error, note=str(drift)))
+        if layer in trial.times:
+            gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} time", MEASURED, note=trial.times[layer]))
+        if layer in trial.costs:
+            note = str(trial.costs[layer])
+            gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} cost", MEASURED, note=note))
+        judge.stages(ours, reference, local=True, replaced=reference.injections)
+
+    trial.once(judge, f"layers.{layer}", check)
+
+
+def test_weights(trial: Trial, judge, gate, layer):
+    """The weights are the original's but for rounding; without an original, they are what siblings lead to expect."""
+    trial.upto(layer)
+    judge_weights(judge, gate, trial, f"layers.{layer} weights", trial.findings[layer])
 
 
 def test_logits(trial: Trial, judge, gate):
     """The head, on HF's last hidden; and the distributions that the release, run on its own, ends with."""
-    reference, ours, free = trial.logits()
-    judge.stages(ours, reference, local=True)
-    kl = f"mean {free.kl_mean:.1e}, p95 {free.kl_p95:.1e}, max {free.kl_max:.1e}"
-    note = f"KL(ref || ours) in nats: {kl}; top-1 {free.top1:.1%}"
-    gate.add(Comparison(CLAIM, trial.name, "distributions, free", MEASURED, note=note))
-    judge.holds(trial.name, "distributions, free", bool(np.isfinite(free.kl_max)), "finite logits")
+
+    def check() -> None:
+        reference, ours, free, paid = trial.logits()
+        judge.stages(ours, reference, local=True)
+        kl = f"mean {free.kl_mean:.1e}, p95 {free.kl_p95:.1e}, max {free.kl_max:.1e}"
+        note = f"KL(ref || ours) in nats: {kl}; top-1 {free.top1:.1%}"
+        gate.add(Comparison(CLAIM, trial.name, "distributions, free", MEASURED, note=note))
+        judge.holds(trial.name, "distributions, free", bool(np.isfinite(free.kl_max)), "finite logits")
+        if paid is not None:
+            of_what = trial.release.prompt or "random tokens: perplexities of a text take --prompt-file"
+            gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, of {of_what}"))
+            limits = trial.release.limits
+            over = paid.over(limits)
+            kept = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+            if limits:
+                judge.holds(trial.name, "cost", not over, "; ".join(over) or f"within its limits: {kept}")
+
+    trial.once(judge, "logits", check)
+
+
+def test_top_weights(trial: Trial, judge, gate):
+    """Embedding, last norm, head: as `test_weights`."""
+
+    def check() -> None:
+        judge_weights(judge, gate, trial, "embedding, norm, head", trial.weighing.top())
+
+    trial.once(judge, "top", check)
+
+
+def judge_weights(judge, gate, trial: Trial, stage: str, findings: list[audit.Finding]) -> None:
+    tell(gate, trial.name, stage, findings)
+    faults = [f.what for f in findings if f.severity == audit.FAULT]
+    compared = "the original's, but for rounding" if trial.weighing.theirs else "finite; no two experts the same"
+    judge.holds(trial.name, stage, not faults, "\n  ".join(faults) or compared)
+
+
+def tell(gate, name: str, stage: str, findings: list[audit.Finding]) -> None:
+    for finding in findings:
+        if finding.severity != audit.FAULT:
+            gate.add(Comparison(CLAIM, name, stage, MEASURED, note=f"{finding.severity}: {finding.what}"))

@@ -1,0 +1,137 @@
+"""What quantization cost: a release beside its original, by layer and at the end. Figures; judged by `--limit` alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from . import compare, stages
+
+Array = np.ndarray
+# at least, or at most, what the limit says
+LIMITS = {"kl_mean": "most", "kl_p95": "most", "kl_max": "most", "perplexity": "most", "top1": "least"}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """On the same input: relative errors of what attention and MLP add; shares of selected keys and experts that are the same;
+    `lost`: the share of the original's attention that falls on keys which the release does not select. And after this layer,
+    each on its own: the relative error of the hidden state."""
+
+    attention: float
+    mlp: float
+    selection: float | None
+    lost: float | None
+    routing: float | None
+    hidden: float
+
+    def __str__(self) -> str:
+        parts = [f"relative error of attention {self.attention:.2%}, MLP {self.mlp:.2%}"]
+        parts += [f"selection {self.selection:.2%} the same"] if self.selection is not None else []
+        parts += [f"attention lost {self.lost:.2%}"] if self.lost is not None else []
+        parts += [f"experts {self.routing:.2%} the same"] if self.routing is not None else []
+        return "; ".join([*parts, f"hidden so far {self.hidden:.2%}"])
+
+
+def relative(ours: Array, ref: Array) -> float:
+    ours, ref = ours.astype(np.float64), ref.astype(np.float64)
+    return float(np.linalg.norm(ours - ref) / (np.linalg.norm(ref) or 1.0))
+
+
+def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) -> float | None:
+    """The share of ref's choices [S, K] that ours makes too; choices of keys that are not `allowed` [S, T] left out."""
+    if ours is None or ref is None:
+        return None
+    size = int(max(ours.max(), ref.max())) + 1
+    mine, theirs = compare.as_sets(ours, size), compare.as_sets(ref, size)
+    if allowed is not None:
+        theirs = theirs & allowed[:, :size]
+    return float((mine & theirs).sum() / theirs.sum())
+
+
+def of_layer(
+    layer: int, release: dict[str, Array], original: dict[str, Array], attended: Array | None, is_sparse: bool
+) -> LayerCost:
+    """release: stages of one row. original: of two, [the release's input, its own]. attended [S, T]: its attention there."""
+    prefix = f"layers.{layer}."
+    attention, mlp, output = (prefix + s for s in ("self_attn.output", "mlp_output", "output"))
+    chosen, experts = f"{prefix}self_attn.indexer.topk", prefix + stages.ROUTING
+    length = release[output].shape[1]
+    selection = lost = None
+    if is_sparse and chosen in release:
+        mine, theirs = release[chosen][0], original[chosen][0]
+        selection = same(mine, theirs, np.tril(np.ones((length, length), bool)))
+        if attended is not None:
+            lost = float(np.where(compare.as_sets(mine, length), 0, attended).sum() / attended.sum())
+    routing = same(release[experts][0], original[experts][0]) if experts in release else None
+    return LayerCost(
+        relative(release[attention][0], original[attention][0]), relative(release[mlp][0], original[mlp][0]),
+        selection, lost, routing, relative(release[output][0], original[output][1]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """At the end. KL(original || release) in nats over positions; top1: most likely token the same; perplexities of the
+    prompt; `perplexity`: the release's over the original's."""
+
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    top1: float
+    original_perplexity: float
+    release_perplexity: float
+
+    @property
+    def perplexity(self) -> float:
+        return self.release_perplexity / self.original_perplexity
+
+    def __str__(self) -> str:
+        return (
+            f"KL(original || release) in nats: mean {self.kl_mean:.4g}, p95 {self.kl_p95:.4g}, max {self.kl_max:.4g}; "
+            f"top-1 {self.top1:.1%}; perplexity {self.original_perplexity:.4g} -> {self.release_perplexity:.4g} "
+            f"({self.perplexity:.4f} times)"
+        )
+
+    def over(self, limits: dict[str, float]) -> list[str]:
+        """Which limits it does not keep."""
+        wrong = []
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            kept = value <= limit if LIMITS[name] == "most" else value >= limit
+            if not kept:
+                wrong.append(f"{name} {value:.4g}, at {LIMITS[name]} {limit:g} is asked for")
+        return wrong
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def of_logits(release: Array, original: Array, following: Array) -> Cost:
+    """Logits [positions, V] of both, and the token that follows each position."""
+    d = compare.distributions(release, original)
+    mine, theirs = (float(np.exp(_surprise(logits, following))) for logits in (release, original))
+    return Cost(d.kl_mean, d.kl_p95, d.kl_max, d.top1, theirs, mine)
+
+
+def _surprise(logits: Array, following: Array) -> float:
+    """Mean negative log likelihood, in nats."""
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return float(np.mean(np.log(np.exp(x).sum(-1)) - x[np.arange(len(following)), following]))
+
+
+def parse_limits(texts: list[str]) -> dict[str, float]:
+    """["kl_mean=0.05", ...]. Raises ValueError in a line."""
+    limits = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            limits[name] = np.nan
+        if name not in LIMITS or not np.isfinite(limits[name]):
+            raise ValueError(f"--limit {text}: NAME=NUMBER is due, NAME one of {', '.join(LIMITS)}")
+    return limits

@@ -1,0 +1,269 @@
+"""Are these the original's weights, but for rounding? And what weights alone tell, where there is no original.
+
+Against an original each matrix is compared in the units of its own format, group by group, so that one damaged scale among
+millions shows; what differs wholly is looked for elsewhere in the original: swapped experts, swapped layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from glm_dsa import weights
+from glm_dsa.checkpoint import Stored
+from reference.packed import Packing
+from reference.stored import read_tensors
+
+from .audit import FAULT, WARNING, Finding, grouped, ranges
+from .stream import Weights
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
+# and shifted weights (tests/test_damage.py). affine: in steps; a step's scale is itself rounded, to bf16. Others: relative.
+STEPS = 0.5  # + 2^bits / 2^9
+RELATIVE = {"mxfp4": 0.3, "nvfp4": 0.3, "mxfp8": 0.06, "fp8": 0.06}
+TWICE = 2.0
+HALF_ULP = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 0.0, "F64": 0.0}
+TINY = {"F16": 2.0**-24}  # fp16's smallest number
+OTHER = 0.5  # relative error from which on a matrix is another one: 2 bits cost 0.5 at most, and are not compared by it
+SAME = 0.9  # correlation of what is the same but for rounding
+WIDE = 4096  # values that stand for a matrix where it is looked for
+FAR_SCALE, FAR_RMS = 64.0, 4.0  # of a matrix's scales, over their median; of an expert's values, over its siblings'
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a matrix lies from the original's. worst: of a group, in what rounding explains; `beyond` of `groups` are over 1."""
+
+    worst: float
+    beyond: int
+    groups: int
+    where: tuple[int, ...]
+    relative: float
+
+    @property
+    def is_other(self) -> bool:
+        """All of it, far: no rounding, and no damage in a place, but another matrix."""
+        return self.relative > OTHER and self.beyond > 0.9 * self.groups
+
+    def __str__(self) -> str:
+        return (
+            f"{self.beyond:,} of {self.groups:,} groups lie further from the original's than rounding explains, the worst "
+            f"{self.worst:.3g} times as far (at {list(self.where)}); relative error {self.relative:.2g}"
+        )
+
+
+def gap(mine: torch.Tensor, theirs: torch.Tensor, dtype: str, packed: tuple[Packing, torch.Tensor] | None) -> Gap:
+    """Two matrices (or vectors), float32, of which mine is stored as `dtype` or packed: Packing and scales."""
+    off = mine - theirs
+    relative = float(off.norm() / theirs.norm()) if theirs.any() else float(off.norm() > 0)
+    if packed is None and dtype != "F8_E4M3":
+        most = theirs.abs() * HALF_ULP[dtype] + TINY.get(dtype, 0.0)
+        share = torch.where(off == 0, 0.0, off.abs() / most)
+    else:
+        size = packed[0].group_size if packed else min(weights.FP8_BLOCK, mine.shape[-1])
+        rms = _rms(off, size)
+        if packed and packed[0].mode == "affine":
+            most = packed[1].float().abs() * (STEPS + 2.0 ** (packed[0].bits - 9)) * TWICE
+        else:
+            most = _rms(theirs, size) * RELATIVE[packed[0].mode if packed else "fp8"] * TWICE
+        share = torch.where(rms == 0, 0.0, rms / most)
+    share = share.nan_to_num(nan=torch.inf)
+    at = np.unravel_index(int(share.argmax()), share.shape)
+    return Gap(float(share.max()), int((share > 1).sum()), share.numel(), tuple(int(i) for i in at), relative)
+
+
+def _rms(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Of each group of a row; the last may be shorter."""
+    square = torch.nn.functional.pad(x.square(), (0, -x.shape[-1] % size))
+    return square.unflatten(-1, (-1, size)).mean(-1).sqrt()
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0))
+
+
+class Weighing:
+    """The weights of a release, as its layers come. findings: {layer: [Finding]}."""
+
+    def __init__(
+        self, stored: Mapping[str, Stored], mine: read_tensors, theirs: read_tensors | None, layers: int
+    ) -> None:
+        self.stored, self.mine, self.theirs, self.layers = stored, mine, theirs, layers
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rms: dict[int, list[float]] = {}  # of an expert's projections
+        self.gaps: dict[int, dict[str, Gap]] = defaultdict(dict)  # of experts that differ
+        self.faces: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of experts: what stands for them
+        self.far: list[str] = []
+
+    # -- experts, a chunk at a time
+
+    def experts(self, layer: int, first: int, mine: Weights, theirs: Weights | None) -> None:
+        for i in range(len(mine[1])):
+            expert, own = first + i, _projections(mine, i)
+            other = _projections(theirs, i) if theirs is not None else None
+            self.rms[expert] = [float(m.norm()) / m.numel() ** 0.5 for m in own]
+            self.faces[expert] = (own[0][0, :WIDE].clone(), None if other is None else other[0][0, :WIDE].clone())
+            for j, projection in enumerate(PROJECTIONS):
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                packed = self.mine.packing(name)
+                self._scales(name, packed)
+                if other is not None:
+                    found = self._gap(name, own[j], other[j], packed)
+                    if found.beyond:
+                        self.gaps[expert][projection] = found
+
+    def _gap(
+        self, name: str, mine: torch.Tensor, theirs: torch.Tensor, packed: tuple[Packing, torch.Tensor] | None
+    ) -> Gap:
+        return gap(mine, theirs, self.stored[self.mine.place(name)[0]].dtype, packed)
+
+    def _scales(self, name: str, packed: tuple[Packing, torch.Tensor] | None) -> None:
+        if packed is None or packed[0].mode != "affine":
+            return
+        scales = packed[1].float().abs()
+        median, most = float(scales.median()), float(scales.max())
+        if not most <= FAR_SCALE * median:
+            at = [int(i) for i in np.unravel_index(int(scales.argmax()), scales.shape)]
+            times = most / median if median else np.inf
+            path = name.removesuffix(".weight")
+            self.far.append(f"{path}: the scale of group {at} is {times:.3g} times the median of its matrix")
+
+    # -- a layer, when its experts have passed
+
+    def layer(self, layer: int) -> list[Finding]:
+        """What is to be said of its weights. Resets what was kept of its experts."""
+        findings = [*self._own(layer), *self._of_experts(layer)]
+        findings += [Finding(WARNING, what) for what in self.far]
+        self._begin()
+        return findings
+
+    def top(self) -> list[Finding]:
+        """Embedding, last norm, head."""
+        names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+        return list(self._each(name for name in names if name in self.mine))
+
+    def _own(self, layer: int) -> Iterator[Finding]:
+        prefix = f"model.layers.{layer}."
+        names = (
+            n
+            for n in self.stored
+            if n.startswith(prefix) and n.rpartition(".")[2] in ("weight", "bias", "e_score_correction_bias")
+        )
+        yield from self._each(n for n in names if ".experts." not in n and ".switch_mlp." not in n)
+
+    def _each(self, names: Iterable[str]) -> Iterator[Finding]:
+        elsewhere: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            packed = self.mine.packing(name) if name.endswith(".weight") else None
+            self._scales(name, packed)
+            for rows in self._slices(name):
+                mine = self.mine(name, torch.float32, rows)
+                if not mine.isfinite().all():
+                    yield Finding(FAULT, f"{name} holds NaN or infinity")
+                elif mine.dim() > 1 and not mine.any():
+                    yield Finding(FAULT, f"{name} is zero throughout")
+                elif self.theirs is not None:
+                    if name not in self.theirs:
+                        yield Finding(FAULT, f"{name}: the original has no such tensor")
+                        break
+                    part = None if packed is None else (packed[0], packed[1] if rows is None else packed[1][rows])
+                    found = self._gap(name, mine, self.theirs(name, torch.float32, rows), part)
+                    match = self._layer_of(name, mine) if found.beyond and found.is_other else None
+                    if match is not None:
+                        elsewhere[match].append(name)
+                    elif found.beyond:
+                        yield Finding(FAULT, f"{name.removesuffix('.weight')}: {found}")
+        for other, found_there in elsewhere.items():
+            yield Finding(FAULT, f"{'; '.join(grouped(found_there))}: what the original has in layer {other}")
+
+    def _slices(self, name: str) -> Iterator[slice | None]:
+        """Embedding and head come in slices of rows: they are as large as a layer."""
+        if "layers." in name or len(self.stored[name].shape) < 2:
+            yield None
+            return
+        count = self.stored[name].shape[0]
+        yield from (slice(start, min(start + 8192, count)) for start in range(0, count, 8192))
+
+    def _layer_of(self, name: str, mine: torch.Tensor) -> int | None:
+        """The layer of the original in which this tensor is found, if it is another than its own."""
+        assert self.theirs is not None
+        if ".layers." not in name:
+            return None
+        _, _, own, rest = name.split(".", 3)
+        row = mine[0, ..., :WIDE] if mine.dim() > 1 else mine
+        for layer in range(self.layers):
+            other = f"model.layers.{layer}.{rest}"
+            if layer != int(own) and other in self.theirs:
+                theirs = self.theirs(other, torch.float32, None if mine.dim() == 1 else slice(0, 1))
+                theirs = theirs if mine.dim() == 1 else theirs[0, ..., :WIDE]
+                if theirs.shape == row.shape and correlation(row, theirs) > SAME:
+                    return layer
+        return None
+
+    def _of_experts(self, layer: int) -> Iterator[Finding]:
+        prefix = f"model.layers.{layer}.mlp.experts"
+        broken = {e for e, rms in self.rms.items() if not np.isfinite(rms).all()}
+        for expert in sorted(broken):
+            yield Finding(FAULT, f"{prefix}.{expert} holds NaN or infinity")
+        for expert, rms in self.rms.items():
+            yield from (
+                Finding(FAULT, f"{prefix}.{expert}.{p} is zero throughout") for p, r in zip(PROJECTIONS, rms, strict=True) if r == 0
+            )  # fmt: skip
+        yield from self._twins(prefix)
+        if self.theirs is None:
+            yield from self._outliers(prefix)
+        others = defaultdict(list)
+        for expert, gaps in self.gaps.items():
+            if len(gaps) == len(PROJECTIONS) and all(g.is_other for g in gaps.values()):
+                others[self._found_at(layer, expert)].append(expert)
+            else:
+                for projection, found in gaps.items():
+                    yield Finding(FAULT, f"{prefix}.{expert}.{projection}: {found}")
+        for place, experts in others.items():
+            yield Finding(FAULT, f"{prefix}.{ranges(sorted(experts))}: {place}")
+
+    def _found_at(self, layer: int, expert: int) -> str:
+        assert self.theirs is not None
+        face = self.faces[expert][0]
+        for other, (_, theirs) in self.faces.items():
+            if theirs is not None and correlation(face, theirs) > SAME:
+                return f"what the original has in expert {other} of this layer"
+        for other in range(self.layers):
+            name = f"model.layers.{other}.mlp.experts.{expert}.gate_proj.weight"
+            if other != layer and name in self.theirs:
+                theirs = self.theirs(name, torch.float32, slice(0, 1))[0, :WIDE]
+                if correlation(face, theirs) > SAME:
+                    return f"what the original has in layer {other}"
+        return (
+            "other weights than the original's, and not found elsewhere in it: scaled, fine-tuned, or of another model?"
+        )
+
+    def _twins(self, prefix: str) -> Iterator[Finding]:
+        same = defaultdict(list)
+        for expert, (face, _) in self.faces.items():
+            same[(tuple(self.rms[expert]), face.numpy().tobytes())].append(expert)
+        for experts in same.values():
+            if len(experts) > 1 and any(self.rms[experts[0]]):
+                yield Finding(FAULT, f"{prefix}.{','.join(map(str, experts))} hold the same weights")
+
+    def _outliers(self, prefix: str) -> Iterator[Finding]:
+        for j, projection in enumerate(PROJECTIONS):
+            median = float(np.median([rms[j] for rms in self.rms.values()])) if self.rms else 0.0
+            for expert, rms in self.rms.items():
+                times = rms[j] / median if median else 0.0
+                if times > FAR_RMS or 0 < times < 1 / FAR_RMS:
+                    yield Finding(
+                        WARNING, f"{prefix}.{expert}.{projection}: rms {times:.3g} times the median of its siblings"
+                    )
+
+
+def _projections(weights: Weights, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate, up = weights[0][i].chunk(2)
+    return gate, up, weights[1][i]

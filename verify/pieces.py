@@ -1,0 +1,148 @@
+"""A release as our definition runs it, a piece at a time: a layer, some experts, rows of the embedding or the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from glm_dsa import checkpoint, trace, weights
+from glm_dsa.checkpoint import Stored, quantize_as_stored
+from glm_dsa.moe import Experts
+
+from .candidate import to_numpy
+
+Array = np.ndarray
+MX = {"U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+def piece(stored: Stored, rows: slice | None = None) -> mx.array:
+    """A tensor, or rows of it, by offset: `mx.load` would read all of it, and keep it."""
+    shape = stored.shape
+    begin, count = 0, int(np.prod(shape, dtype=np.int64))
+    if rows is not None:
+        each = count // shape[0]
+        begin, count, shape = rows.start * each, (rows.stop - rows.start) * each, (rows.stop - rows.start, *shape[1:])
+    size = checkpoint.ITEM_BYTES[stored.dtype]
+    with stored.file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        stream.seek(8 + header + stored.begin + begin * size)
+        raw = np.frombuffer(stream.read(count * size), np.uint8)
+    return mx.array(raw).view(MX[stored.dtype]).reshape(shape)
+
+
+class OurLayers:
+    """The definition on a release, a layer at a time, in float32."""
+
+    def __init__(self, folder: Path, **overrides: Any) -> None:
+        self.model, self.stored = checkpoint.assemble(folder, mx.float32, **overrides)  # lazy: nothing is read yet
+        self.args = self.model.args
+
+    def run(self, layer: int, x: mx.array, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
+        """x [rows, S, hidden], of which row 0 is handed `given` choices. `answer` stands in the place of its experts."""
+        module = self.model.model.layers[layer]
+        if "switch_mlp" in module.mlp:
+            module.mlp.switch_mlp = answer
+        rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)
+        seen: dict[str, Any] = {}
+
+        def listener(stage: str, value: Any) -> Any:
+            seen[stage] = value
+            if stage not in given or value is None:
+                return value
+            return mx.concatenate([mx.array(given[stage]).astype(value.dtype), value[1:]])
+
+        with trace.listen(self.model, listener):
+            out, chosen = module(x, rotation, mask, None, selection)
+        mx.eval(out, *(v for v in seen.values() if v is not None))
+        self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]  # its weights are let go
+        return Seen({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
+
+    def embed(self, tokens: Array) -> mx.array:
+        wanted, at = np.unique(tokens, return_inverse=True)
+        rows = [self._rows("model.embed_tokens", slice(int(t), int(t) + 1), self.args.hidden_size) for t in wanted]
+        return mx.concatenate(rows)[mx.array(at.reshape(tokens.shape))]
+
+    def _rows(self, path: str, rows: slice, width: int) -> mx.array:
+        """Rows of a matrix, unpacked."""
+        parts = {p: piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored}
+        if "scales" not in parts:
+            return parts["weight"].astype(mx.float32)
+        packing = weights.packing_of(path, {f"{path}.{p}": a for p, a in parts.items()}, width)
+        floats = {p: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for p, a in parts.items()}
+        return mx.dequantize(floats["weight"], floats["scales"], floats.get("biases"), **packing)
+
+    def norm(self, x: mx.array) -> mx.array:
+        return self.model.model.norm(x)
+
+    def head(self, x: mx.array, rows: slice) -> mx.array:
+        """Logits of some tokens of the vocabulary, with the head's own kind of matmul: x [.., hidden] -> [.., rows]."""
+        path = "model.embed_tokens" if self.args.tie_word_embeddings else "lm_head"
+        linear: Any = nn.Linear(self.args.hidden_size, rows.stop - rows.start, bias=False)
+        holder = nn.Module()
+        holder.head = linear
+        tensors = {
+            f"head.{p}": piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
+        }
+        _load(holder, tensors)
+        return holder.head(x)
+
+    def experts(self, layer: int, first: int, count: int) -> Experts:
+        """Experts `first`, ... of a layer, as the definition's own module."""
+        prefix, part = f"model.layers.{layer}.mlp", replace(self.args, n_routed_experts=count)
+        tensors: dict[str, mx.array] = {}
+        for name, stored in self._of_experts(prefix):
+            match stored:
+                case Stored():
+                    tensors[name] = piece(stored, slice(first, first + count))
+        for expert in range(first, first + count):
+            own = f"{prefix}.experts.{expert}."
+            for projection in weights.PROJECTIONS:
+                for suffix in (*weights.PACKED, "weight_scale_inv"):
+                    if f"{own}{projection}.{suffix}" in self.stored:
+                        tensors[f"{prefix}.experts.{expert - first}.{projection}.{suffix}"] = piece(
+                            self.stored[f"{own}{projection}.{suffix}"]
+                        )
+        tensors = weights.to_modules(part, tensors)
+        module = Experts(part)
+        _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()})
+        return module
+
+    def _of_experts(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        for projection in weights.PROJECTIONS:
+            for suffix in (*weights.PACKED, "global_scale"):
+                name = f"{prefix}.switch_mlp.{projection}.{suffix}"
+                if name in self.stored:
+                    yield name, self.stored[name]
+
+
+def _load(module: nn.Module, tensors: dict[str, mx.array]) -> None:
+    quantize_as_stored(module, tensors)  # type: ignore[arg-type]
+    floats = {
+        n: t.astype(mx.float32) if f"{n.rpartition('.')[0]}.scales" not in tensors else t for n, t in tensors.items()
+    }
+    module.load_weights(list(floats.items()), strict=True)
+    module.eval()
+
+
+@dataclass
+class Seen:
+    stages: dict[str, Any]  # all rows
+    out: mx.array
+    selection: mx.array | None
+
+
+class OurExperts(nn.Module):
+    """In the place of a layer's experts: what `answer` says of x [rows, S, hidden], experts int [rows, S, k]."""
+
+    def __init__(self, answer: Callable[[mx.array, mx.array], mx.array]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        return self._answer(x, experts)

@@ -1,0 +1,51 @@
+"""What an interrupted run needs to go on: the streams after the last finished layer, and what was said of it and those before.
+
+One safetensors file in pytest's cache folder, replaced as a whole after each layer; no layer is computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+class Saved:
+    """`identity`: all that the run's result depends on; a state under another identity is another run's."""
+
+    def __init__(self, folder: Path | None, identity: Any) -> None:
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self.file = None if folder is None else folder / f"{self.key[:16]}.safetensors"
+
+    def save(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        if self.file is None:
+            return
+        part = self.file.with_suffix(".part")
+        whole = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
+        save_file(whole, part, {"key": self.key, "facts": json.dumps(facts)})
+        os.replace(part, self.file)
+
+    def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """None where there is no state of this run, or a damaged one."""
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, "numpy") as stored:
+                about = stored.metadata() or {}
+                if about.get("key") != self.key:
+                    return None
+                return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(about["facts"])  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+
+    def drop(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
