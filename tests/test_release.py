@@ -1,25 +1,32 @@
 """A release judged layer by layer: any layout and format, and what is wrong with it named."""
 
 import json
+import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import torch
+import tokenizers
 
 import glm_dsa
 from glm_dsa import attention
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
-from verify import stages
+from verify import audit, cost, on_trial, stages
 from verify.judge import Judge
 from verify.on_trial import OnTrial, Trial
 from verify.release import headers_of
 from verify.report import FAULT, Report
 
+ROOT = Path(__file__).parents[1]
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
 
 
@@ -44,7 +51,7 @@ def packed(source, folder, bits, **others):
 
 
 def trial_of(folder, **options):
-    return Trial(OnTrial.of(headers_of(str(folder)), options.get("topk"), options.get("tokens"), None), seed=0)
+    return Trial(OnTrial.of(headers_of(str(folder)), **options), seed=0)
 
 
 def judged(trial):
@@ -54,7 +61,7 @@ def judged(trial):
         for layer in trial.release.layers:
             reference, ours, _ = trial.layer(layer)
             judge.stages(ours, reference, local=True, replaced=reference.injections)
-        reference, ours, _ = trial.logits()
+        reference, ours, _, _ = trial.logits()
         judge.stages(ours, reference, local=True)
     except pytest.fail.Exception:
         return judge.report.comparisons[-1]
@@ -80,7 +87,7 @@ def test_layer_by_layer_is_the_whole_run(source):
         trial.layer(layer)
     whole = hf.forward(hf.load(source, Conventions.of(CONFIG)), trial.run.tokens).numpy()
     ours = np.array(glm_dsa.load(source, dtype=mx.float32)(mx.array(trial.run.tokens)))
-    reference, _, free = trial.logits()
+    reference, _, free, _ = trial.logits()
     at = np.unique(np.linspace(0, trial.run.tokens.shape[1] - 1, 64).round().astype(int))
     assert np.abs(reference.hf["logits"] - whole[:, at]).max() < 1e-4 * np.abs(whole).max()
     assert np.abs(ours - whole).max() < 1e-3 * np.abs(whole).max()
@@ -114,16 +121,205 @@ def test_experts_come_in_chunks(source, monkeypatch):
     assert stream.CHUNK >= 1 << 20
 
 
+def test_what_it_cost_is_nothing_beside_itself_and_more_with_fewer_bits(source, tmp_path):
+    folders = [source, *(packed(source, tmp_path / str(bits), bits) for bits in (8, 4, 2))]
+    original = headers_of(str(source))
+    costs = []
+    for folder in folders:
+        trial = trial_of(folder, original=original)
+        trial.upto(4)
+        paid = trial.logits()[-1]
+        costs.append((trial.costs, paid))
+    same, others = costs[0], costs[1:]
+    assert same[1].kl_max < 1e-9
+    assert same[1].top1 == 1.0
+    assert abs(same[1].perplexity - 1) < 1e-5  # HF in float32, with one row and with two
+    for layer_cost in same[0].values():
+        assert max(layer_cost.attention, layer_cost.mlp, layer_cost.hidden, layer_cost.lost or 0) < 1e-4
+        assert (layer_cost.selection or 1) == (layer_cost.routing or 1) == 1
+    means = [paid.kl_mean for _, paid in others]
+    assert means == sorted(means)
+    assert means[0] > 1e-7
+    for layer in same[0]:
+        errors = [found[layer].mlp for found, _ in others]
+        assert errors == sorted(errors)
+    last = others[-1][0][0]  # the first full layer, at 2 bits: other keys are selected, and attention goes with them
+    assert last.selection < 0.95
+    assert last.lost > 0.01
+
+
+def test_layers_may_be_passed_over_and_asked_for_out_of_turn(source):
+    trial = trial_of(source, layers={0, 2})
+    trial.upto(2)
+    assert trial.finished == [0, 2]
+    with pytest.raises(pytest.fail.Exception, match="layer 0 was run, and not judged"):
+        trial.layer(0)
+
+
 def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
+    headers = headers_of(str(source))
+    other = shutil.copytree(source, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    text = tmp_path / "text"
+    text.write_text("ab")
+    shared = next(i for i, t in enumerate(headers_args(headers).indexer_types) if t == "shared")
     for options, message in (
         ({"tokens": 1}, "--tokens 1: at least 2 are due"),
         ({"layers": {7}}, "--layers: .* has 5 layers, from 0 on"),
+        (
+            {"layers": {shared}},
+            f"--layers: layer {shared} shares the selection of layer {shared - 1}, which is due too",
+        ),
+        ({"limits": {"kl_mean": 1.0}}, "--original is due too"),
+        ({"prompt": text}, "tokenizer.json is due"),
     ):
         with pytest.raises(ValueError, match=message):
-            OnTrial.of(headers_of(str(source)), None, options.get("tokens"), options.get("layers"))
-    other = shutil.copytree(source, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text()) | {"rope_interleave": False}
-    (other / "config.json").write_text(json.dumps(config))
+            OnTrial.of(headers, **options)
+    (other / "config.json").write_text(json.dumps(config | {"rope_interleave": False}))
     with pytest.raises(ValueError, match="rope_interleave = false"):
-        OnTrial.of(headers_of(str(other)), None, None, None)
-    assert torch.is_grad_enabled()
+        OnTrial.of(headers_of(str(other)))
+    (other / "config.json").write_text(json.dumps(config | {"index_n_heads": 7}))
+    with pytest.raises(ValueError, match=r"--original .*: index_n_heads = 7, .* has"):
+        OnTrial.of(headers, original=headers_of(str(other)))
+    for limit in ("kl_mean", "kl_mean=x", "speed=3", "kl_mean=nan"):
+        with pytest.raises(ValueError, match=rf"--limit {limit}: NAME=NUMBER is due, NAME one of kl_mean"):
+            cost.parse_limits([limit])
+
+
+def headers_args(headers):
+    return glm_dsa.ModelArgs.from_dict(headers.config)
+
+
+def test_prompts_are_as_long_as_memory_allows(monkeypatch):
+    big = json.loads((Path(audit.__file__).parents[1] / "verify" / "configs" / "glm-5.2.json").read_text())
+    args = glm_dsa.ModelArgs.from_dict(big)
+    for gigabytes, length in ((8, None), (32, 2635), (1000, 8192)):
+        pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 10**9 // 4096}
+        monkeypatch.setattr(on_trial.os, "sysconf", pages.__getitem__)
+        if length is None:
+            with pytest.raises(ValueError, match="add --index-topk 64, say"):
+                on_trial.default_length(args, 1)
+        else:
+            assert abs(on_trial.default_length(args, 1) - length) <= 1
+
+
+# -- as a process
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, "-m", "pytest", str(ROOT / "verify"), "--rootdir", str(ROOT), *map(str, arguments)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return out.returncode, out.stdout + out.stderr
+
+
+@pytest.fixture(scope="module")
+def release(source):
+    """4 bit, with a tokenizer of bytes."""
+    folder = packed(source, source.parent / "4bit", 4)
+    config = json.loads((folder / "config.json").read_text())
+    said = {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
+    (folder / "config.json").write_text(json.dumps(config | said))
+    letters = {letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_release_beside_its_original(release, source, tmp_path):
+    (tmp_path / "text").write_text("The gate judges what it is shown, and says what it was not. " * 4)
+    arguments = [
+        "--checkpoint",
+        release,
+        "--original",
+        source,
+        "--prompt-file",
+        tmp_path / "text",
+        "--tokens",
+        100,
+        "-q",
+    ]
+    status, said = run(*arguments, "--limit", "kl_mean=20", "--limit", "top1=0")
+    assert status == 0, said
+    assert "layers.0 cost: relative error of attention" in said
+    assert "KL(original || release) in nats: mean" in said
+    assert ", of text" in said
+    assert "the gate's other claims: not of this release: judged beside its original" in said
+    status, said = run(*arguments, "--limit", "kl_mean=1e-6")
+    assert status == 1
+    assert "does not hold: kl_mean" in said
+    assert "at most 1e-06 is asked for" in said
+    assert "verdict: FAULT in 1 of 1 claims" in said
+
+
+def test_without_the_original_the_report_says_what_nobody_can_tell(release):
+    status, said = run("--checkpoint", release, "--layers", "0,1", "-q")
+    assert status == 0, said
+    assert "that these are the model's own weights: without --original nobody can tell swapped layers" in said
+
+
+def test_what_does_not_load_is_a_verdict(release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "router")
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    w = tensors.pop("model.layers.2.mlp.gate.weight")
+    for part, array in zip(("weight", "scales", "biases"), mx.quantize(w, 64, 4), strict=True):
+        tensors[f"model.layers.2.mlp.gate.{part}"] = array
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    status, said = run("--checkpoint", folder, "-q")
+    assert status == 1
+    assert "router: 4 bit" in said
+    assert "policy keeps it unquantized" in said
+    assert "Traceback" not in said
+    assert "ERROR" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path, number):
+    report = tmp_path / "report"
+    arguments = [
+        "--checkpoint",
+        release,
+        "--original",
+        source,
+        "--report",
+        report,
+        "-q",
+        "-o",
+        f"cache_dir={tmp_path}/c",
+    ]
+    status, said = run(*arguments)
+    assert status == 0, said
+    whole = (report / "report.jsonl").read_text()
+    command = [sys.executable, "-m", "pytest", str(ROOT / "verify"), "--rootdir", str(ROOT), *map(str, arguments)]
+    stop_after = random.randrange(1, 4)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        for line in running.stdout:
+            if f"layer {stop_after}: " in line:
+                running.send_signal(number)
+                break
+        running.stdout.read()
+    assert running.returncode != 0
+    status, said = run(*arguments, "--resume")
+    assert status == 0, said
+    finished = int(re.search(r"resumed after (\d) of 5 layers", said)[1])
+    assert finished >= stop_after
+    assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 5)]  # nothing twice
+    seconds = re.compile(r'"seconds": [0-9.]+')
+    assert seconds.sub("", (report / "report.jsonl").read_text()) == seconds.sub("", whole)
+    assert not list((tmp_path / "c" / "d" / "glm-dsa").iterdir())  # let go
+
+
+def test_a_resumed_run_says_its_faults_again(release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "nan")
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.layers.1.self_attn.o_proj.scales"
+    tensors[name] = tensors[name] * mx.array(float("nan")).astype(mx.bfloat16)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    arguments = ["--checkpoint", folder, "-q", "-o", f"cache_dir={tmp_path}/c", "--layers", "0-2"]
+    status, first = run(*arguments, "-x")  # stops at the fault
+    assert status == 1
+    status, said = run(*arguments, "--resume")
+    assert status == 1
+    assert "resumed after 2 of 3 layers" in said
+    named = next(line for line in first.splitlines() if line.startswith("layers.1") and "FAULT" in line)
+    assert named in said

@@ -199,7 +199,8 @@ def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterat
     running = Trial(release, seed, saved, timed=pytestconfig.getoption("--timings"))
     capturing: Any = pytestconfig.pluginmanager.getplugin("capturemanager")
     aside = capturing.global_and_fixture_disabled if capturing else nullcontext
-    progress = Progress(release.nbytes(), aside, len(running.finished))
+    finished = len(running.finished) if pytestconfig.getoption("--resume") else None
+    progress = Progress(release.nbytes(), aside, finished)
     running.tell, running.passed = progress.at, progress.layer
     yield running
     progress.close()

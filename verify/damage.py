@@ -44,11 +44,12 @@ class Gap:
     groups: int
     where: tuple[int, ...]
     relative: float
+    is_vector: bool
 
     @property
     def is_other(self) -> bool:
-        """All of it, far: no rounding, and no damage in a place, but another matrix."""
-        return self.relative > OTHER and self.beyond > 0.9 * self.groups
+        """All of it, far: no rounding, and no damage in a place, but another matrix. (Norms differ little among layers.)"""
+        return self.beyond > 0.9 * self.groups and (self.relative > OTHER or self.is_vector)
 
     def __str__(self) -> str:
         return (
@@ -74,7 +75,9 @@ def gap(mine: torch.Tensor, theirs: torch.Tensor, dtype: str, packed: tuple[Pack
         share = torch.where(rms == 0, 0.0, rms / most)
     share = share.nan_to_num(nan=torch.inf)
     at = np.unravel_index(int(share.argmax()), share.shape)
-    return Gap(float(share.max()), int((share > 1).sum()), share.numel(), tuple(int(i) for i in at), relative)
+    return Gap(
+        float(share.max()), int((share > 1).sum()), share.numel(), tuple(int(i) for i in at), relative, mine.dim() == 1
+    )
 
 
 def _rms(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -197,13 +200,17 @@ class Weighing:
         if ".layers." not in name:
             return None
         _, _, own, rest = name.split(".", 3)
-        row = mine[0, ..., :WIDE] if mine.dim() > 1 else mine
         for layer in range(self.layers):
             other = f"model.layers.{layer}.{rest}"
-            if layer != int(own) and other in self.theirs:
-                theirs = self.theirs(other, torch.float32, None if mine.dim() == 1 else slice(0, 1))
-                theirs = theirs if mine.dim() == 1 else theirs[0, ..., :WIDE]
-                if theirs.shape == row.shape and correlation(row, theirs) > SAME:
+            if layer == int(own) or other not in self.theirs:
+                continue
+            if mine.dim() == 1:
+                theirs = self.theirs(other, torch.float32)
+                if theirs.shape == mine.shape and not gap(mine, theirs, self.stored[name].dtype, None).beyond:
+                    return layer
+            else:
+                theirs = self.theirs(other, torch.float32, slice(0, 1))[0, ..., :WIDE]
+                if theirs.shape == mine[0, ..., :WIDE].shape and correlation(mine[0, ..., :WIDE], theirs) > SAME:
                     return layer
         return None
 

@@ -23,19 +23,27 @@ def peak_memory() -> float:
 
 
 class Progress:
-    """`aside`: in it, what is written reaches the terminal, though pytest captures the rest. `nbytes`: of each layer."""
+    """`aside`: in it, what is written reaches the terminal, though pytest captures the rest. `nbytes`: of each layer.
+    `done`: how many an interrupted run finished; None where none was to be gone on with."""
 
-    def __init__(self, nbytes: dict[int, int], aside: Callable[[], AbstractContextManager[None]], done: int) -> None:
+    def __init__(
+        self, nbytes: dict[int, int], aside: Callable[[], AbstractContextManager[None]], done: int | None
+    ) -> None:
         self.nbytes, self.aside = nbytes, aside
         with aside():
             self.stream = sys.stderr
             self.bar = tqdm(
-                total=len(nbytes), initial=done, unit="layer", disable=not self.stream.isatty(), file=self.stream,
+                total=len(nbytes), initial=done or 0, unit="layer", disable=not self.stream.isatty(), file=self.stream,
                 bar_format="{desc}: {n_fmt}/{total_fmt} layers |{bar}| {elapsed}, {remaining} left{postfix}", leave=False,
             )  # fmt: skip
-            if done and self.bar.disable:
-                print(f"resumed after {done} of {len(nbytes)} layers", file=self.stream, flush=True)
-        self.begun, self.before, self.done = time.monotonic(), done, done
+            if done:
+                self.bar.write(f"resumed after {done} of {len(nbytes)} layers", file=self.stream)
+            elif done == 0:
+                self.bar.write(
+                    "--resume: no interrupted run of these weights, options and versions; it starts anew",
+                    file=self.stream,
+                )
+        self.begun, self.before, self.done = time.monotonic(), done or 0, done or 0
 
     def at(self, stage: str) -> None:
         with self.aside():
@@ -43,8 +51,8 @@ class Progress:
 
     def layer(self, index: int, seconds: float) -> None:
         self.done += 1
-        rate = self.nbytes[index] / 1e9 / max(seconds, 1e-9)
-        spoken = f"{rate:.2g} GB/s, peak {peak_memory():.1f} GiB"
+        rate = self.nbytes[index] / 1e6 / max(seconds, 1e-9)
+        spoken = f"{rate:.3g} MB/s, peak {peak_memory():.1f} GiB"
         with self.aside():
             self.bar.set_postfix_str(spoken, refresh=False)
             self.bar.update(1)
