@@ -35,10 +35,12 @@ class Experts(torch.nn.Module):
 
 
 class Layers:
-    """A checkpoint in any layout (`read_tensors`), as HF's modules in float32. `changes` are config keys to replace."""
+    """A checkpoint in any layout (`read_tensors`), as HF's modules in `dtype`. `changes` are config keys to replace."""
 
-    def __init__(self, folder: str | Path, conventions: Conventions, **changes: Any) -> None:
-        self.read = read_tensors(folder)
+    def __init__(
+        self, folder: str | Path, conventions: Conventions, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> None:
+        self.read, self.dtype = read_tensors(folder), dtype
         self.config: Mapping[str, Any] = self.read.config | changes
         config = hf.config_for(self.config)
         with torch.device("meta"):
@@ -62,7 +64,9 @@ class Layers:
         if hasattr(module.mlp, "experts"):
             module.mlp.experts = Experts(answer)
         names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
-        module.load_state_dict({n: self.read(prefix + n, torch.float32) for n in names}, strict=True, assign=True)
+        kept = torch.float32, self.dtype  # the correction bias is not cast
+        tensors = {n: self.read(prefix + n, kept[not n.endswith("e_score_correction_bias")]) for n in names}
+        module.load_state_dict(tensors, strict=True, assign=True)
         self.model.model.layers[layer] = module
         try:
             yield self.model
@@ -104,7 +108,7 @@ class Layers:
     @torch.no_grad()
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         norm = copy.deepcopy(self.model.model.norm)
-        norm.load_state_dict({"weight": self.read("model.norm.weight", torch.float32)}, assign=True)
+        norm.load_state_dict({"weight": self.read("model.norm.weight", self.dtype)}, assign=True)
         return norm(x)
 
     def head(self, rows: slice) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Bare:
     def seconds(self, index: int) -> float:
         run = self.run
         hf, selection, own, own_selection = self.given
-        ours = OurLayers(run.theirs.read.folder, **run.overrides)  # names and shapes only
+        ours = OurLayers(run.theirs.read.folder, run.ours.dtype, **run.overrides)  # names and shapes only
         asked: list[Any] = []
 
         def of_torch(*given: torch.Tensor) -> torch.Tensor:

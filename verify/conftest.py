@@ -25,7 +25,17 @@ REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
 RELEASE = "test_release.py"
-OF_RELEASE = ("--index-topk", "--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings")
+OF_RELEASE = (
+    "--index-topk",
+    "--tokens",
+    "--original",
+    "--limit",
+    "--prompt-file",
+    "--resume",
+    "--timings",
+    "--dtype",
+    "--device",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +74,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with --checkpoint: go on after the last layer that an interrupted run finished",
     )
     group.addoption(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="with --checkpoint: what the release runs in; in 16 bit the bounds are HF's own errors in bfloat16",
+    )
+    group.addoption(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="with --checkpoint: what the release runs on"
+    )
+    group.addoption(
         "--timings",
         action="store_true",
         help="with --checkpoint: also time each layer's reading and passes as bare loops",
@@ -76,6 +95,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
+        _set_device(config.getoption("--device"))
         layers = _layers(config.getoption("--layers"))
         specs, release, why = _on_trial(config, layers)
         target = config.getoption("--report")
@@ -84,12 +104,17 @@ def pytest_configure(config: pytest.Config) -> None:
     except (ValueError, OSError) as error:  # GlmDsaError too
         pytest.exit(str(error), returncode=1)
     out.header = {
-        "versions": report.versions(), "seed": config.getoption("--seed"), "dtype": "float32", "device": "cpu",
+        "versions": report.versions(), "seed": config.getoption("--seed"),
+        "dtype": config.getoption("--dtype"), "device": config.getoption("--device"),
         "command": "pytest " + shlex.join(str(a) for a in config.invocation_params.args if a != "--resume"),
         "cases": [s.name for s in specs] or [release.name] if release else [s.name for s in specs],
     }  # fmt: skip
-    mx.set_default_device(mx.cpu)  # on a Mac the default would be Metal
-    out.not_verified["16 bit, and Metal or CUDA"] = "the verdict is given in float32 on the CPU"
+    if config.getoption("--device") == "cpu":
+        out.not_verified["Metal or CUDA"] = "the verdict is given on the CPU"
+    if config.getoption("--dtype") == "float32":
+        out.not_verified["16 bit"] = "the verdict is given in float32"
+    else:
+        out.not_verified["float32"] = "the verdict is given in bfloat16, within HF's own errors in it"
     for spec in specs:
         for convention in spec.args.conventions:
             out.conventions.setdefault(str(convention), []).append(spec.name)
@@ -123,6 +148,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.glm_release, config.glm_only_release = release, why  # type: ignore[attr-defined]
 
 
+def _set_device(name: str) -> None:
+    """On a Mac the default would be Metal."""
+    mx.set_default_device(mx.cpu)
+    if name == "gpu":
+        if not mx.is_available(mx.gpu):
+            raise ValueError("--device gpu: this build of mlx sees none")
+        mx.set_default_device(mx.gpu)
+
+
 def _layers(text: str | None) -> set[int] | None:
     if text is None:
         return None
@@ -141,19 +175,21 @@ def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[case
     checkpoint = given["--checkpoint"]
     if checkpoint is None:
         for option, value in given.items():
-            if value:
+            if value and value not in ("float32", "cpu"):
                 raise ValueError(f"{option} belongs to --checkpoint")
         return cases.default_specs(), None, ""
     prompt, original, topk = (given[o] for o in ("--prompt-file", "--original", "--index-topk"))
     release = OnTrial.of(
         headers_of(checkpoint), topk, given["--tokens"], layers,
         None if original is None else headers_of(original), cost.parse_limits(given["--limit"]),
-        None if prompt is None else Path(prompt), config.getoption("--seed"),
+        None if prompt is None else Path(prompt), config.getoption("--seed"), given["--dtype"] == "bfloat16",
     )  # fmt: skip
     if release.refused:
         return [], release, "it does not load"
     if original is not None:
         return [], release, "judged beside its original"
+    if given["--dtype"] != "float32" or given["--device"] != "cpu":
+        return [], release, "they are judged in float32 on the CPU"
     try:
         return [cases.spec_of(release.folder, topk)], release, ""
     except ValueError as error:  # GlmDsaError too
@@ -215,6 +251,9 @@ def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
     for option in ("--checkpoint", "--index-topk", "--tokens", "--original", "--prompt-file"):
         value = request.config.getoption(option)
         again += [] if value is None else [option, str(value)]
+    for option in ("--dtype", "--device"):
+        value = request.config.getoption(option)
+        again += [] if value in ("float32", "cpu") else [option, value]
     for limit in request.config.getoption("--limit"):
         again += ["--limit", limit]
     again += ["--real-shape"] if request.config.getoption("--real-shape") else []

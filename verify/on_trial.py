@@ -52,6 +52,7 @@ class OnTrial:
     limits: Mapping[str, float] = field(default_factory=dict)
     prompt: str = ""  # the prompt file's name; random tokens where there is none
     refused: str = ""  # why the definition does not load it
+    is_half: bool = False  # ours runs in bfloat16
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class OnTrial:
         limits: Mapping[str, float] | None = None,
         prompt: Path | None = None,
         seed: int = 0,
+        is_half: bool = False,
     ) -> OnTrial:
         """Raises ValueError, in one line, for what cannot be judged here."""
         overrides: dict[str, Any] = {} if topk is None else {"index_topk": topk}
@@ -72,6 +74,8 @@ class OnTrial:
             _check_original(headers, args, original, _args_of(original, overrides))
         elif limits:
             raise ValueError("--limit is a limit to what quantization cost: --original is due too")
+        if is_half:
+            _check_half(headers, args)
         if tokens is not None and tokens < 2:
             raise ValueError(f"--tokens {tokens}: at least 2 are due")
         chosen = _chosen(headers.origin, args, layers)
@@ -86,7 +90,7 @@ class OnTrial:
         except CheckpointError as error:
             refused = str(error)
         name = "" if prompt is None else prompt.name
-        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused)
+        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half)
 
     @property
     def folder(self) -> Path:
@@ -105,6 +109,10 @@ class OnTrial:
     def is_sparse(self) -> bool:
         return 0 < self.args.index_topk < self.tokens.shape[1]
 
+    @property
+    def is_packed(self) -> bool:
+        return any(name.endswith(".scales") for name in self.headers.tensors)
+
     def nbytes(self) -> dict[int, int]:
         """Of each layer that is run, as it is stored."""
         sizes = dict.fromkeys(self.layers, 0)
@@ -121,10 +129,27 @@ class OnTrial:
             for file in sorted((Path(__file__).parent.parent / package).glob("*.py")):
                 code.update(file.read_bytes())
         return {
-            "release": _digest(self.headers), "original": self.original and _digest(self.original), "seed": seed,
+            "device": str(mx.default_device()), "release": _digest(self.headers), "seed": seed,
+            "original": None if self.original is None else _digest(self.original),
             "tokens": self.tokens.tolist(), "layers": self.layers, "overrides": self.overrides,
-            "limits": dict(self.limits), "code": code.hexdigest(), "versions": report.versions(),
+            "limits": dict(self.limits), "is_half": self.is_half, "code": code.hexdigest(), "versions": report.versions(),
         }  # fmt: skip
+
+
+def longest(args: ModelArgs) -> int:
+    """The longest reduction inside the model."""
+    heads = args.num_attention_heads * args.v_head_dim
+    return max(args.hidden_size, args.intermediate_size, args.q_lora_rank, heads)
+
+
+def _check_half(headers: Release, args: ModelArgs) -> None:
+    packed = any(name.endswith(".scales") for name in headers.tensors)
+    ratio = tolerances.half_ratio(longest(args), packed)
+    if ratio > tolerances.MOST_RATIO:
+        raise ValueError(
+            f"--dtype bfloat16: on this device mlx's bare matmul of packed weights errs {ratio:.0f} times as much as torch's at "
+            f"{longest(args)} summands, in bfloat16; nothing can be judged by that. Use --device gpu, or float32"
+        )
 
 
 def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
@@ -227,6 +252,7 @@ class LayerReference:
     errors: dict[str, float]
     is_sparse: bool
     length: int
+    is_half: bool = False
 
     @property
     def injections(self) -> dict[str, Array]:
@@ -234,9 +260,10 @@ class LayerReference:
         return {s: v for s, v in given.items() if self.is_sparse or s.endswith(stages.ROUTING)}
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
-        kind = stages.kind(stage)
+        kind, longest = stages.kind(stage), max(self.case.longest, self.length)
+        if self.is_half:
+            return tolerances.bound_16(self.errors[stage], self.hf[stage], longest, self.case.packed)
         norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
-        longest = max(self.case.longest, self.length)
         return tolerances.bound(self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm)
 
 
@@ -245,12 +272,12 @@ class Case:
     name: str
     args: ModelArgs
     weights: Any
+    packed: bool
 
     @property
     def longest(self) -> int:
         """The longest reduction inside the model."""
-        a = self.args
-        return max(a.hidden_size, a.intermediate_size, a.q_lora_rank, a.num_attention_heads * a.v_head_dim)
+        return longest(self.args)
 
 
 @dataclass
@@ -288,11 +315,12 @@ class Trial:
             original,
             self._beside,
             lambda s: self.tell(s),
+            mx.bfloat16 if release.is_half else mx.float32,
         )
         theirs = None if self.run.original is None else self.run.original.read
         layers = self.run.args.num_hidden_layers
         self.weighing = Weighing(release.headers.tensors, self.run.theirs.read, theirs, layers)
-        self.case = Case(self.name, self.run.args, self.run.theirs.read)
+        self.case = Case(self.name, self.run.args, self.run.theirs.read, release.is_packed)
         if not self._restore():
             self.run.embed()
 
@@ -323,7 +351,7 @@ class Trial:
         ran = self.run.layer(index)
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
-        reference = self._reference(ran.hf | self.scores, ran.truth)
+        reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
         local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
         self.tell(f"layer {index}, weights")
         self.findings[index] = self.weighing.layer(index)
@@ -337,14 +365,19 @@ class Trial:
             self.times[index] = f"{seconds:.1f} s, {seconds / least:.2f} times its bare loops ({least:.1f} s)"
         return reference, local, self._drift(index, ran)
 
-    def _reference(self, hf: dict[str, Array], truth: dict[str, Array]) -> LayerReference:
-        for stage, error in tolerances.reference_errors(hf, truth).items():
+    def _reference(
+        self, hf: dict[str, Array], truth: dict[str, Array], half: dict[str, Array] | None
+    ) -> LayerReference:
+        """Bounds are by HF's own errors: those of float32, or of bfloat16 where ours runs in it."""
+        for stage, error in tolerances.reference_errors(half or hf, truth).items():
             self.worst[stages.kind(stage)] = max(self.worst.get(stages.kind(stage), 0.0), error)
         errors = {stage: self.worst.get(stages.kind(stage), 0.0) for stage in hf}
-        return LayerReference(self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1])
+        return LayerReference(self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1], half is not None)
 
     def _drift(self, index: int, ran: Ran) -> Drift:
-        error = compare.values(np.array(self.run.own[1:]), self.run.hf.numpy()).error
+        own = to_numpy(self.run.own[1:])
+        assert own is not None
+        error = compare.values(own, self.run.hf.numpy()).error
         shares: list[float | None] = []
         allowed = np.tril(np.ones((self.run.tokens.shape[1],) * 2, bool))
         for stage, only in (("self_attn.indexer.topk", allowed), (stages.ROUTING, None)):
@@ -363,7 +396,8 @@ class Trial:
         hidden, own = run.theirs.norm(run.hf[:, at]), run.ours.norm(run.own[:, mx.array(at)])
         weight = run.theirs.read("model.norm.weight").astype(np.float64)
         exact = rms_norm(run.hf[:, at].double().numpy(), weight, args.rms_norm_eps)
-        parts: dict[str, list[Array]] = {"hf": [], "truth": [], "ours": [], "release": [], "original": []}
+        half = run.half.norm(run.hf[:, at].bfloat16()) if run.half is not None else None
+        parts: dict[str, list[Array]] = {p: [] for p in ("hf", "truth", "ours", "half", "release", "original")}
         if run.original is not None:
             of_release, of_original = run.theirs.norm(run.hf[0, asked]), run.original.norm(run.first[1, asked])
         for start in range(0, args.vocab_size, HEAD_ROWS):
@@ -374,7 +408,9 @@ class Trial:
             parts["truth"].append((exact @ head.double().numpy().T).astype(np.float32))
             logits = run.ours.head(own, rows)
             mx.eval(logits)
-            parts["ours"].append(np.array(logits))
+            parts["ours"].append(np.array(logits.astype(mx.float32)))
+            if half is not None:
+                parts["half"].append((half @ head.bfloat16().T).float().numpy())
             if run.original is not None:
                 parts["release"].append((of_release @ head.T).numpy())
                 parts["original"].append((of_original @ run.original.head(rows).T).numpy())
@@ -382,7 +418,9 @@ class Trial:
         mine = to_numpy(own)
         assert mine is not None
         reference = self._reference(
-            {"norm": hidden.numpy(), "logits": whole["hf"]}, {"norm": exact, "logits": whole["truth"]}
+            {"norm": hidden.numpy(), "logits": whole["hf"]},
+            {"norm": exact, "logits": whole["truth"]},
+            None if half is None else {"norm": half.float().numpy(), "logits": whole["half"]},
         )
         paid = None
         if run.original is not None:

@@ -37,11 +37,11 @@ def piece(stored: Stored, rows: slice | None = None) -> mx.array:
 
 
 class OurLayers:
-    """The definition on a release, a layer at a time, in float32."""
+    """The definition on a release, a layer at a time, in `dtype`."""
 
-    def __init__(self, folder: Path, **overrides: Any) -> None:
-        self.model, self.stored = checkpoint.assemble(folder, mx.float32, **overrides)  # lazy: nothing is read yet
-        self.args = self.model.args
+    def __init__(self, folder: Path, dtype: mx.Dtype = mx.float32, **overrides: Any) -> None:
+        self.model, self.stored = checkpoint.assemble(folder, dtype, **overrides)  # lazy: nothing is read yet
+        self.args, self.dtype = self.model.args, dtype
 
     def run(self, layer: int, x: mx.array, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
         """x [rows, S, hidden], of which row 0 is handed `given` choices. `answer` stands in the place of its experts."""
@@ -72,10 +72,11 @@ class OurLayers:
         """Rows of a matrix, unpacked."""
         parts = {p: piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored}
         if "scales" not in parts:
-            return parts["weight"].astype(mx.float32)
+            return parts["weight"].astype(self.dtype)
         packing = weights.packing_of(path, {f"{path}.{p}": a for p, a in parts.items()}, width)
         floats = {p: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for p, a in parts.items()}
-        return mx.dequantize(floats["weight"], floats["scales"], floats.get("biases"), **packing)
+        unpacked = mx.dequantize(floats["weight"], floats["scales"], floats.get("biases"), **packing)
+        return unpacked.astype(self.dtype)
 
     def norm(self, x: mx.array) -> mx.array:
         return self.model.model.norm(x)
@@ -89,7 +90,7 @@ class OurLayers:
         tensors = {
             f"head.{p}": piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
         }
-        _load(holder, tensors)
+        _load(holder, tensors, self.dtype)
         return holder.head(x)
 
     def experts(self, layer: int, first: int, count: int) -> Experts:
@@ -97,9 +98,7 @@ class OurLayers:
         prefix, part = f"model.layers.{layer}.mlp", replace(self.args, n_routed_experts=count)
         tensors: dict[str, mx.array] = {}
         for name, stored in self._of_experts(prefix):
-            match stored:
-                case Stored():
-                    tensors[name] = piece(stored, slice(first, first + count))
+            tensors[name] = piece(stored, slice(first, first + count))
         for expert in range(first, first + count):
             own = f"{prefix}.experts.{expert}."
             for projection in weights.PROJECTIONS:
@@ -110,7 +109,7 @@ class OurLayers:
                         )
         tensors = weights.to_modules(part, tensors)
         module = Experts(part)
-        _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()})
+        _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()}, self.dtype)
         return module
 
     def _of_experts(self, prefix: str) -> Iterator[tuple[str, Stored]]:
@@ -121,11 +120,9 @@ class OurLayers:
                     yield name, self.stored[name]
 
 
-def _load(module: nn.Module, tensors: dict[str, mx.array]) -> None:
+def _load(module: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
     quantize_as_stored(module, tensors)  # type: ignore[arg-type]
-    floats = {
-        n: t.astype(mx.float32) if f"{n.rpartition('.')[0]}.scales" not in tensors else t for n, t in tensors.items()
-    }
+    floats = {n: t.astype(dtype) if f"{n.rpartition('.')[0]}.scales" not in tensors else t for n, t in tensors.items()}
     module.load_weights(list(floats.items()), strict=True)
     module.eval()
 

@@ -8,7 +8,8 @@ waits at its experts for the next; then the experts are read, a chunk at a time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from reference.capture import capture
-from reference.equations import Conventions, Equations, add_expert, causal
+from reference.equations import Conventions, Equations, add_expert, causal, routing_weights
 from reference.layers import Layers
 
 from . import stages
@@ -85,6 +86,51 @@ class HfHand(Hand):
 
     def take(self, first: int, weights: Weights) -> None:
         self.sum += self.layers.chunk(first, *weights)(*self.asked)
+
+
+class HalfHand(HfHand):
+    """HF's module in bfloat16, on HF's input and under its choices: what 16 bit explains."""
+
+    def __init__(self, layers: Layers, hf: HfHand) -> None:
+        given = hf.given
+        super().__init__(layers, hf.index, hf.x.bfloat16(), given)
+        self.hf = hf
+
+    def run(self) -> None:
+        with (
+            self.layers.loaded(self.index, self._experts) as model,
+            self._choosing(model),
+            capture(model) as self.stages,
+        ):
+            self.out, self.selection = self.layers.run(self.index, self.x, self.given)
+            self.wait()
+
+    @contextmanager
+    def _choosing(self, model: Any) -> Iterator[None]:
+        """HF's choices in the place of this hand's own, before `capture` sees them."""
+        prefix, layer = f"layers.{self.index}.", model.model.layers[self.index]
+        keys, gate = self.hf.stages.get(f"{prefix}self_attn.indexer.topk"), prefix + stages.ROUTING
+        hooks = []
+        if keys is not None:
+            selection = torch.from_numpy(keys)
+            hooks.append(layer.self_attn.indexer.register_forward_hook(lambda m, a, out: selection.to(out.dtype)))
+        if hasattr(layer.mlp, "experts"):
+
+            def route(module: Any, args: Any, out: Any) -> Any:
+                logits, weights, _ = out
+                experts = self.hf.stages[gate].reshape(logits.shape[0], -1)
+                given = routing_weights(logits.double().numpy(), experts, self.layers.config)
+                return logits, torch.from_numpy(given).to(weights.dtype), torch.from_numpy(experts)
+
+            hooks.append(layer.mlp.gate.register_forward_hook(route))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def take(self, first: int, weights: Weights) -> None:
+        super().take(first, (weights[0].bfloat16(), weights[1].bfloat16()))
 
 
 class OriginalHand(HfHand):
@@ -158,7 +204,7 @@ class OurHand(Hand):
         self.chosen, self.rows = np.array(experts).reshape(-1), x.reshape(-1, x.shape[-1])
         self.asked, self.answers = experts.shape, np.zeros((self.chosen.size, x.shape[-1]), np.float32)
         self.wait()
-        return mx.array(self.answers).reshape(*experts.shape, -1)
+        return mx.array(self.answers).reshape(*experts.shape, -1).astype(x.dtype)
 
     def take(self, first: int, weights: Weights) -> None:
         """Reads them again, as they are stored."""
@@ -168,7 +214,7 @@ class OurHand(Hand):
             module = self.ours.experts(self.hf.index, first, count)
             x = self.rows[mx.array(slots // self.asked[-1])][None]
             answer = module(x, mx.array(self.chosen[slots] - first)[None, :, None])
-            self.answers[slots] = np.array(answer[0, :, 0])
+            self.answers[slots] = np.array(answer[0, :, 0].astype(mx.float32))
 
 
 @dataclass
@@ -179,6 +225,7 @@ class Ran:
     hf: dict[str, Array]
     truth: dict[str, Array]
     ours: dict[str, Any]
+    half: dict[str, Array] | None = None  # HF in bfloat16, where ours runs in it
     original: dict[str, Array] = field(default_factory=dict)
     attended: Array | None = None  # by the original, on HF's input: [S, T], the mean over heads
 
@@ -195,12 +242,16 @@ class Pass:
         original: tuple[Path, Conventions] | None = None,
         beside: Callable[[int, int, Weights, Weights | None], None] = lambda *_: None,
         tell: Callable[[str], None] = lambda _: None,
+        dtype: mx.Dtype = mx.float32,
     ) -> None:
-        """`beside(layer, first, the release's experts, the original's)` sees each chunk of experts; `tell` where we are."""
-        self.theirs, self.ours = Layers(folder, conventions, **overrides), OurLayers(folder, **overrides)
+        """`beside(layer, first, the release's experts, the original's)` sees each chunk of experts; `tell` where we are.
+        dtype: what ours runs in; beside bfloat16, HF runs in it too."""
+        self.theirs, self.ours = Layers(folder, conventions, **overrides), OurLayers(folder, dtype, **overrides)
+        is_half = dtype == mx.bfloat16
+        self.half = Layers(folder, conventions, torch.bfloat16, **overrides) if is_half else None
         self.conventions, self.args, self.tokens = conventions, self.ours.args, tokens
         self.beside, self.tell, self.overrides = beside, tell, overrides
-        self.original = None if original is None else Layers(*original, **overrides)
+        self.original = None if original is None else Layers(original[0], original[1], **overrides)
         inner = self.args.moe_intermediate_size * self.args.hidden_size * 3 * 4
         self.chunk = max(1, min(self.args.n_routed_experts, CHUNK // inner))
         self.hf_selection: torch.Tensor | None = None
@@ -230,9 +281,13 @@ class Pass:
                 beside=lambda first, mine, theirs: self.beside(index, first, mine, theirs),
             )  # fmt: skip
             hands.insert(1, original)
+        half = None
+        if self.half is not None:
+            half = HalfHand(self.half, hf)
+            hands.append(half)
         together(hands, lambda: self._experts(hands))
         self._advance(hf, ours.seen, original)
-        ran = Ran(hf.stages, truth.stages, ours.seen.stages)
+        ran = Ran(hf.stages, truth.stages, ours.seen.stages, None if half is None else half.stages)
         if original is not None:
             ran.original, ran.attended = original.stages, next(iter(original.attended.values()))[0]
         return ran
@@ -255,7 +310,7 @@ class Pass:
     def _advance(self, hf: HfHand, seen: Seen, original: OriginalHand | None) -> None:
         """What goes into the next layer."""
         self.hf, self.hf_selection = hf.out, hf.selection
-        self.own = mx.concatenate([mx.array(hf.out.numpy()), seen.out[1:]])
+        self.own = mx.concatenate([mx.array(hf.out.numpy()).astype(self.ours.dtype), seen.out[1:]])
         self.own_selection = seen.selection
         if seen.selection is not None and hf.selection is not None:
             handed = mx.array(hf.selection.numpy()).astype(seen.selection.dtype)
@@ -281,6 +336,6 @@ class Pass:
         for name in ("hf", "hf_selection", "first", "original_selection"):
             if name in state:
                 setattr(self, name, torch.from_numpy(state[name]))
-        for name in ("own", "own_selection"):
-            if name in state:
-                setattr(self, name, mx.array(state[name]))
+        self.own = mx.array(state["own"]).astype(self.ours.dtype)
+        if "own_selection" in state:
+            self.own_selection = mx.array(state["own_selection"])
