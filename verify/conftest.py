@@ -14,7 +14,8 @@ import pytest
 
 from glm_dsa.errors import GlmDsaError
 
-from . import cases, report
+from . import cases, report, theirs
+from .implementation import Implementation
 from .judge import Judge
 from .on_trial import OnTrial
 from .release import headers_of
@@ -22,6 +23,7 @@ from .release import headers_of
 REPORT = pytest.StashKey[report.Report]()
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
 RELEASE = "test_release.py"
+IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--checkpoint",
         metavar="DIR_OR_REPO",
         help="judge this release, of any size: HF's layout or mlx-lm's, packed or not",
+    )
+    group.addoption(
+        "--implementation",
+        metavar="MODULE[:CLASS]",
+        help="judge this MLX code in the place of glm_dsa: a module, or a .py file, that exports ModelArgs and Model "
+        "(or CLASS) as mlx-lm's do; on the gate's own checkpoints, or on --checkpoint",
     )
     group.addoption(
         "--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it"
@@ -46,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         layers = _layers(config.getoption("--layers"))
+        implementation = _implementation(config.getoption("--implementation"))
         specs, release, why = _on_trial(config, layers)
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
@@ -62,9 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for spec in specs:
         for convention in spec.args.conventions:
             out.conventions.setdefault(str(convention), []).append(spec.name)
-        if spec.claims:
+        if spec.claims and implementation is None:
             out.not_verified[f"{spec.name}, other claims"] = f"left out for time; judged in: {', '.join(spec.claims)}"
-        if spec.args.num_nextn_predict_layers and not spec.has_mtp:
+        if spec.args.num_nextn_predict_layers and not spec.has_mtp and implementation is None:
             out.not_verified[f"MTP of {spec.name}"] = (
                 "config.json names an MTP layer, but the checkpoint has no tensors for it"
             )
@@ -79,6 +88,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[REPORT] = out
     config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
     config.glm_release, config.glm_only_release = release, why  # type: ignore[attr-defined]
+    config.glm_implementation = implementation  # type: ignore[attr-defined]
+    if implementation is not None:
+        out.header["implementation"] = implementation.text
+        out.not_verified |= theirs.NOT_VERIFIED
 
 
 def _layers(text: str | None) -> set[int] | None:
@@ -93,6 +106,10 @@ def _layers(text: str | None) -> set[int] | None:
     return chosen
 
 
+def _implementation(text: str | None) -> Implementation | None:
+    return None if text is None else Implementation.of(text)
+
+
 def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[cases.Spec], OnTrial | None, str]:
     """(checkpoints that all claims are held to, the release that is judged layer by layer, why only so)."""
     checkpoint, topk, tokens = (config.getoption(o) for o in ("--checkpoint", "--index-topk", "--tokens"))
@@ -100,7 +117,11 @@ def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[case
         for option, value in (("--index-topk", topk), ("--tokens", tokens)):
             if value is not None:
                 raise ValueError(f"{option} belongs to --checkpoint")
-        return cases.default_specs(), None, ""
+        return cases.default_specs() if config.getoption("--implementation") is None else theirs.specs(), None, ""
+    if config.getoption("--implementation") is not None:
+        if tokens is not None:
+            raise ValueError("--tokens belongs to --checkpoint without --implementation")
+        return [theirs.check(cases.spec_of(Path(checkpoint), topk))], None, ""
     headers = headers_of(checkpoint)
     release = OnTrial.of(headers, topk, tokens, layers)
     try:
@@ -112,7 +133,14 @@ def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[case
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What judges a release has nothing to say without one."""
+    """What judges a release has nothing to say without one; somebody's code is judged by its own files alone."""
+    if collection_path.parent != Path(__file__).parent or not collection_path.name.startswith("test_"):
+        return None
+    is_judged_here = collection_path.name.startswith(IMPLEMENTATION)
+    if config.getoption("--implementation") is not None:
+        return None if is_judged_here else True
+    if is_judged_here:
+        return True
     return True if collection_path.name == RELEASE and config.getoption("--checkpoint") is None else None
 
 
@@ -125,6 +153,14 @@ def gate(request: pytest.FixtureRequest) -> report.Report:
 
 
 _built: dict[str, cases.Case] = {}
+_theirs: dict[str, theirs.Theirs] = {}
+
+
+@pytest.fixture(name="theirs")
+def on_trial(request: pytest.FixtureRequest, case: cases.Case) -> theirs.Theirs:
+    """The implementation on a case; what one test finds wrong with it, the next ones know."""
+    implementation = request.config.glm_implementation  # type: ignore[attr-defined]
+    return _theirs.setdefault(case.name, theirs.Theirs(implementation, case))
 
 
 @pytest.fixture
@@ -140,7 +176,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
     seed = request.config.getoption("--seed")
     again = ["pytest", request.node.nodeid] + (["--seed", str(seed)] if seed else [])
-    for option in ("--checkpoint", "--index-topk", "--tokens"):
+    for option in ("--implementation", "--checkpoint", "--index-topk", "--tokens"):
         value = request.config.getoption(option)
         again += [] if value is None else [option, str(value)]
     again += ["--real-shape"] if request.config.getoption("--real-shape") else []
@@ -152,7 +188,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     of each family where layouts make no difference (`any_layout`)."""
     if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
         metafunc.parametrize("layer", metafunc.config.glm_release.layers)  # type: ignore[attr-defined]
-    if "case" not in metafunc.fixturenames:
+    if "case" not in metafunc.fixturenames:  # "theirs" brings it
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
     claim = getattr(metafunc.module, "CLAIM", None)
@@ -170,9 +206,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # -- from outcomes to a verdict
 
 
-def all_claims() -> list[str]:
-    """Every claim of the gate, whether its file was collected or not."""
+def all_claims(of_implementations: bool = False) -> list[str]:
+    """Every claim of the gate, whether its file was collected or not; or those on somebody's implementation."""
     files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if file.name != RELEASE]
+    files = [file for file in files if file.name.startswith(IMPLEMENTATION) == of_implementations]
     texts = (file.read_text(encoding="utf-8") for file in files)
     return [match[1] for text in texts if (match := re.search(r'^CLAIM = "(.*)"$', text, re.MULTILINE))]
 
@@ -193,7 +230,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if any("::" in str(argument) for argument in config.args):
         for claim in list(out.claims):
             out.leave_out(claim, 1, "others of its tests: the command line names single ones")
-    for claim in all_claims() if ours else ():
+    for claim in all_claims(config.glm_implementation is not None) if ours else ():  # type: ignore[attr-defined]
         out.claims.setdefault(claim, Counter())  # files that the command line does not name
     if ours:
         out.open()

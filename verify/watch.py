@@ -1,0 +1,318 @@
+"""One forward of somebody's model beside HF's: each module that both have is judged as it answers, in the order of calls.
+
+Decoder layers are given HF's input (local error). What differs is replaced by HF's, so that one fault is named once and what
+follows is judged on its own; a selection that differs by ties alone is replaced too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import causes, compare
+from .candidate import to_numpy
+from .findings import Collector, Fault
+from .judge import biased_scores, scatter
+from .taps import paths_of, tapped
+from .theirs import INDEXER, ROUTER, ModuleReference, Theirs, kind_of
+
+Array = np.ndarray
+# Where their code meets the rest of the model: what lies inside may be cut otherwise than HF's is.
+BOUNDARIES = ("embed_tokens", INDEXER, ROUTER, "self_attn.heads", "self_attn", "mlp", "", "norm", "lm_head")
+
+
+@dataclass
+class Watch:
+    """`inside`: whether modules within the boundaries are judged too, or boundaries alone."""
+
+    theirs: Theirs
+    reference: ModuleReference
+    collector: Collector
+    local: bool = True
+    inside: bool = True
+    start: int = 0  # how many tokens came before those of the next call
+    calls: Counter = field(default_factory=Counter)
+    faults: list[tuple[str, Fault]] = field(default_factory=list)  # (path, fault)
+    unread: dict[str, str] = field(default_factory=dict)  # path -> what came that could not be read
+    ties: int = 0
+
+    def forward(self, tokens: Array, cache: Any = None) -> Any:
+        """Their model on int [B, S], tapped: whatever it returns."""
+        with tapped(self.theirs.model, self.paths, self._see):
+            out = self.theirs.model(mx.array(tokens)) if cache is None else self.theirs.model(mx.array(tokens), cache)
+            if isinstance(out, mx.array):
+                mx.eval(out)
+        self.start += tokens.shape[1]
+        return out
+
+    @property
+    def paths(self) -> set[str]:
+        return {*self.reference.values_at, *self.reference.choices} & set(paths_of(self.theirs.model))
+
+    def _see(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.local and path in self.reference.inputs:
+            given = self.reference.inputs[path]
+            args, kwargs = _with_input(args, kwargs, lambda array: _in_place_of(array, given))
+        if kind_of(path) == "self_attn.o_proj":
+            args = self._heads(path, args)
+        out = call(*args, **kwargs)
+        self.calls[path] += 1
+        kind = kind_of(path)
+        if kind == INDEXER:
+            return self._selection(path, out)
+        if kind == ROUTER:
+            return self._routing(path, out)
+        return self._values(path, out, args)
+
+    # -- values
+
+    def _rows(self, array: Array, length: int) -> Array:
+        return array if self.local else array[:, self.start : self.start + length]
+
+    def _values(self, path: str, out: Any, args: tuple[Any, ...]) -> Any:
+        kind, due = kind_of(path), self.reference.hf[path]
+        if not self.inside and kind not in BOUNDARIES and path not in self.theirs.mended:
+            return out
+        array, put = _first(out, mx.floating)
+        if not self.local:
+            if path not in self.theirs.mended or array is None:
+                return out
+            due = self._rows(due, array.shape[1])
+            return put(_in_place_of(array, due))
+        ours = None if array is None else aligned(array, due.shape)
+        if ours is None:
+            what = f"gives {describe(out)}, where an array {list(due.shape)} is due"
+            if kind not in BOUNDARIES or kind == "lm_head":  # a head may answer for the last position alone
+                self.unread[path] = what
+                return out
+            self._add(path, Fault(self.theirs.name, path, (what,)))
+            return put(mx.array(due)) if array is not None else mx.array(due)
+        if path in self.theirs.mended:
+            return put(_in_place_of(array, due))
+        bound = self.reference.bound(path)
+        fault = self.collector.check(
+            lambda: self.collector.values(self.theirs.name, path, ours, due, bound),
+            lambda: causes.of_values(self.theirs, self.reference, path, ours, bound, _given(args)),
+        )
+        if fault is None:
+            return out
+        self._add(path, fault)
+        return put(_in_place_of(array, due))
+
+    def _heads(self, path: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What o_proj is given: all heads' sums of values."""
+        stage = path.removesuffix("o_proj") + "heads"
+        due = self.reference.reference.hf[stage]
+        array, _ = _first(args, mx.floating)
+        if array is None:
+            return args
+        if not self.local:
+            mended = stage in self.theirs.mended
+            return (_in_place_of(array, self._rows(due, array.shape[1])), *args[1:]) if mended else args
+        ours = aligned(array, due.shape)
+        if ours is None:
+            self.unread[stage] = f"is {describe(array)}, where {list(due.shape)} is due"
+            return args
+        bound = self.reference.reference.bound(stage, local=True)
+        fault = self.collector.check(
+            lambda: self.collector.values(self.theirs.name, stage, ours, due, bound),
+            lambda: causes.of_heads(self.reference, stage, ours, bound),
+        )
+        if fault is None:
+            return args
+        self._add(stage, fault)
+        return (_in_place_of(array, due), *args[1:])
+
+    # -- choices
+
+    def _selection(self, path: str, out: Any) -> Any:
+        if not self.local and path in self.theirs.mended and out is None:
+            return out
+        array, put = _first(out, mx.integer)
+        if out is not None and array is None:
+            self.unread[path] = f"gives {describe(out)}: no selection that can be read"
+            return out
+        reference, stage = self.reference.reference, f"{path}.topk"
+        scores, due, topk = reference.hf[f"{path}.scores"], reference.hf[stage], self.theirs.case.args.index_topk
+        noise = reference.bound(f"{path}.scores", local=self.local).absolute(scores)
+        ours = None if array is None else to_numpy(array)
+        if ours is not None and ours.ndim == 4 and ours.shape[1] == 1:
+            ours = ours[:, 0]  # [B, 1, S, K]
+        if not self.local and ours is not None:
+            end = self.start + ours.shape[1]
+            scores, due = (self._rows(a, ours.shape[1]) for a in (scores[..., :end], due))
+            due = np.where(due < end, due, end - 1)  # early rows list keys of the future: any masked key will do
+        if ours is not None and (ours.ndim != 3 or ours.shape[:2] != due.shape[:2] or ours.max() >= scores.shape[-1]):
+            self.unread[path] = f"gives {describe(out)}: no selection that can be read"
+            return out
+        if not self.local and ours is None:
+            return out
+        if self.local:
+            if path in self.theirs.mended:
+                return out if array is None else put(_choice(array, due))
+            fault = self.collector.check(
+                lambda: self.collector.selection(self.theirs.name, path, ours, due, scores, topk, noise),
+                lambda: causes.of_selection(self.reference, path, ours, noise),
+            )
+            if fault is not None:
+                self._add(path, fault)
+        found = compare.selections(ours, due, scores, topk, noise)
+        self.ties += found.ties
+        hand_on = found.differing and (self.local or not found.faults or path in self.theirs.mended)
+        return put(_choice(array, due)) if hand_on and array is not None else out
+
+    def _routing(self, path: str, out: Any) -> Any:
+        """Experts and their weights, in any order; HF's in the place of what differs."""
+        experts, put_experts = _first(out, mx.integer)
+        weights, _ = _first(out, mx.floating)
+        reference, case = self.reference.reference, self.theirs.case
+        due, logits = (reference.hf[f"{path}.{s}"] for s in ("topk", "logits"))
+        due_weights = reference.hf[f"{path}.weights"]
+        rows = None if experts is None else int(np.prod(experts.shape[:-1])) // due.shape[0]
+        if not self.local and rows is not None:
+            due, logits, due_weights = (self._rows(a, rows) for a in (due, logits, due_weights))
+        if experts is None or weights is None or experts.size != due.size or weights.size != due.size:
+            self.unread[path] = f"gives {describe(out)}: no experts with weights that can be read"
+            return out
+        ours = to_numpy(experts).reshape(due.shape)  # type: ignore[union-attr]
+        bias = case.weights(f"model.{path}.e_score_correction_bias")
+        noise = reference.bound(f"{path}.logits", local=self.local).absolute(logits) / 4  # sigmoid' <= 1/4
+        scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
+        count, k = case.args.n_routed_experts, case.args.num_experts_per_tok
+
+        def mend() -> Any:
+            mine, theirs = scatter(due_weights, due, count), _choice(experts, due)
+            order = to_numpy(theirs).reshape(due.shape).astype(np.int64)  # type: ignore[union-attr]
+            put = put_experts(theirs)
+            return _first(put, mx.floating)[1](_in_place_of(weights, np.take_along_axis(mine, order, -1)))
+
+        if path in self.theirs.mended:
+            return mend()
+        found = compare.selections(ours, due, scores, k, noise)
+        self.ties += found.ties
+        if not self.local:
+            return mend() if found.differing and not found.faults else out
+        fault = self.collector.check(
+            lambda: self.collector.selection(self.theirs.name, path, ours, due, scores, k, noise, "experts"),
+            lambda: causes.of_routing(self.reference, path, ours, logits, noise),
+        )
+        if fault is None and not found.differing:
+            mine = scatter(to_numpy(weights).reshape(due.shape), ours, count)  # type: ignore[union-attr]
+            bound = reference.bound(f"{path}.weights", local=True)
+            fault = self.collector.check(
+                lambda: self.collector.values(
+                    self.theirs.name, f"{path}.weights", mine, scatter(due_weights, due, count), bound
+                ),
+                lambda: causes.of_routing_weights(mine, scatter(due_weights, due, count), bound),
+            )
+        if fault is not None:
+            self._add(path, fault)
+        return mend() if fault is not None or found.differing else out
+
+    def _add(self, path: str, fault: Fault) -> None:
+        self.faults.append((path, fault))
+
+
+def judge_modules(theirs: Theirs, collector: Collector, length: int) -> list[Watch]:
+    """Every module on HF's input; the faults are recorded, and HF's output is put in their place from then on.
+
+    Inside its boundaries (attention, feed-forward, indexer, router) code may be cut otherwise than HF's. What differs there
+    is a fault only if the boundary around it, judged without repair, differs too.
+    """
+    reference = theirs.reference(length)
+    watch = Watch(theirs, reference, collector)
+    watch.forward(reference.reference.tokens)
+    watches = [watch]
+    if any(kind_of(path) not in BOUNDARIES for path, _ in watch.faults):
+        outer = Watch(theirs, reference, collector, inside=False)
+        outer.forward(reference.reference.tokens)
+        watches.append(outer)
+        differing, seen = {path for path, _ in outer.faults}, {*outer.calls} - {*outer.unread}
+        kept = []
+        for path, fault in watch.faults:
+            is_boundary = kind_of(path) in BOUNDARIES
+            if path in differing if is_boundary else _around(path, differing, seen):
+                kept.append((path, fault))
+            elif not is_boundary:
+                watch.unread[path] = "differs from HF's; what is made of it, at the next boundary, does not"
+        watch.faults = kept
+    for path, fault in watch.faults:
+        collector.record(fault)
+        theirs.mended.add(path)
+    theirs.ties += watch.ties
+    return watches
+
+
+def _around(path: str, differing: Iterable[str], seen: Iterable[str]) -> bool:
+    """Whether the nearest boundary that was seen around a module differs."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 1, -1):
+        outer = ".".join(parts[:end])
+        if outer in seen and kind_of(outer) in BOUNDARIES:
+            return outer in differing or f"{outer}.heads" in differing
+    return True
+
+
+# -- arrays of theirs
+
+
+def _first(out: Any, kind: Any) -> tuple[mx.array | None, Callable[[Any], Any]]:
+    """The first array of a kind in what a call gave, and how to put another in its place."""
+    if isinstance(out, mx.array) and mx.issubdtype(out.dtype, kind):
+        return out, lambda new: new
+    if isinstance(out, (tuple, list)):
+        for at, part in enumerate(out):
+            if isinstance(part, mx.array) and mx.issubdtype(part.dtype, kind):
+                return part, lambda new: type(out)([*out[:at], new, *out[at + 1 :]])
+    return None, lambda new: new
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[mx.array], mx.array]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    array, put = _first(args, mx.floating)
+    if array is not None:
+        return put(change(array)), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+            return args, kwargs | {name: change(value)}
+    return args, kwargs
+
+
+def _given(args: tuple[Any, ...]) -> Array | None:
+    array, _ = _first(args, mx.floating)
+    return to_numpy(array)
+
+
+def _in_place_of(array: mx.array | None, due: Array) -> mx.array:
+    """HF's values in the shape and dtype of theirs."""
+    assert array is not None
+    return mx.array(due.astype(np.float32)).reshape(array.shape if array.size == due.size else due.shape).astype(array.dtype)
+
+
+def _choice(array: mx.array | None, due: Array) -> mx.array:
+    assert array is not None
+    shape = array.shape if array.size == due.size else (*array.shape[:-1], due.shape[-1])
+    return mx.array(due.astype(np.int64)).reshape(shape).astype(array.dtype)
+
+
+def aligned(array: mx.array, shape: tuple[int, ...]) -> Array | None:
+    """As [B, S, ..], where axes of one or flattened rows are all that differs; None where more does."""
+    if array.shape == shape or (array.size == int(np.prod(shape)) and array.shape[-1] == shape[-1]):
+        values = to_numpy(array)
+        assert values is not None
+        return values.reshape(shape)
+    return None
+
+
+def describe(out: Any) -> str:
+    if isinstance(out, mx.array):
+        return f"{str(out.dtype).removeprefix('mlx.core.')} {list(out.shape)}"
+    if isinstance(out, (tuple, list)):
+        return f"{type(out).__name__} of {', '.join(describe(part) for part in out) or 'nothing'}"
+    return "nothing (None)" if out is None else type(out).__name__
