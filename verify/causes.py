@@ -201,7 +201,9 @@ def of_routing(reference: ModuleReference, path: str, ours: Array, logits: Array
     args, k = reference.case.args, reference.case.args.num_experts_per_tok
     bias = reference.case.weights(f"model.{path}.e_score_correction_bias")
     in_groups = biased_scores(logits, bias, args.n_group, args.topk_group)
-    wrong = {"without e_score_correction_bias": biased_scores(logits, np.zeros_like(bias), args.n_group, args.topk_group)}
+    wrong = {
+        "without e_score_correction_bias": biased_scores(logits, np.zeros_like(bias), args.n_group, args.topk_group)
+    }
     if args.n_group > 1:
         wrong["without groups"] = biased_scores(logits, bias, 1, 1)
         wrong["with 0 for the experts of losing groups, which beats a negative score (-inf is due)"] = np.where(

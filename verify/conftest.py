@@ -156,7 +156,7 @@ _built: dict[str, cases.Case] = {}
 _theirs: dict[str, theirs.Theirs] = {}
 
 
-@pytest.fixture(name="theirs")
+@pytest.fixture(name=theirs.FIXTURE)
 def on_trial(request: pytest.FixtureRequest, case: cases.Case) -> theirs.Theirs:
     """The implementation on a case; what one test finds wrong with it, the next ones know."""
     implementation = request.config.glm_implementation  # type: ignore[attr-defined]
@@ -258,7 +258,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         out.claims.setdefault(claim, Counter())[outcome] += 1
         if outcome == "skipped":
             reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
-            out.not_verified[f"{claim}: {item.name}"] = reason.removeprefix("Skipped: ")
+            reason = reason.removeprefix("Skipped: ")
+            if theirs.FIXTURE in getattr(item, "fixturenames", ()):  # a line for each reason, not for each test
+                name = item.callspec.params["case"].name  # type: ignore[attr-defined]
+                theirs.add_name(out.not_verified, f"{claim}: {reason}", name)
+            else:
+                out.not_verified[f"{claim}: {item.name}"] = reason
     return result
 
 

@@ -11,7 +11,6 @@ import pytest
 from . import stages
 from .judge import Judge
 from .report import FAULT, Comparison
-from .theirs import of_layers
 
 
 @dataclass
@@ -71,9 +70,10 @@ class Collector(Judge):
             groups.setdefault((stages.kind(fault.stage), fault.cause or stages.kind(fault.stage)), []).append(fault)
         texts = []
         for group in groups.values():
+            group.sort(key=lambda fault: stages.layer_of(fault.stage + ".") or 0)
             first, layers = group[0], sorted({f.stage for f in group[1:]} - {group[0].stage})
             lines = [f"{first.stage}   FAULT   [case {first.case}, seed {self.seed}]", *first.lines]
             lines += [f"looks like: {first.cause}"] if first.cause and first.cause not in first.lines else []
-            lines += [f"the same in {of_layers(layers)}"] if layers else []
+            lines += [f"the same in {stages.layers_of(layers)}"] if layers else []
             texts.append("\n  ".join(lines))
         pytest.fail("\n".join([*texts, f"again: {self.again}"]), pytrace=False)

@@ -21,6 +21,8 @@ import mlx.core as mx
 
 from glm_dsa.errors import printable
 
+from . import stages
+
 FILES_PACKAGE = "mlx_lm.models"  # what a file's relative imports are relative to, as if it lay in mlx-lm
 MISSING = re.compile(r"Missing \d+ parameters?: *\n?(.*)", re.DOTALL)
 INDEXER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.indexer\.")
@@ -88,7 +90,8 @@ class Implementation:
 
 def _import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"{FILES_PACKAGE}.{path.stem}_on_trial", path)
-    assert spec is not None and spec.loader is not None  # as for any name that ends in .py
+    assert spec is not None  # nor is its loader, for any name that ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
     sys.path.insert(0, str(path.resolve().parent))
@@ -113,7 +116,8 @@ def others_code() -> Iterator[None]:
 def told(error: BaseException) -> str:
     """Type, message and place of an error: one line."""
     message = " ".join(str(error).split())
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if not f.filename.startswith("<") and Path(f.filename).parent != Path(__file__).parent]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):  # says where by itself
         place = ""
@@ -129,18 +133,7 @@ def _why_not_loaded(error: Failed, shared: set[int]) -> str:
     names = [name.strip(" ,") for name in match[1].splitlines() if name.strip(" ,.")]
     layers = {int(found[1]) for name in names if (found := INDEXER.search(name))}
     if layers and layers <= shared:
-        text = f"IndexShare not implemented: it expects indexer tensors on shared layers {compact(layers)}"
+        text = f"IndexShare not implemented: it expects indexer tensors on shared layers {stages.compact(layers)}"
         others = [name for name in names if not INDEXER.search(name)]
         return f"{text}, of which the checkpoint has none" + (f"; and {others[0]}, ..." if others else "")
     return printable(f"it expects tensors that the checkpoint has not: {', '.join(names[:4])}")
-
-
-def compact(numbers: Iterable[int]) -> str:
-    """{1, 2, 3, 5} -> "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

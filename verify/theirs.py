@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ STAGES = {  # a module's output -> the stage that it is
     "norm": "norm",
     "lm_head": "logits",
 }
+FIXTURE = "theirs"
 NOT_VERIFIED = {  # of any implementation
     "glm_dsa, this project's own definition": "left out: --implementation judges somebody's code in its place",
     "MTP, quantized weights, batches with padding": "of an implementation, nothing here looks at them",
@@ -69,7 +68,9 @@ def specs() -> list[Spec]:
 def check(spec: Spec) -> Spec:
     """Raises ValueError for a checkpoint of another architecture."""
     if spec.args.model_type != "glm_moe_dsa":
-        raise ValueError(f"--checkpoint {spec.folder}: model_type {spec.args.model_type}; --implementation needs glm_moe_dsa")
+        raise ValueError(
+            f"--checkpoint {spec.folder}: model_type {spec.args.model_type}; --implementation needs glm_moe_dsa"
+        )
     return spec
 
 
@@ -122,7 +123,8 @@ class Theirs:
     implementation: Implementation
     case: Case
     mended: set[str] = field(default_factory=set)
-    ties: int = 0
+    judged: bool = False
+    broken: str = ""  # what it raised as it ran
     _references: dict[int, ModuleReference] = field(default_factory=dict)
 
     @property
@@ -144,6 +146,15 @@ class Theirs:
     def is_loaded(self) -> bool:
         return not isinstance(self._loaded, Failed)
 
+    def blind_spot(self) -> str:
+        """Why its logits and caches cannot be judged; "" where they can. Its modules are to be judged first."""
+        if isinstance(self._loaded, Failed):
+            return "it does not load"
+        if self.broken:
+            return "it does not run"
+        hidden = [path for path in self.mended if kind_of(path) in ("self_attn", "self_attn.heads", "")]
+        return f"at fault before them: {hidden[0]}" if hidden else ""
+
     @property
     def model(self) -> Any:
         """Raises `Failed` with the cause where it does not load."""
@@ -160,15 +171,15 @@ class Theirs:
             self._references[length] = ModuleReference(self.case, self.hf_in_float64, self.case.reference(length))
         return self._references[length]
 
+    def hf_paths(self) -> list[str]:
+        return [
+            path for name, _ in self.case.hf.named_modules() if (path := path_of(name)) not in ("", "model", "layers")
+        ]
+
     def hf_module(self, path: str) -> Any:
         return next(module for name, module in self.case.hf.named_modules() if path_of(name) == path)
 
 
-def of_layers(paths: Iterable[str]) -> str:
-    """"layers 0-4 " for paths inside layers, nothing for others."""
-    from .implementation import compact
-
-    layers = [layer for path in paths if (layer := stages.layer_of(path + ".")) is not None]
-    return f"layer{'s' if len(set(layers)) > 1 else ''} {compact(layers)}" if layers else ""
-
-
+def add_name(lines: dict[str, str], what: str, name: str) -> None:
+    names = [*filter(None, lines.get(what, "").split(", "))]
+    lines[what] = ", ".join([*names, *([name] if name not in names else [])])

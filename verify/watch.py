@@ -7,7 +7,7 @@ follows is judged on its own; a selection that differs by ties alone is replaced
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from . import causes, compare
 from .candidate import to_numpy
 from .findings import Collector, Fault
+from .implementation import others_code
 from .judge import biased_scores, scatter
 from .taps import paths_of, tapped
 from .theirs import INDEXER, ROUTER, ModuleReference, Theirs, kind_of
@@ -24,6 +25,10 @@ from .theirs import INDEXER, ROUTER, ModuleReference, Theirs, kind_of
 Array = np.ndarray
 # Where their code meets the rest of the model: what lies inside may be cut otherwise than HF's is.
 BOUNDARIES = ("embed_tokens", INDEXER, ROUTER, "self_attn.heads", "self_attn", "mlp", "", "norm", "lm_head")
+
+
+class OurError(BaseException):
+    """An error of the judge's, on its way through somebody's code."""
 
 
 @dataclass
@@ -42,11 +47,13 @@ class Watch:
     ties: int = 0
 
     def forward(self, tokens: Array, cache: Any = None) -> Any:
-        """Their model on int [B, S], tapped: whatever it returns."""
-        with tapped(self.theirs.model, self.paths, self._see):
-            out = self.theirs.model(mx.array(tokens)) if cache is None else self.theirs.model(mx.array(tokens), cache)
-            if isinstance(out, mx.array):
-                mx.eval(out)
+        """Their model on int [B, S], tapped: whatever it returns. Raises `Failed`, with what it raises."""
+        try:
+            with tapped(self.theirs.model, self.paths, self._see):
+                out = call_model(self.theirs.model, tokens, cache)
+        except OurError as error:
+            assert error.__cause__ is not None
+            raise error.__cause__ from None
         self.start += tokens.shape[1]
         return out
 
@@ -59,15 +66,19 @@ class Watch:
             given = self.reference.inputs[path]
             args, kwargs = _with_input(args, kwargs, lambda array: _in_place_of(array, given))
         if kind_of(path) == "self_attn.o_proj":
-            args = self._heads(path, args)
-        out = call(*args, **kwargs)
+            try:
+                args = self._heads(path, args)
+            except Exception as error:
+                raise OurError from error
+        with others_code():
+            out = call(*args, **kwargs)
+            mx.eval(*_arrays(out))
         self.calls[path] += 1
-        kind = kind_of(path)
-        if kind == INDEXER:
-            return self._selection(path, out)
-        if kind == ROUTER:
-            return self._routing(path, out)
-        return self._values(path, out, args)
+        judged = {INDEXER: self._selection, ROUTER: self._routing}.get(kind_of(path))
+        try:
+            return judged(path, out) if judged else self._values(path, out, args)
+        except Exception as error:
+            raise OurError from error
 
     # -- values
 
@@ -218,47 +229,20 @@ class Watch:
         self.faults.append((path, fault))
 
 
-def judge_modules(theirs: Theirs, collector: Collector, length: int) -> list[Watch]:
-    """Every module on HF's input; the faults are recorded, and HF's output is put in their place from then on.
-
-    Inside its boundaries (attention, feed-forward, indexer, router) code may be cut otherwise than HF's. What differs there
-    is a fault only if the boundary around it, judged without repair, differs too.
-    """
-    reference = theirs.reference(length)
-    watch = Watch(theirs, reference, collector)
-    watch.forward(reference.reference.tokens)
-    watches = [watch]
-    if any(kind_of(path) not in BOUNDARIES for path, _ in watch.faults):
-        outer = Watch(theirs, reference, collector, inside=False)
-        outer.forward(reference.reference.tokens)
-        watches.append(outer)
-        differing, seen = {path for path, _ in outer.faults}, {*outer.calls} - {*outer.unread}
-        kept = []
-        for path, fault in watch.faults:
-            is_boundary = kind_of(path) in BOUNDARIES
-            if path in differing if is_boundary else _around(path, differing, seen):
-                kept.append((path, fault))
-            elif not is_boundary:
-                watch.unread[path] = "differs from HF's; what is made of it, at the next boundary, does not"
-        watch.faults = kept
-    for path, fault in watch.faults:
-        collector.record(fault)
-        theirs.mended.add(path)
-    theirs.ties += watch.ties
-    return watches
-
-
-def _around(path: str, differing: Iterable[str], seen: Iterable[str]) -> bool:
-    """Whether the nearest boundary that was seen around a module differs."""
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 1, -1):
-        outer = ".".join(parts[:end])
-        if outer in seen and kind_of(outer) in BOUNDARIES:
-            return outer in differing or f"{outer}.heads" in differing
-    return True
-
-
 # -- arrays of theirs
+
+
+def call_model(model: Any, tokens: Array, cache: Any = None) -> Any:
+    """Their model on int [B, S], as mlx-lm calls it. Raises `Failed`, with what it raises."""
+    with others_code():
+        out = model(mx.array(tokens)) if cache is None else model(mx.array(tokens), cache=cache)
+        mx.eval(*_arrays(out))
+    return out
+
+
+def _arrays(out: Any) -> list[mx.array]:
+    parts = out if isinstance(out, (tuple, list)) else [out]
+    return [part for part in parts if isinstance(part, mx.array)]
 
 
 def _first(out: Any, kind: Any) -> tuple[mx.array | None, Callable[[Any], Any]]:
@@ -292,7 +276,11 @@ def _given(args: tuple[Any, ...]) -> Array | None:
 def _in_place_of(array: mx.array | None, due: Array) -> mx.array:
     """HF's values in the shape and dtype of theirs."""
     assert array is not None
-    return mx.array(due.astype(np.float32)).reshape(array.shape if array.size == due.size else due.shape).astype(array.dtype)
+    return (
+        mx.array(due.astype(np.float32))
+        .reshape(array.shape if array.size == due.size else due.shape)
+        .astype(array.dtype)
+    )
 
 
 def _choice(array: mx.array | None, due: Array) -> mx.array:
@@ -316,3 +304,11 @@ def describe(out: Any) -> str:
     if isinstance(out, (tuple, list)):
         return f"{type(out).__name__} of {', '.join(describe(part) for part in out) or 'nothing'}"
     return "nothing (None)" if out is None else type(out).__name__
+
+
+def new_cache(model: Any) -> Any:
+    """As mlx-lm makes it. Raises `Failed`, with what it raises."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    with others_code():
+        return make_prompt_cache(model)
