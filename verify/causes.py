@@ -126,13 +126,13 @@ def of_heads(reference: ModuleReference, stage: str, ours: Array, bound: toleran
     case, layer = reference.case, stages.layer_of(stage)
     assert layer is not None
     wrong: dict[str, Any] = {}
-    for what, conventions in _variants(case.conventions, "main_rope"):
-        wrong[f"main RoPE {what}"] = _layer(reference, layer, conventions)[stage]
+    other = OTHER_LAYOUT[case.conventions.main_rope]
+    wrong[f"as under main RoPE {other}"] = _layer(reference, layer, replace(case.conventions, main_rope=other))[stage]
     if reference.reference.is_sparse:
         wrong["every key is attended to, not the selected ones"] = _layer(reference, layer, dense=True)[stage]
     for what, seen in wrong.items():
         if compare.values(ours, seen).error <= 2 * bound.value:
-            return f"as under {what}" if what.startswith("main RoPE") else what
+            return what
     for factor in _scales(reference.case.args.qk_nope_head_dim, reference.case.args.qk_head_dim):
         if compare.values(ours, _layer(reference, layer, scale=factor)[stage]).error <= 2 * bound.value:
             return f"softmax scale {factor:.4g} times what is due"
@@ -142,11 +142,6 @@ def of_heads(reference: ModuleReference, stage: str, ours: Array, bound: toleran
 def _scales(nope: int, width: int) -> list[float]:
     """Scales that come of taking another width for the head's."""
     return [(width / nope) ** 0.5, width**0.5]
-
-
-def _variants(own: Conventions, name: str) -> Iterator[tuple[str, Conventions]]:
-    other = OTHER_LAYOUT[getattr(own, name)]
-    yield other, replace(own, **{name: other})
 
 
 def _layer(
@@ -187,8 +182,9 @@ def of_selection(reference: ModuleReference, path: str, ours: Array | None, nois
     q, k, w = (own[f"{path}.{part}"] for part in ("q", "k", "weights"))
     allowed = np.isfinite(own[f"{path}.scores"])
     products = np.einsum("bshd,btd->bsht", q, k, optimize=True) / np.sqrt(q.shape[-1])
-    wrong = {f"under {what}": _layer(reference, layer, c)[f"{path}.scores"] for what, c in _variants(
-        reference.case.conventions, "indexer_rope")}  # fmt: skip
+    other = OTHER_LAYOUT[reference.case.conventions.indexer_rope]
+    turned = _layer(reference, layer, replace(reference.case.conventions, indexer_rope=other))
+    wrong = {f"under {other} RoPE": turned[f"{path}.scores"]}
     wrong["without the ReLU"] = np.where(allowed, np.einsum("bsh,bsht->bst", w, products, optimize=True), -np.inf)
     for what, scores in wrong.items():
         if not compare.selections(ours, select(scores, topk), scores, topk, noise).faults:

@@ -5,7 +5,7 @@ from verify.implementation import Failed
 from verify.modules import judge_case
 from verify.theirs import Theirs
 
-CLAIM = "implementation: modules on the reference's input"
+CLAIM = "implementation: module by module"
 
 
 def test_modules(theirs: Theirs, judge, gate):

@@ -1,4 +1,4 @@
-"""Somebody's MLX code: logits, of the whole prompt at once, in chunks, token by token, and after a rewind, are HF's."""
+"""Somebody's MLX code: logits of the whole prompt at once, in chunks, token by token, and after a rewind, are HF's."""
 
 from collections.abc import Callable
 

@@ -52,8 +52,7 @@ class Watch:
             with tapped(self.theirs.model, self.paths, self._see):
                 out = call_model(self.theirs.model, tokens, cache)
         except OurError as error:
-            assert error.__cause__ is not None
-            raise error.__cause__ from None
+            raise error.__cause__ or error from None
         self.start += tokens.shape[1]
         return out
 
@@ -250,9 +249,10 @@ def _first(out: Any, kind: Any) -> tuple[mx.array | None, Callable[[Any], Any]]:
     if isinstance(out, mx.array) and mx.issubdtype(out.dtype, kind):
         return out, lambda new: new
     if isinstance(out, (tuple, list)):
-        for at, part in enumerate(out):
-            if isinstance(part, mx.array) and mx.issubdtype(part.dtype, kind):
-                return part, lambda new: type(out)([*out[:at], new, *out[at + 1 :]])
+        found = [i for i, part in enumerate(out) if isinstance(part, mx.array) and mx.issubdtype(part.dtype, kind)]
+        if found:
+            at = found[0]
+            return out[at], lambda new: type(out)([*out[:at], new, *out[at + 1 :]])
     return None, lambda new: new
 
 
