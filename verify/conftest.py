@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import torch
 
 from glm_dsa.errors import GlmDsaError
 
@@ -92,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if implementation is not None:
         out.header["implementation"] = implementation.text
         out.not_verified |= theirs.NOT_VERIFIED
+        torch.set_num_threads(1)  # on tiny tensors two threads wait for each other more than they work
 
 
 def _layers(text: str | None) -> set[int] | None:
