@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 
+from glm_dsa import ModelArgs
 from reference.equations import Conventions, causal, layer_norm, rms_norm, select
 
 from . import compare, stages, tolerances
@@ -133,15 +134,22 @@ def of_heads(reference: ModuleReference, stage: str, ours: Array, bound: toleran
     for what, seen in wrong.items():
         if compare.values(ours, seen).error <= 2 * bound.value:
             return what
-    for factor in _scales(reference.case.args.qk_nope_head_dim, reference.case.args.qk_head_dim):
-        if compare.values(ours, _layer(reference, layer, scale=factor)[stage]).error <= 2 * bound.value:
-            return f"softmax scale {factor:.4g} times what is due"
+    own = case.equations()._softmax_scale()
+    for what, scale in _scales(case.args).items():
+        if not np.isclose(scale, own, rtol=1e-6):
+            seen = _layer(reference, layer, scale=scale)[stage]
+            if compare.values(ours, seen).error <= 2 * bound.value:
+                return f"as with softmax scale {what}"
     return ""
 
 
-def _scales(nope: int, width: int) -> list[float]:
-    """Scales that come of taking another width for the head's."""
-    return [(width / nope) ** 0.5, width**0.5]
+def _scales(args: ModelArgs) -> dict[str, float]:
+    return {
+        "1 / sqrt(qk_head_dim), without YaRN's mscale squared": args.qk_head_dim**-0.5,
+        "1 / sqrt(qk_nope_head_dim)": args.qk_nope_head_dim**-0.5,
+        "1 / sqrt(v_head_dim)": args.v_head_dim**-0.5,
+        "1": 1.0,
+    }
 
 
 def _layer(
@@ -149,7 +157,7 @@ def _layer(
     layer: int,
     conventions: Conventions | None = None,
     dense: bool = False,
-    scale: float = 1.0,
+    scale: float | None = None,
 ) -> dict[str, Array]:
     """The equations' stages of a layer on HF's input, under HF's choices or all keys, with a mistake made on purpose."""
     inner, case = reference.reference, reference.case
@@ -162,9 +170,8 @@ def _layer(
     equations = case.equations(given)
     if conventions is not None:
         equations.conventions = conventions
-    if scale != 1.0:
-        own_scale = equations._softmax_scale()
-        equations._softmax_scale = lambda: scale * own_scale  # type: ignore[method-assign]
+    if scale is not None:
+        equations._softmax_scale = lambda: scale  # type: ignore[method-assign]
     positions = np.broadcast_to(np.arange(shape[1]), shape)
     equations.layer(layer, inner.layer_input(layer).astype(np.float64), positions, causal(shape, None), handed)
     return equations.stages

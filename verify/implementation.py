@@ -49,6 +49,10 @@ class Implementation:
             import mlx_lm.utils  # noqa: F401
         except ModuleNotFoundError:
             raise ValueError("--implementation needs mlx-lm, which loads the model: pip install mlx-lm") from None
+        if not source:
+            raise ValueError(
+                "--implementation: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
+            )
         if is_file and not Path(source).is_file():
             raise ValueError(f"--implementation {printable(text)}: no such file")
         try:
@@ -116,8 +120,9 @@ def others_code() -> Iterator[None]:
 def told(error: BaseException) -> str:
     """Type, message and place of an error: one line."""
     message = " ".join(str(error).split())
+    passed_by = (Path(__file__).parent, Path(mx.__file__).parent, Path(mx.__file__).parent / "nn" / "layers")
     every = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in every if not f.filename.startswith("<") and Path(f.filename).parent != Path(__file__).parent]
+    frames = [f for f in every if not f.filename.startswith("<") and Path(f.filename).parent not in passed_by]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):  # says where by itself
         place = ""
