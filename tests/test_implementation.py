@@ -5,16 +5,20 @@ import sys
 from pathlib import Path
 
 import mlx_lm.models.deepseek_v32
+import numpy as np
 import pytest
 import torch
 
+from verify import test_implementation_cache as on_caches
+from verify import test_implementation_kv_bits as on_kv_bits
 from verify import theirs as on_trial
 from verify.cases import Case
 from verify.findings import Collector
 from verify.implementation import Failed, Implementation
-from verify.modules import judge_case
+from verify.modules import judge_case, judged_before
 from verify.report import Report
 from verify.theirs import Theirs
+from verify.watch import new_cache
 
 ROOT = Path(__file__).parents[1]
 STOCK = "mlx_lm.models.glm_moe_dsa"
@@ -145,6 +149,52 @@ def test_code_that_is_cut_otherwise_is_no_fault(trial, tmp_path):
     assert faults == []
     due = "it differs from HF's; what is made of it, at the next boundary, does not"
     assert unseen["self_attn.indexer.wq_b by itself"] == unseen["self_attn.indexer.weights_proj by itself"] == due
+
+
+def logits_faults(theirs, *, mended=True):
+    """What is wrong with its logits in chunks, its modules judged first."""
+    assert judged_before(theirs) == ""
+    if not mended:
+        theirs.mended.clear()
+    collector = Collector(Report(), "claim", "again", 0)
+    tokens = theirs.reference(theirs.case.long).reference.tokens
+    cuts = theirs.case.scaled(on_caches.CUTS["chunks"])
+    on_caches.judge_run(
+        theirs, collector, "logits", lambda watch: on_caches.in_cuts(watch, tokens, cuts, new_cache(theirs.model))
+    )
+    return [fault.note for fault in collector.faults]
+
+
+def test_behind_a_fault_that_was_named_caches_are_judged_on_their_own(trial):
+    """The wrong eps moves the logits by itself; with HF's keys in its place, chunks agree."""
+    assert logits_faults(trial("glm-5.1-interleaved", STOCK)) == []
+    (note,) = logits_faults(trial("glm-5.1-interleaved", STOCK), mended=False)
+    assert note.startswith("error ")
+
+
+@pytest.mark.parametrize("where", ["cache", "cache[0]"])
+def test_a_fault_of_the_cache_alone_is_found(trial, tmp_path, where):
+    """Chunks that are rotated as if each began at position 0, in the indexer or in attention."""
+    change = (f"offset = {where}.offset if cache is not None else 0", "offset = 0")
+    theirs = trial("glm-5.1-interleaved", patched(tmp_path, change))
+    (note,) = logits_faults(theirs)
+    assert note.startswith("error ")
+    assert not theirs.mended
+
+
+def test_where_attention_is_at_fault_caches_are_not_judged(trial, tmp_path):
+    theirs = trial("glm-5.1-interleaved", patched(tmp_path, FAULTS["dense"][0]))
+    assert judged_before(theirs) == "at fault before them: layers.0.self_attn.heads"
+
+
+def test_kv_bits(trial):
+    with pytest.raises(
+        Failed, match=r"^does not engage: caches \(CacheList of KVCache, KVCache\) have no to_quantized; "
+    ):
+        on_kv_bits.decode_packed(trial("glm-5.1-interleaved", STOCK))
+    before, after, logits = on_kv_bits.decode_packed(trial("glm-5.1-interleaved", "glm_dsa"))
+    assert after < before
+    assert np.isfinite(logits).all()
 
 
 BROKEN = {

@@ -52,14 +52,15 @@ class Collector(Judge):
         return None
 
     def record(self, fault: Fault) -> None:
+        if not self._is_wanted(f"{fault.stage}."):
+            return
         self.faults.append(fault)
         self.report.add(
             Comparison(self.claim, fault.case, fault.stage, FAULT, fault.error, fault.bound, note=fault.note)
         )
 
     def at_fault(self, case: str, stage: str, *lines: str, cause: str = "") -> None:
-        if self._is_wanted(stage):
-            self.record(Fault(case, stage, lines, cause=cause))
+        self.record(Fault(case, stage, lines, cause=cause))
 
     def finish(self) -> None:
         """Fails the test, with all that was met: the same fault in several layers, or prompts, is told once."""
