@@ -12,13 +12,13 @@ import torch
 from verify import test_implementation_cache as on_caches
 from verify import test_implementation_kv_bits as on_kv_bits
 from verify import theirs as on_trial
+from verify.calls import new_cache
 from verify.cases import Case
 from verify.findings import Collector
 from verify.implementation import Failed, Implementation
 from verify.modules import judge_case, judged_before
 from verify.report import Report
 from verify.theirs import Theirs
-from verify.watch import new_cache
 
 ROOT = Path(__file__).parents[1]
 STOCK = "mlx_lm.models.glm_moe_dsa"
@@ -184,7 +184,7 @@ def test_a_fault_of_the_cache_alone_is_found(trial, tmp_path, where):
 
 def test_where_attention_is_at_fault_caches_are_not_judged(trial, tmp_path):
     theirs = trial("glm-5.1-interleaved", patched(tmp_path, FAULTS["dense"][0]))
-    assert judged_before(theirs) == "at fault before them: layers.0.self_attn.heads"
+    assert judged_before(theirs) == "what reads them is at fault (self_attn.heads)"
 
 
 def test_kv_bits(trial):
@@ -195,6 +195,37 @@ def test_kv_bits(trial):
     before, after, logits = on_kv_bits.decode_packed(trial("glm-5.1-interleaved", "glm_dsa"))
     assert after < before
     assert np.isfinite(logits).all()
+
+
+def test_a_model_inside_another_is_seen_too(trial, tmp_path):
+    file = tmp_path / "wrapped.py"
+    file.write_text(
+        f"import mlx.nn as nn\nfrom {STOCK} import Model as Inner, ModelArgs\n\n"
+        "class Model(nn.Module):\n"
+        "    def __init__(self, config):\n        super().__init__()\n        self.language_model = Inner(config)\n"
+        "    def __call__(self, tokens, cache=None):\n        return self.language_model(tokens, cache)\n"
+        "    def sanitize(self, weights):\n"
+        "        return {f'language_model.{k}': v for k, v in self.language_model.sanitize(weights).items()}\n"
+    )
+    faults, unseen = judged(trial("glm-5.1-interleaved", str(file)))
+    assert sorted(faults)[0] == "layers.0.self_attn.indexer.k_norm: eps 1e-05 measured, 1e-06 is the reference's"
+    assert [*unseen] == ["modules by themselves: self_attn.kv_b_proj, mlp.experts"]
+
+
+def test_copies_of_indexers_are_not_indexshare(trial, tmp_path):
+    """They load; but a copy scores its own layer's input."""
+    change = (
+        "        # Stack experts\n",
+        "        for k in [k for k in weights if 'layers.2.self_attn.indexer' in k]:\n"
+        "            for layer in '345':\n"
+        "                weights[k.replace('layers.2.', f'layers.{layer}.')] = weights[k]\n"
+        "            weights[k.replace('layers.2.', 'layers.7.')] = weights[k.replace('layers.2.', 'layers.6.')]\n",
+    )
+    faults, _ = judged(trial("glm-5.2-interleaved", patched(tmp_path, change)))
+    assert [fault.split(":")[0] for fault in faults] == [f"layers.{i}.self_attn.heads" for i in (3, 4, 5, 7)]
+    assert faults[0].endswith(
+        "a shared layer has an indexer of its own, where the selection of the full layer below is due"
+    )
 
 
 BROKEN = {

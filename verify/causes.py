@@ -22,7 +22,7 @@ from .findings import Fault
 from .implementation import Failed, others_code
 from .judge import biased_scores
 from .taps import paths_of
-from .theirs import ModuleReference, Theirs, kind_of
+from .theirs import INDEXER, ModuleReference, Theirs, kind_of
 
 Array = np.ndarray
 OTHER_LAYOUT = {"interleaved": "half-split", "half-split": "interleaved"}
@@ -122,7 +122,7 @@ def of_values(
     return ""
 
 
-def of_heads(reference: ModuleReference, stage: str, ours: Array, bound: tolerances.Bound) -> str:
+def of_heads(theirs: Theirs, reference: ModuleReference, stage: str, ours: Array, bound: tolerances.Bound) -> str:
     """Of attention, between its projections: the rotary layout, the selection, the softmax scale."""
     case, layer = reference.case, stages.layer_of(stage)
     assert layer is not None
@@ -140,6 +140,8 @@ def of_heads(reference: ModuleReference, stage: str, ours: Array, bound: toleran
             seen = _layer(reference, layer, scale=scale)[stage]
             if compare.values(ours, seen).error <= 2 * bound.value:
                 return f"as with softmax scale {what}"
+    if not case.args.runs_indexer(layer) and f"layers.{layer}.{INDEXER}" in paths_of(theirs.model):
+        return "a shared layer has an indexer of its own, where the selection of the full layer below is due"
     return ""
 
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from reference.modules import path_of
-
 See = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def paths_of(model: Any) -> dict[str, Any]:
-    """{path: module}. A module that stands at two paths is seen at the first."""
+    """{path: module}, as HF's paths are, whatever the model is wrapped in. A module at two paths is seen at the first."""
+    modules = dict(model.named_modules())
+    wrappings = [name.removesuffix("layers.0") for name in modules if f".{name}".endswith(".layers.0")]
+    prefix = min(wrappings, key=len, default="model.")
     found: dict[int, tuple[str, Any]] = {}
-    for name, module in model.named_modules():
-        if name:
-            found.setdefault(id(module), (path_of(name), module))
+    for name, module in sorted(modules.items()):
+        path = "lm_head" if name.rpartition(".")[2] == "lm_head" else name.removeprefix(prefix)
+        if path:
+            found.setdefault(id(module), (path, module))
     return dict(found.values())
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from verify import compare
+from verify.calls import call_model, describe, new_cache
 from verify.candidate import to_numpy
 from verify.findings import Collector
 from verify.implementation import Failed
 from verify.modules import judged_before
 from verify.report import MEASURED, Comparison
 from verify.theirs import Theirs, add_name, kind_of
-from verify.watch import Watch, call_model, describe, new_cache
+from verify.watch import Watch
 
 CLAIM = "implementation: logits and caches"
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from verify import compare
+from verify.calls import call_model, new_cache
 from verify.candidate import to_numpy
 from verify.cases import group_size
 from verify.findings import Collector
@@ -11,7 +12,6 @@ from verify.implementation import Failed, others_code
 from verify.modules import judged_before
 from verify.report import MEASURED, Comparison
 from verify.theirs import Theirs
-from verify.watch import call_model, new_cache
 
 CLAIM = "implementation: --kv-bits"
 BITS, STEPS = 8, 4

@@ -152,8 +152,10 @@ class Theirs:
             return "it does not load"
         if self.broken:
             return "it does not run"
-        hidden = [path for path in self.mended if kind_of(path) in ("self_attn", "self_attn.heads", "")]
-        return f"at fault before them: {hidden[0]}" if hidden else ""
+        hiding = sorted(
+            {kind_of(path) or "a layer" for path in self.mended} & {"self_attn", "self_attn.heads", "a layer"}
+        )
+        return f"what reads them is at fault ({hiding[-1]})" if hiding else ""
 
     @property
     def model(self) -> Any:

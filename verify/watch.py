@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import causes, compare
+from .calls import aligned, arrays, call_model, choice, describe, first, given, in_place_of, max_of, with_input
 from .candidate import to_numpy
 from .findings import Collector, Fault
 from .implementation import others_code
@@ -62,8 +63,8 @@ class Watch:
 
     def _see(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.local and path in self.reference.inputs:
-            given = self.reference.inputs[path]
-            args, kwargs = _with_input(args, kwargs, lambda array: _in_place_of(array, given))
+            due = self.reference.inputs[path]
+            args, kwargs = with_input(args, kwargs, lambda array: in_place_of(array, due))
         if kind_of(path) == "self_attn.o_proj":
             try:
                 args = self._heads(path, args)
@@ -71,7 +72,7 @@ class Watch:
                 raise OurError from error
         with others_code():
             out = call(*args, **kwargs)
-            mx.eval(*_arrays(out))
+            mx.eval(*arrays(out))
         self.calls[path] += 1
         judged = {INDEXER: self._selection, ROUTER: self._routing}.get(kind_of(path))
         try:
@@ -88,12 +89,12 @@ class Watch:
         kind, due = kind_of(path), self.reference.hf[path]
         if not self.inside and kind not in BOUNDARIES and path not in self.theirs.mended:
             return out
-        array, put = _first(out, mx.floating)
+        array, put = first(out, mx.floating)
         if not self.local:
             if path not in self.theirs.mended or array is None:
                 return out
             due = self._rows(due, array.shape[1])
-            return put(_in_place_of(array, due))
+            return put(in_place_of(array, due))
         ours = None if array is None else aligned(array, due.shape)
         if ours is None:
             what = f"gives {describe(out)}, where an array {list(due.shape)} is due"
@@ -103,27 +104,27 @@ class Watch:
             self._add(path, Fault(self.theirs.name, path, (what,)))
             return put(mx.array(due)) if array is not None else mx.array(due)
         if path in self.theirs.mended:
-            return put(_in_place_of(array, due))
+            return put(in_place_of(array, due))
         bound = self.reference.bound(path)
         fault = self.collector.check(
             lambda: self.collector.values(self.theirs.name, path, ours, due, bound),
-            lambda: causes.of_values(self.theirs, self.reference, path, ours, bound, _given(args)),
+            lambda: causes.of_values(self.theirs, self.reference, path, ours, bound, given(args)),
         )
         if fault is None:
             return out
         self._add(path, fault)
-        return put(_in_place_of(array, due))
+        return put(in_place_of(array, due))
 
     def _heads(self, path: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What o_proj is given: all heads' sums of values."""
         stage = path.removesuffix("o_proj") + "heads"
         due = self.reference.reference.hf[stage]
-        array, _ = _first(args, mx.floating)
+        array, _ = first(args, mx.floating)
         if array is None:
             return args
         if not self.local:
             mended = stage in self.theirs.mended
-            return (_in_place_of(array, self._rows(due, array.shape[1])), *args[1:]) if mended else args
+            return (in_place_of(array, self._rows(due, array.shape[1])), *args[1:]) if mended else args
         ours = aligned(array, due.shape)
         if ours is None:
             self.unread[stage] = f"is {describe(array)}, where {list(due.shape)} is due"
@@ -131,19 +132,19 @@ class Watch:
         bound = self.reference.reference.bound(stage, local=True)
         fault = self.collector.check(
             lambda: self.collector.values(self.theirs.name, stage, ours, due, bound),
-            lambda: causes.of_heads(self.reference, stage, ours, bound),
+            lambda: causes.of_heads(self.theirs, self.reference, stage, ours, bound),
         )
         if fault is None:
             return args
         self._add(stage, fault)
-        return (_in_place_of(array, due), *args[1:])
+        return (in_place_of(array, due), *args[1:])
 
     # -- choices
 
     def _selection(self, path: str, out: Any) -> Any:
         if not self.local and path in self.theirs.mended and out is None:
             return out
-        array, put = _first(out, mx.integer)
+        array, put = first(out, mx.integer)
         if out is not None and array is None:
             self.unread[path] = f"gives {describe(out)}: no selection that can be read"
             return out
@@ -157,14 +158,14 @@ class Watch:
             end = self.start + ours.shape[1]
             scores, due = (self._rows(a, ours.shape[1]) for a in (scores[..., :end], due))
             due = np.where(due < end, due, end - 1)  # early rows list keys of the future: any masked key will do
-        if ours is not None and (ours.ndim != 3 or ours.shape[:2] != due.shape[:2] or ours.max() >= scores.shape[-1]):
+        if ours is not None and (ours.shape[:2] != due.shape[:2] or ours.ndim != 3 or max_of(ours) >= scores.shape[-1]):
             self.unread[path] = f"gives {describe(out)}: no selection that can be read"
             return out
         if not self.local and ours is None:
             return out
         if self.local:
             if path in self.theirs.mended:
-                return out if array is None else put(_choice(array, due))
+                return out if array is None else put(choice(array, due))
             fault = self.collector.check(
                 lambda: self.collector.selection(self.theirs.name, path, ours, due, scores, topk, noise),
                 lambda: causes.of_selection(self.reference, path, ours, noise),
@@ -174,12 +175,12 @@ class Watch:
         found = compare.selections(ours, due, scores, topk, noise)
         self.ties += found.ties
         hand_on = found.differing and (self.local or not found.faults or path in self.theirs.mended)
-        return put(_choice(array, due)) if hand_on and array is not None else out
+        return put(choice(array, due)) if hand_on and array is not None else out
 
     def _routing(self, path: str, out: Any) -> Any:
         """Experts and their weights, in any order; HF's in the place of what differs."""
-        experts, put_experts = _first(out, mx.integer)
-        weights, _ = _first(out, mx.floating)
+        experts, put_experts = first(out, mx.integer)
+        weights, _ = first(out, mx.floating)
         reference, case = self.reference.reference, self.theirs.case
         due, logits = (reference.hf[f"{path}.{s}"] for s in ("topk", "logits"))
         due_weights = reference.hf[f"{path}.weights"]
@@ -190,16 +191,19 @@ class Watch:
             self.unread[path] = f"gives {describe(out)}: no experts with weights that can be read"
             return out
         ours = to_numpy(experts).reshape(due.shape)  # type: ignore[union-attr]
+        if max_of(ours) >= case.args.n_routed_experts:
+            self.unread[path] = f"names expert {max_of(ours)} of {case.args.n_routed_experts}"
+            return out
         bias = case.weights(f"model.{path}.e_score_correction_bias")
         noise = reference.bound(f"{path}.logits", local=self.local).absolute(logits) / 4  # sigmoid' <= 1/4
         scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
         count, k = case.args.n_routed_experts, case.args.num_experts_per_tok
 
         def mend() -> Any:
-            mine, theirs = scatter(due_weights, due, count), _choice(experts, due)
+            mine, theirs = scatter(due_weights, due, count), choice(experts, due)
             order = to_numpy(theirs).reshape(due.shape).astype(np.int64)  # type: ignore[union-attr]
             put = put_experts(theirs)
-            return _first(put, mx.floating)[1](_in_place_of(weights, np.take_along_axis(mine, order, -1)))
+            return first(put, mx.floating)[1](in_place_of(weights, np.take_along_axis(mine, order, -1)))
 
         if path in self.theirs.mended:
             return mend()
@@ -226,89 +230,3 @@ class Watch:
 
     def _add(self, path: str, fault: Fault) -> None:
         self.faults.append((path, fault))
-
-
-# -- arrays of theirs
-
-
-def call_model(model: Any, tokens: Array, cache: Any = None) -> Any:
-    """Their model on int [B, S], as mlx-lm calls it. Raises `Failed`, with what it raises."""
-    with others_code():
-        out = model(mx.array(tokens)) if cache is None else model(mx.array(tokens), cache=cache)
-        mx.eval(*_arrays(out))
-    return out
-
-
-def _arrays(out: Any) -> list[mx.array]:
-    parts = out if isinstance(out, (tuple, list)) else [out]
-    return [part for part in parts if isinstance(part, mx.array)]
-
-
-def _first(out: Any, kind: Any) -> tuple[mx.array | None, Callable[[Any], Any]]:
-    """The first array of a kind in what a call gave, and how to put another in its place."""
-    if isinstance(out, mx.array) and mx.issubdtype(out.dtype, kind):
-        return out, lambda new: new
-    if isinstance(out, (tuple, list)):
-        found = [i for i, part in enumerate(out) if isinstance(part, mx.array) and mx.issubdtype(part.dtype, kind)]
-        if found:
-            at = found[0]
-            return out[at], lambda new: type(out)([*out[:at], new, *out[at + 1 :]])
-    return None, lambda new: new
-
-
-def _with_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[mx.array], mx.array]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    array, put = _first(args, mx.floating)
-    if array is not None:
-        return put(change(array)), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
-            return args, kwargs | {name: change(value)}
-    return args, kwargs
-
-
-def _given(args: tuple[Any, ...]) -> Array | None:
-    array, _ = _first(args, mx.floating)
-    return to_numpy(array)
-
-
-def _in_place_of(array: mx.array | None, due: Array) -> mx.array:
-    """HF's values in the shape and dtype of theirs."""
-    assert array is not None
-    return (
-        mx.array(due.astype(np.float32))
-        .reshape(array.shape if array.size == due.size else due.shape)
-        .astype(array.dtype)
-    )
-
-
-def _choice(array: mx.array | None, due: Array) -> mx.array:
-    assert array is not None
-    shape = array.shape if array.size == due.size else (*array.shape[:-1], due.shape[-1])
-    return mx.array(due.astype(np.int64)).reshape(shape).astype(array.dtype)
-
-
-def aligned(array: mx.array, shape: tuple[int, ...]) -> Array | None:
-    """As [B, S, ..], where axes of one or flattened rows are all that differs; None where more does."""
-    if array.shape == shape or (array.size == int(np.prod(shape)) and array.shape[-1] == shape[-1]):
-        values = to_numpy(array)
-        assert values is not None
-        return values.reshape(shape)
-    return None
-
-
-def describe(out: Any) -> str:
-    if isinstance(out, mx.array):
-        return f"{str(out.dtype).removeprefix('mlx.core.')} {list(out.shape)}"
-    if isinstance(out, (tuple, list)):
-        return f"{type(out).__name__} of {', '.join(describe(part) for part in out) or 'nothing'}"
-    return "nothing (None)" if out is None else type(out).__name__
-
-
-def new_cache(model: Any) -> Any:
-    """As mlx-lm makes it. Raises `Failed`, with what it raises."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    with others_code():
-        return make_prompt_cache(model)
