@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from reference import checkpoints
 from reference.stored import read_tensors
-from verify import cases
+from verify import cases, options
 from verify import conftest as gate
 from verify.report import AGREES, FAULT, Comparison, Report
 
@@ -104,7 +104,7 @@ def test_an_exact_check_that_failed_is_the_worst():
 
 BAD_OPTIONS = {
     "--layers 0-x": "--layers 0-x: numbers and ranges",
-    "--checkpoint nowhere": "--checkpoint nowhere: no such folder",
+    "--checkpoint nowhere": "nowhere: no such folder",
     "--report README.md": "--report README.md: a file is there",
     "--report README.md/sub": "Not a directory",
 }
@@ -125,18 +125,27 @@ def test_bad_options_are_one_line(refusals, options):
     assert "Traceback" not in out
 
 
+class Options(dict):
+    """In the place of pytest's config, where its options alone are asked for."""
+
+    getoption = dict.get
+
+
 def test_bad_options_that_need_no_process():
     with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
-        gate._layers("0-99999999999")
+        options.parse_layers("0-99999999999")
     with pytest.raises(ValueError, match="--index-topk belongs to --checkpoint"):
-        gate._specs(None, 8)
+        options.Asked.of(Options({"--index-topk": 8, "--device": "cpu"}))
+    with pytest.raises(ValueError, match="--tokens belongs to --checkpoint without --implementation"):
+        options.Asked.of(Options({"--checkpoint": "ck", "--implementation": "mine.py", "--tokens": 8}))
 
 
 def test_a_checkpoint_of_ones_own(tmp_path):
     """Judged under its own conventions; a report with header, comparisons and footer; what was left out is listed."""
     folder = checkpoints.write(tmp_path / "release", checkpoints.glm_5_2(index_topk=512, num_hidden_layers=4))
-    with pytest.raises(ValueError, match="add --index-topk 16"):
-        gate._specs(str(folder), None)
+    asked = options.Asked.of(Options({"--checkpoint": str(folder)}))
+    assert (asked.specs, asked.release.name) == ([], "release")
+    assert "add --index-topk 16" in asked.only
     arguments = [
         "--index-topk",
         "16",
@@ -149,7 +158,7 @@ def test_a_checkpoint_of_ones_own(tmp_path):
     ]
     status, out = run("verify/", "--checkpoint", str(folder), *arguments)
     assert status == 0, out
-    last = out.strip().splitlines()[-1]
+    last = next(line for line in out.splitlines() if line.startswith("verdict: "))
     assert last.startswith("verdict: agrees with HF and the equations in")
     assert "not verified, listed above" in last
     assert "indexer_rope = interleaved (key indexer_rope_interleave)" in out

@@ -11,193 +11,58 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
+import torch
 
-from . import cases, cost, report
+from . import cases, options, report, theirs
 from .judge import Judge
-from .on_trial import OnTrial, Trial
+from .on_trial import Trial
+from .options import ASKED, Asked
 from .progress import Progress
-from .release import headers_of
 from .saved import Saved
 
 REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"
-REAL_SHAPE = "one layer at GLM-5.2's true widths"
 RELEASE = "test_release.py"
-OF_RELEASE = (
-    "--index-topk",
-    "--tokens",
-    "--original",
-    "--limit",
-    "--prompt-file",
-    "--resume",
-    "--timings",
-    "--dtype",
-    "--device",
-)
+IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("glm-dsa gate")
-    group.addoption(
-        "--checkpoint",
-        metavar="DIR_OR_REPO",
-        help="judge this release, of any size: HF's layout or mlx-lm's, packed or not",
-    )
-    group.addoption(
-        "--index-topk", metavar="K", type=int, help="with --checkpoint: lower index_topk, so that short prompts pass it"
-    )
-    group.addoption(
-        "--tokens", metavar="N", type=int, help="with --checkpoint: the prompt's length (default: 4 index_topk)"
-    )
-    group.addoption(
-        "--original",
-        metavar="DIR_OR_REPO",
-        help="with --checkpoint: what it was made from; tells damage from rounding, and what quantization cost",
-    )
-    group.addoption(
-        "--limit",
-        metavar="NAME=NUMBER",
-        action="append",
-        default=[],
-        help=f"with --original: fail beyond this cost; {', '.join(cost.LIMITS)}; may be repeated",
-    )
-    group.addoption(
-        "--prompt-file",
-        metavar="FILE",
-        help="with --checkpoint: text to run on, not random tokens; needs tokenizer.json",
-    )
-    group.addoption(
-        "--resume",
-        action="store_true",
-        help="with --checkpoint: go on after the last layer that an interrupted run finished",
-    )
-    group.addoption(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="with --checkpoint: what the release runs in; in 16 bit the bounds are HF's own errors in bfloat16",
-    )
-    group.addoption(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="with --checkpoint: what the release runs on"
-    )
-    group.addoption(
-        "--timings",
-        action="store_true",
-        help="with --checkpoint: also time each layer's reading and passes as bare loops",
-    )
-    group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
-    group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
-    group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
-    group.addoption("--real-shape", action="store_true", help=f"also judge {REAL_SHAPE} (minutes, 9 GiB)")
+    options.add(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        _set_device(config.getoption("--device"))
-        layers = _layers(config.getoption("--layers"))
-        specs, release, why = _on_trial(config, layers)
+        asked = Asked.of(config)
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
         out.clear()
     except (ValueError, OSError) as error:  # GlmDsaError too
         pytest.exit(str(error), returncode=1)
+    out.conventions, out.not_verified = asked.conventions(), asked.not_verified(config)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"),
         "dtype": config.getoption("--dtype"), "device": config.getoption("--device"),
         "command": "pytest " + shlex.join(str(a) for a in config.invocation_params.args if a != "--resume"),
-        "cases": [s.name for s in specs] or [release.name] if release else [s.name for s in specs],
+        "cases": asked.names, "conventions": out.conventions,
     }  # fmt: skip
-    if config.getoption("--device") == "cpu":
-        out.not_verified["Metal or CUDA"] = "the verdict is given on the CPU"
-    if config.getoption("--dtype") == "float32":
-        out.not_verified["16 bit"] = "the verdict is given in float32"
-    else:
-        out.not_verified["float32"] = "the verdict is given in bfloat16, within HF's own errors in it"
-    for spec in specs:
-        for convention in spec.args.conventions:
-            out.conventions.setdefault(str(convention), []).append(spec.name)
-        if spec.claims:
-            out.not_verified[f"{spec.name}, other claims"] = f"left out for time; judged in: {', '.join(spec.claims)}"
-        if spec.args.num_nextn_predict_layers and not spec.has_mtp:
-            out.not_verified[f"MTP of {spec.name}"] = (
-                "config.json names an MTP layer, but the checkpoint has no tensors for it"
-            )
-    if release is not None:
+    if asked.release is not None:
         out.told.add(BY_LAYER)
-        if release.original is None:
-            out.not_verified["that these are the model's own weights"] = (
-                "without --original nobody can tell swapped layers or experts, or values changed within the usual range"
-            )
-        if release.args.has_indexer and not release.is_sparse:
-            out.not_verified["selections"] = (
-                f"the prompt's {release.tokens.shape[1]} tokens are within index_topk = {release.args.index_topk}"
-            )
-        if release.args.num_nextn_predict_layers and not specs:
-            out.not_verified["MTP"] = "a release that is judged layer by layer is judged without its MTP layer"
-        if release.args.has_indexer:
-            out.not_verified["that the indexers were trained under this RoPE layout"] = (
-                "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
-            )
-        for convention in () if specs else release.args.conventions:
-            out.conventions.setdefault(str(convention), []).append(release.name)
-    out.header["conventions"] = out.conventions
-    config.stash[REPORT] = out
-    config.glm_layers, config.glm_specs = layers, specs  # type: ignore[attr-defined]
-    config.glm_release, config.glm_only_release = release, why  # type: ignore[attr-defined]
-
-
-def _set_device(name: str) -> None:
-    """On a Mac the default would be Metal."""
-    mx.set_default_device(mx.cpu)
-    if name == "gpu":
-        if not mx.is_available(mx.gpu):
-            raise ValueError("--device gpu: this build of mlx sees none")
-        mx.set_default_device(mx.gpu)
-
-
-def _layers(text: str | None) -> set[int] | None:
-    if text is None:
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"--layers {text}: numbers and ranges such as 0-3,6 are due")
-        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return chosen
-
-
-def _on_trial(config: pytest.Config, layers: set[int] | None) -> tuple[list[cases.Spec], OnTrial | None, str]:
-    """(checkpoints that all claims are held to, the release that is judged layer by layer, why only so)."""
-    given = {o: config.getoption(o) for o in ("--checkpoint", *OF_RELEASE)}
-    checkpoint = given["--checkpoint"]
-    if checkpoint is None:
-        for option, value in given.items():
-            if value and value not in ("float32", "cpu"):
-                raise ValueError(f"{option} belongs to --checkpoint")
-        return cases.default_specs(), None, ""
-    prompt, original, topk = (given[o] for o in ("--prompt-file", "--original", "--index-topk"))
-    release = OnTrial.of(
-        headers_of(checkpoint), topk, given["--tokens"], layers,
-        None if original is None else headers_of(original), cost.parse_limits(given["--limit"]),
-        None if prompt is None else Path(prompt), config.getoption("--seed"), given["--dtype"] == "bfloat16",
-    )  # fmt: skip
-    if release.refused:
-        return [], release, "it does not load"
-    if original is not None:
-        return [], release, "judged beside its original"
-    if given["--dtype"] != "float32" or given["--device"] != "cpu":
-        return [], release, "they are judged in float32 on the CPU"
-    try:
-        return [cases.spec_of(release.folder, topk)], release, ""
-    except ValueError as error:  # GlmDsaError too
-        return [], release, str(error).removeprefix(f"--checkpoint {release.folder}: ")
+    if asked.implementation is not None:
+        out.header["implementation"] = asked.implementation.text
+        torch.set_num_threads(1)  # on tiny tensors two threads wait for each other more than they work
+    config.stash[REPORT], config.stash[ASKED] = out, asked
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What judges a release has nothing to say without one."""
+    """What judges a release has nothing to say without one; somebody's code is judged by its own files alone."""
+    if collection_path.parent != Path(__file__).parent or not collection_path.name.startswith("test_"):
+        return None
+    is_judged_here = collection_path.name.startswith(IMPLEMENTATION)
+    if config.getoption("--implementation") is not None:
+        return None if is_judged_here else True
+    if is_judged_here:
+        return True
     return True if collection_path.name == RELEASE and config.getoption("--checkpoint") is None else None
 
 
@@ -210,6 +75,15 @@ def gate(request: pytest.FixtureRequest) -> report.Report:
 
 
 _built: dict[str, cases.Case] = {}
+_theirs: dict[str, theirs.Theirs] = {}
+
+
+@pytest.fixture(name=theirs.FIXTURE)
+def on_trial(request: pytest.FixtureRequest, case: cases.Case) -> theirs.Theirs:
+    """The implementation on a case; what one test finds wrong with it, the next ones know."""
+    implementation = request.config.stash[ASKED].implementation
+    assert implementation is not None
+    return _theirs.setdefault(case.name, theirs.Theirs(implementation, case))
 
 
 @pytest.fixture
@@ -224,7 +98,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterator[Trial]:
     """The release's one pass. What an interrupted run needs is let go when all was judged."""
-    release: OnTrial = pytestconfig.glm_release  # type: ignore[attr-defined]
+    release = pytestconfig.stash[ASKED].release
+    assert release is not None
     if release.refused:
         pytest.skip("it does not load")
     seed, cache = pytestconfig.getoption("--seed"), getattr(pytestconfig, "cache", None)
@@ -246,32 +121,24 @@ def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterat
 
 @pytest.fixture
 def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
-    seed = request.config.getoption("--seed")
+    asked, seed = request.config.stash[ASKED], request.config.getoption("--seed")
     again = ["pytest", request.node.nodeid] + (["--seed", str(seed)] if seed else [])
-    for option in ("--checkpoint", "--index-topk", "--tokens", "--original", "--prompt-file"):
-        value = request.config.getoption(option)
-        again += [] if value is None else [option, str(value)]
-    for option in ("--dtype", "--device"):
-        value = request.config.getoption(option)
-        again += [] if value in ("float32", "cpu") else [option, value]
-    for limit in request.config.getoption("--limit"):
-        again += ["--limit", limit]
-    again += ["--real-shape"] if request.config.getoption("--real-shape") else []
-    return Judge(gate, request.module.CLAIM, shlex.join(again), seed, request.config.glm_layers)  # type: ignore[attr-defined]
+    return Judge(gate, request.module.CLAIM, shlex.join([*again, *options.again(request.config)]), seed, asked.layers)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"; over one
     of each family where layouts make no difference (`any_layout`)."""
+    asked = metafunc.config.stash[ASKED]
     if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
-        release: OnTrial = metafunc.config.glm_release  # type: ignore[attr-defined]
+        release = asked.release
+        assert release is not None  # without one this file is not collected
         metafunc.parametrize("layer", release.layers[:1] if release.refused else release.layers)
-    if "case" not in metafunc.fixturenames:
+    if "case" not in metafunc.fixturenames:  # "theirs" brings it
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
     claim = getattr(metafunc.module, "CLAIM", None)
-    every = metafunc.config.glm_specs  # type: ignore[attr-defined]
-    specs = [s for s in every if needs <= s.has and (not s.claims or claim in s.claims)]
+    specs = [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
     if any(metafunc.definition.iter_markers("any_layout")):
         specs = list({s.family: s for s in reversed(specs)}.values())[::-1]
     if not specs:
@@ -284,18 +151,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # -- from outcomes to a verdict
 
 
-def all_claims() -> list[str]:
-    """Every claim of the gate, whether its file was collected or not."""
+def all_claims(of_implementations: bool = False) -> list[str]:
+    """Every claim of the gate, whether its file was collected or not; or those on somebody's implementation."""
     files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if file.name != RELEASE]
+    files = [file for file in files if file.name.startswith(IMPLEMENTATION) == of_implementations]
     texts = (file.read_text(encoding="utf-8") for file in files)
     return [match[1] for text in texts if (match := re.search(r'^CLAIM = "(.*)"$', text, re.MULTILINE))]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    out = config.stash[REPORT]
-    if why := config.glm_only_release:  # type: ignore[attr-defined]
+    out, asked = config.stash[REPORT], config.stash[ASKED]
+    if asked.only:
         items[:] = [item for item in items if item.path.name == RELEASE]
-        out.not_verified["the gate's other claims"] = f"not of this release: {why}"
     # The references judge first: nothing else counts until they agree.
     items.sort(key=lambda item: getattr(getattr(item, "module", None), "ORDER", 1))
     ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
@@ -304,7 +171,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if any("::" in str(argument) for argument in config.args):
         for claim in list(out.claims):
             out.leave_out(claim, 1, "others of its tests: the command line names single ones")
-    for claim in all_claims() if ours and not config.glm_only_release else ():  # type: ignore[attr-defined]
+    for claim in all_claims(asked.implementation is not None) if ours and not asked.only else ():
         out.claims.setdefault(claim, Counter())  # files that the command line does not name
     if ours:
         out.open()
@@ -332,7 +199,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         out.claims.setdefault(claim, Counter())[outcome] += 1
         if outcome == "skipped":
             reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
-            out.not_verified[f"{claim}: {item.name}"] = reason.removeprefix("Skipped: ")
+            reason = reason.removeprefix("Skipped: ")
+            if theirs.FIXTURE in getattr(item, "fixturenames", ()):  # a line for each reason, not for each test
+                name = item.callspec.params["case"].name  # type: ignore[attr-defined]
+                theirs.add_name(out.not_verified, f"{claim}: {reason}", name)
+            else:
+                out.not_verified[f"{claim}: {item.name}"] = reason
     return result
 
 
@@ -344,7 +216,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     empty = [c for c in out.claims if out.claims[c]["passed"] and out.verdict_of(c) == report.NOT_VERIFIED]
     if empty and session.exitstatus == 0:
         session.exitstatus = 1  # a claim whose tests passed without comparing anything is no pass
-    if session.config.glm_layers is not None:  # type: ignore[attr-defined]
+    if session.config.stash[ASKED].layers is not None:
         out.not_verified["stages of other layers"] = f"--layers {session.config.getoption('--layers')}"
     out.header["exit_status"] = int(session.exitstatus)
     out.close(int(session.exitstatus))

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import stages
+
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
 MEASURED = "measured"  # a figure that is reported, and judged by nothing
@@ -152,6 +154,18 @@ class Report:
         everywhere = {name for cases in self.conventions.values() for name in cases}
         return "all cases" if set(names) == everywhere else ", ".join(names)
 
+    def faults(self) -> list[str]:
+        """Each fault in one line, with the layers and the cases that have it."""
+        groups: dict[tuple[str, str], list[Comparison]] = {}
+        for c in self.comparisons:
+            if c.verdict == FAULT:
+                groups.setdefault((stages.kind(c.stage), c.note), []).append(c)
+        out = []
+        for (kind, note), group in groups.items():
+            layers, cases = stages.layers_of(c.stage for c in group), dict.fromkeys(c.case for c in group)
+            out.append(f"  {f'{layers}, {kind}' if layers else kind}: {note}  [{', '.join(cases)}]")
+        return out
+
     def lines(self, exit_status: int) -> list[str]:
         rows = [("claim", "compared", "worst error / bound, and where", "ties", "verdict")]
         for claim in self.claims:
@@ -163,6 +177,8 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         out.insert(1, "  ".join("-" * width for width in widths))
+        faults = self.faults()
+        out += ["", "faults", *faults] if faults else []
         out += (
             ["", "not verified"] + [f"  {what}: {why}" for what, why in self.not_verified.items()]
             if self.not_verified

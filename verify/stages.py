@@ -58,3 +58,20 @@ def order(stage: str) -> tuple[int, int]:
 
 def in_order(stages: Iterable[str]) -> list[str]:
     return sorted(stages, key=order)
+
+
+def compact(numbers: Iterable[int]) -> str:
+    """{1, 2, 3, 5} -> "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def layers_of(stages: Iterable[str]) -> str:
+    """What to say of stages inside layers: "layers 0-4"; nothing of others."""
+    layers = {layer for stage in stages if (layer := layer_of(f"{stage}.")) is not None}
+    return f"layer{'s' if len(layers) > 1 else ''} {compact(layers)}" if layers else ""

@@ -4,6 +4,7 @@ import numpy as np
 
 from verify import audit
 from verify.on_trial import Trial
+from verify.options import ASKED
 from verify.report import MEASURED, Comparison
 
 CLAIM = "the release, layer by layer"
@@ -11,7 +12,7 @@ CLAIM = "the release, layer by layer"
 
 def test_headers(judge, gate, request):
     """What the headers tell: tensors, shapes, formats, policy; and whether the release loads."""
-    release = request.config.glm_release
+    release = request.config.stash[ASKED].release
     found = audit.audit(release.headers)
     tell(gate, release.name, "headers", found.findings)
     faults = [f.what for f in found.findings if f.severity == audit.FAULT]
