@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from . import hf
 from .equations import Conventions
+from .mtp import Around
 from .stored import read_tensors
 
+EMBEDDING = "model.embed_tokens.weight"
 Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -42,7 +44,8 @@ class Layers:
     ) -> None:
         self.read, self.dtype = read_tensors(folder), dtype
         self.config: Mapping[str, Any] = self.read.config | changes
-        config = hf.config_for(self.config)
+        self.has_mtp = f"model.layers.{self.config['num_hidden_layers']}.eh_proj.weight" in self.read
+        config = hf.config_for(self.config, self.has_mtp)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
@@ -50,11 +53,20 @@ class Layers:
         sparse = [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "experts")]
         self.experts_class = type(sparse[0].experts) if sparse else torch.nn.Module
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, name: str = EMBEDDING) -> torch.Tensor:
         """int [B, S] -> [B, S, hidden]; only the rows that are asked for are read."""
         wanted, at = tokens.unique(return_inverse=True)
-        rows = [self.read("model.embed_tokens.weight", torch.float32, int(row)) for row in wanted]
-        return torch.stack(rows)[at]
+        return torch.stack([self.read(name, torch.float32, int(row)) for row in wanted])[at]
+
+    def around_mtp(self) -> Around:
+        """What joins the MTP layer, number `num_hidden_layers`, to the model."""
+        norm, layer = type(self.model.model.norm), self.config["num_hidden_layers"]
+        return Around(self.model.config, norm, layer, self.read, self.dtype)
+
+    def mtp_embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `embed`, by the MTP layer's own embedding, if it has one."""
+        own = f"model.layers.{self.config['num_hidden_layers']}.embed_tokens.weight"
+        return self.embed(tokens, own if own in self.read else EMBEDDING)
 
     @contextmanager
     def loaded(self, layer: int, answer: Answer) -> Iterator[torch.nn.Module]:

@@ -38,30 +38,66 @@ class Placeholder(torch.nn.Identity):
     """Where MtpLayer would build a decoder layer of its own; HF's loaded one takes its place."""
 
 
+def glue(config: Any, norm: type, layer: int, read: read_tensors, dtype: torch.dtype) -> Any:
+    """HF's MtpLayer with its norms and eh_proj, around a placeholder where its decoder layer belongs."""
+    with torch.device("meta"):
+        mtp = MtpLayer(config, Placeholder, norm, layer)
+    own = {
+        "enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
+        "post_norm.weight": "shared_head.norm.weight",
+    }  # fmt: skip
+    tensors = {ours: read(f"model.layers.{layer}.{theirs}", dtype) for ours, theirs in own.items()}
+    mtp.load_state_dict(tensors, strict=True, assign=True)
+    return mtp.eval()
+
+
+class Around:
+    """What goes into an MTP layer's decoder layer, and what becomes of that layer's output: HF's glue, a step at a time."""
+
+    def __init__(self, config: Any, norm: type, layer: int, read: read_tensors, dtype: torch.dtype) -> None:
+        self.mtp = glue(config, norm, layer, read, dtype)
+        self.mtp.mtp_block = self.block = _Replaced()
+
+    def before(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the next tokens and the main model's hidden, both [B, S, hidden] -> the layer's input."""
+        self._run(embedded, hidden)
+        return self.block.given
+
+    def after(self, out: torch.Tensor) -> torch.Tensor:
+        """The layer's output -> hidden after the shared head's norm."""
+        self.block.out = out
+        return self._run(out, out)
+
+    @torch.no_grad()
+    def _run(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        nothing: Any = None
+        return self.mtp(embedded, hidden, nothing, nothing, nothing, nothing)
+
+
+class _Replaced(torch.nn.Module):
+    """In a decoder layer's place: keeps what it is given, gives what it is told to."""
+
+    out: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.given = x
+        return x if self.out is None else self.out
+
+
 class Mtp:
     """The MTP layer of a checkpoint. `model`: loaded by `hf.load(folder, with_mtp=True)`."""
 
     def __init__(self, model: Any, folder: str | Path, reuse: bool, zero_first: bool = False) -> None:
         self.model, self.reuse, self.zero_first = model, reuse, zero_first
         layer = model.model.layers[-1]
-        norm = type(model.model.norm)
-        with torch.device("meta"):
-            self.mtp = MtpLayer(model.config, Placeholder, norm, len(model.model.layers) - 1)
-        tensors = read_tensors(folder)
-        prefix = f"model.layers.{len(model.model.layers) - 1}."
-        own = {
-            "enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight",
-            "post_norm.weight": "shared_head.norm.weight",
-        }  # fmt: skip
-        self.mtp.load_state_dict(
-            {ours: tensors(prefix + theirs, torch.float32) for ours, theirs in own.items()}, strict=True, assign=True
-        )
+        tensors, index = read_tensors(folder), len(model.model.layers) - 1
+        prefix = f"model.layers.{index}."
+        self.mtp = glue(model.config, type(model.model.norm), index, tensors, torch.float32)
         self.block = FirstOutput(layer)
         self.mtp.mtp_block = self.block
         owns = prefix + "embed_tokens.weight" in tensors.names
         self.embed = tensors(prefix + "embed_tokens.weight", torch.float32) if owns else model.model.embed_tokens.weight
         self.head = tensors(prefix + "shared_head.head.weight", torch.float32) if owns else model.lm_head.weight
-        self.mtp.eval()
 
     def index_keys(self) -> np.ndarray | None:
         """The indexer keys that HF's cache holds after `draft`, [B, T, D], in the order in which wk made them."""

@@ -22,9 +22,10 @@ from reference import checkpoints, hf
 from reference.equations import Conventions
 from verify import audit, cost, on_trial, stages
 from verify.judge import Judge
-from verify.on_trial import OnTrial, Trial
+from verify.on_trial import OnTrial
 from verify.release import headers_of
 from verify.report import FAULT, Report
+from verify.trial import Trial
 
 ROOT = Path(__file__).parents[1]
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)

@@ -16,10 +16,10 @@ import torch
 
 from . import cases, options, report, theirs
 from .judge import Judge
-from .on_trial import Trial
 from .options import ASKED, Asked
 from .progress import Progress
 from .saved import Saved
+from .trial import Trial
 
 REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"

@@ -1,38 +1,24 @@
-"""A release and its streams, in the form in which `Judge` holds stages against a reference."""
+"""A release as the command line puts it on trial: which layers, on which prompt, beside which original."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import CheckpointError
-from reference.equations import Conventions, rms_norm
 
-from . import compare, cost, report, stages, tolerances
-from .audit import Finding
-from .bare import Bare
-from .candidate import to_numpy
-from .compare import Distributions
-from .damage import Weighing
-from .judge import Judge
+from . import report, tolerances
 from .release import Release
-from .saved import Saved
-from .stream import Pass, Ran
 
 Array = np.ndarray
-HEAD_ROWS = 8192  # tokens of the vocabulary whose logits are computed at once
-HEAD_POSITIONS = 64  # of a prompt, evenly spread: a head of 154,880 x 6144 costs as much as ten layers
-COST_POSITIONS = 512  # of them where torch alone computes
 SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
     "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
@@ -78,7 +64,7 @@ class OnTrial:
             _check_half(headers, args)
         if tokens is not None and tokens < 2:
             raise ValueError(f"--tokens {tokens}: at least 2 are due")
-        chosen = _chosen(headers.origin, args, layers)
+        chosen = _chosen(headers, args, layers, is_half)
         if prompt is not None:
             ids = _encode(headers, prompt, tokens, args.vocab_size)
         else:
@@ -170,10 +156,12 @@ def _check_original(headers: Release, args: ModelArgs, original: Release, theirs
             )
 
 
-def _chosen(origin: str, args: ModelArgs, layers: set[int] | None) -> list[int]:
-    chosen = sorted(layers) if layers is not None else list(range(args.num_hidden_layers))
-    if chosen[-1] >= args.num_hidden_layers:
-        raise ValueError(f"--layers: {origin} has {args.num_hidden_layers} layers, from 0 on")
+def _chosen(headers: Release, args: ModelArgs, layers: set[int] | None, is_half: bool) -> list[int]:
+    """The MTP layer is one more, where the release has it. (In 16 bit it is not judged.)"""
+    count = args.num_hidden_layers + (weights.has_mtp(args, headers.tensors) and not is_half)
+    chosen = sorted(layers) if layers is not None else list(range(count))
+    if chosen[-1] >= count:
+        raise ValueError(f"--layers: {headers.origin} has {count} layers, from 0 on")
     for layer in chosen if args.has_indexer else ():
         full = max((i for i in range(layer + 1) if args.runs_indexer(i)), default=layer)
         if full not in chosen:
@@ -226,253 +214,3 @@ def _digest(headers: Release) -> str:
         status = file.stat()
         digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the release, run on its own, has come from HF after a layer; in units of the output's rms."""
-
-    error: float
-    selection: float | None  # share of HF's selected keys that it selects too
-    routing: float | None  # share of experts
-
-    def __str__(self) -> str:
-        parts = [f"drift {self.error:.2g}"]
-        parts += [f"selection {self.selection:.2%} the same"] if self.selection is not None else []
-        parts += [f"experts {self.routing:.2%} the same"] if self.routing is not None else []
-        return ", ".join(parts)
-
-
-@dataclass
-class LayerReference:
-    """One layer (or the head): HF's stages, how far each lies from the equations, and what full layers left behind."""
-
-    case: Case
-    hf: dict[str, Array]
-    errors: dict[str, float]
-    is_sparse: bool
-    length: int
-    is_half: bool = False
-
-    @property
-    def injections(self) -> dict[str, Array]:
-        given = {s: v for s, v in self.hf.items() if s.endswith(".topk")}
-        return {s: v for s, v in given.items() if self.is_sparse or s.endswith(stages.ROUTING)}
-
-    def bound(self, stage: str, local: bool) -> tolerances.Bound:
-        kind, longest = stages.kind(stage), max(self.case.longest, self.length)
-        if self.is_half:
-            return tolerances.bound_16(self.errors[stage], self.hf[stage], longest, self.case.packed)
-        norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
-        return tolerances.bound(self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm)
-
-
-@dataclass
-class Case:
-    name: str
-    args: ModelArgs
-    weights: Any
-    packed: bool
-
-    @property
-    def longest(self) -> int:
-        """The longest reduction inside the model."""
-        return longest(self.args)
-
-
-@dataclass
-class Trial:
-    """The pass over a release, advanced as its layers are asked for, in order; it can be taken up where it was interrupted.
-
-    costs, findings: by layer, for as long as the run lasts. said: {what was judged: its comparisons, and its failure}.
-    """
-
-    release: OnTrial
-    seed: int
-    saved: Saved | None = None
-    tell: Callable[[str], None] = lambda _: None
-    passed: Callable[[int, float], None] = lambda *_: None  # a layer, and its seconds
-    timed: bool = False
-    times: dict[int, str] = field(default_factory=dict)
-    worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
-    scores: dict[str, Array] = field(default_factory=dict)  # of the last full layer
-    finished: list[int] = field(default_factory=list)
-    costs: dict[int, cost.LayerCost] = field(default_factory=dict)
-    findings: dict[int, list[Finding]] = field(default_factory=dict)
-    said: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        release = self.release
-        original = None
-        if release.original is not None and release.original.folder is not None:
-            original = (release.original.folder, Conventions.of(release.original.config))
-        conventions = Conventions.of(release.headers.config)
-        self.run = Pass(
-            release.folder,
-            conventions,
-            release.overrides,
-            release.tokens,
-            original,
-            self._beside,
-            lambda s: self.tell(s),
-            mx.bfloat16 if release.is_half else mx.float32,
-        )
-        theirs = None if self.run.original is None else self.run.original.read
-        layers = self.run.args.num_hidden_layers
-        self.weighing = Weighing(release.headers.tensors, self.run.theirs.read, theirs, layers)
-        self.case = Case(self.name, self.run.args, self.run.theirs.read, release.is_packed)
-        if not self._restore():
-            self.run.embed()
-
-    def _beside(self, *chunk: Any) -> None:
-        self.weighing.experts(*chunk)
-
-    @property
-    def name(self) -> str:
-        return self.release.name
-
-    def upto(self, layer: int) -> None:
-        """Runs what is missing of the layers before and this one; nobody judges them then."""
-        for missing in [i for i in self.release.layers if i <= layer and i not in self.finished]:
-            self.layer(missing)
-
-    def layer(self, index: int) -> tuple[LayerReference, dict[str, Any], Drift]:
-        """(reference, our stages on HF's input, what has come of the layers before)."""
-        if index in self.finished:
-            pytest.fail(
-                f"layer {index} was run, and not judged, by the run that was interrupted: start anew", pytrace=False
-            )
-        before = [i for i in self.release.layers if i < index]
-        if before:
-            self.upto(before[-1])
-        begun = time.monotonic()
-        self.tell(f"layer {index}")
-        bare = Bare(self.run) if self.timed else None
-        ran = self.run.layer(index)
-        scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
-        self.scores = scores or self.scores
-        reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
-        local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
-        self.tell(f"layer {index}, weights")
-        self.findings[index] = self.weighing.layer(index)
-        if ran.original:
-            self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse)
-        self.finished.append(index)
-        seconds = time.monotonic() - begun
-        self.passed(index, seconds)
-        if bare is not None:
-            least = bare.seconds(index)
-            self.times[index] = f"{seconds:.1f} s, {seconds / least:.2f} times its bare loops ({least:.1f} s)"
-        return reference, local, self._drift(index, ran)
-
-    def _reference(
-        self, hf: dict[str, Array], truth: dict[str, Array], half: dict[str, Array] | None
-    ) -> LayerReference:
-        """Bounds are by HF's own errors: those of float32, or of bfloat16 where ours runs in it."""
-        for stage, error in tolerances.reference_errors(half or hf, truth).items():
-            self.worst[stages.kind(stage)] = max(self.worst.get(stages.kind(stage), 0.0), error)
-        errors = {stage: self.worst.get(stages.kind(stage), 0.0) for stage in hf}
-        return LayerReference(self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1], half is not None)
-
-    def _drift(self, index: int, ran: Ran) -> Drift:
-        own = to_numpy(self.run.own[1:])
-        assert own is not None
-        error = compare.values(own, self.run.hf.numpy()).error
-        shares: list[float | None] = []
-        allowed = np.tril(np.ones((self.run.tokens.shape[1],) * 2, bool))
-        for stage, only in (("self_attn.indexer.topk", allowed), (stages.ROUTING, None)):
-            ours, hf = ran.ours.get(f"layers.{index}.{stage}"), ran.hf.get(f"layers.{index}.{stage}")
-            wanted = ours is not None and hf is not None and (only is None or self.run.is_sparse)
-            shares.append(cost.same(ours[1], hf[0], only) if wanted else None)  # type: ignore[index]
-        return Drift(error, *shares)
-
-    def logits(self) -> tuple[LayerReference, dict[str, Array], Distributions, cost.Cost | None]:
-        """(reference, ours on HF's last hidden, how far ours is on its own, what quantization cost)."""
-        run, args = self.run, self.run.args
-        self.upto(self.release.layers[-1])
-        length = run.tokens.shape[1]
-        at = _spread(length, HEAD_POSITIONS)
-        asked = _spread(length - 1, COST_POSITIONS)  # those that a token follows
-        hidden, own = run.theirs.norm(run.hf[:, at]), run.ours.norm(run.own[:, mx.array(at)])
-        weight = run.theirs.read("model.norm.weight").astype(np.float64)
-        exact = rms_norm(run.hf[:, at].double().numpy(), weight, args.rms_norm_eps)
-        half = run.half.norm(run.hf[:, at].bfloat16()) if run.half is not None else None
-        parts: dict[str, list[Array]] = {p: [] for p in ("hf", "truth", "ours", "half", "release", "original")}
-        if run.original is not None:
-            of_release, of_original = run.theirs.norm(run.hf[0, asked]), run.original.norm(run.first[1, asked])
-        for start in range(0, args.vocab_size, HEAD_ROWS):
-            self.tell(f"logits, token {start:,} of {args.vocab_size:,}")
-            rows = slice(start, min(start + HEAD_ROWS, args.vocab_size))
-            head = run.theirs.head(rows)
-            parts["hf"].append((hidden @ head.T).numpy())
-            parts["truth"].append((exact @ head.double().numpy().T).astype(np.float32))
-            logits = run.ours.head(own, rows)
-            mx.eval(logits)
-            parts["ours"].append(np.array(logits.astype(mx.float32)))
-            if half is not None:
-                parts["half"].append((half @ head.bfloat16().T).float().numpy())
-            if run.original is not None:
-                parts["release"].append((of_release @ head.T).numpy())
-                parts["original"].append((of_original @ run.original.head(rows).T).numpy())
-        whole = {name: np.concatenate(p, -1) for name, p in parts.items() if p}
-        mine = to_numpy(own)
-        assert mine is not None
-        reference = self._reference(
-            {"norm": hidden.numpy(), "logits": whole["hf"]},
-            {"norm": exact, "logits": whole["truth"]},
-            None if half is None else {"norm": half.float().numpy(), "logits": whole["half"]},
-        )
-        paid = None
-        if run.original is not None:
-            paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
-        ours = whole["ours"]
-        return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
-
-    # -- judged once, though the run be interrupted
-
-    def once(self, judge: Judge, what: str, check: Callable[[], None]) -> None:
-        """Judges, or says again what an interrupted run found. `check` fails as pytest's tests do."""
-        if what in self.said:
-            for record in self.said[what]["comparisons"]:
-                judge.report.add(report.Comparison(**record))
-            if (failure := self.said[what]["failure"]) is not None:
-                pytest.fail(failure, pytrace=False)
-            return
-        before = len(judge.report.comparisons)
-        try:
-            check()
-        except pytest.fail.Exception as error:
-            self._say(what, judge, before, str(error))
-            raise
-        self._say(what, judge, before, None)
-
-    def _say(self, what: str, judge: Judge, before: int, failure: str | None) -> None:
-        self.said[what] = {"comparisons": [asdict(c) for c in judge.report.comparisons[before:]], "failure": failure}
-        self._save()
-
-    def _save(self) -> None:
-        if self.saved is None:
-            return
-        facts = {
-            "worst": self.worst, "finished": self.finished, "said": self.said,
-            "costs": {i: asdict(c) for i, c in self.costs.items()},
-            "findings": {i: [asdict(f) for f in found] for i, found in self.findings.items()},
-        }  # fmt: skip
-        scores = {f"scores.{stage}": value for stage, value in self.scores.items()}
-        self.saved.save(self.run.state() | scores, facts)
-
-    def _restore(self) -> bool:
-        found = None if self.saved is None else self.saved.load()
-        if found is None:
-            return False
-        state, facts = found
-        self.run.restore(state)
-        self.scores = {n.removeprefix("scores."): a for n, a in state.items() if n.startswith("scores.")}
-        self.worst, self.finished, self.said = facts["worst"], facts["finished"], facts["said"]
-        self.costs = {int(i): cost.LayerCost(**c) for i, c in facts["costs"].items()}
-        self.findings = {int(i): [Finding(**f) for f in found] for i, found in facts["findings"].items()}
-        return True
-
-
-def _spread(length: int, most: int) -> Array:
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))

@@ -162,7 +162,8 @@ class Asked:
             length = release.tokens.shape[1]
             lines["selections"] = f"the prompt's {length} tokens are within index_topk = {args.index_topk}"
         if args.num_nextn_predict_layers and not self.specs:
-            lines["MTP"] = "a release that is judged layer by layer is judged without its MTP layer"
+            is_there = args.num_hidden_layers in release.layers
+            lines["MTP"] = "of drafts, only the first step is judged" if is_there else "no tensors of it, or left out"
         if args.has_indexer:
             lines["that the indexers were trained under this RoPE layout"] = (
                 "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"

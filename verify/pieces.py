@@ -43,12 +43,14 @@ class OurLayers:
         self.model, self.stored = checkpoint.assemble(folder, dtype, **overrides)  # lazy: nothing is read yet
         self.args, self.dtype = self.model.args, dtype
 
-    def run(self, layer: int, x: mx.array, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
-        """x [rows, S, hidden], of which row 0 is handed `given` choices. `answer` stands in the place of its experts."""
+    def run(self, layer: int, x: Any, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
+        """x [rows, S, hidden], of which row 0 is handed `given` choices; of the MTP layer (hidden, embeddings), such both.
+        `answer` stands in the place of its experts."""
         module = self.model.model.layers[layer]
         if "switch_mlp" in module.mlp:
             module.mlp.switch_mlp = answer
-        rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)
+        is_mtp = isinstance(x, tuple)
+        rotation, mask = self.model.model.rotation_and_mask((x[0] if is_mtp else x).shape[1], None)
         seen: dict[str, Any] = {}
 
         def listener(stage: str, value: Any) -> Any:
@@ -58,14 +60,21 @@ class OurLayers:
             return mx.concatenate([mx.array(given[stage]).astype(value.dtype), value[1:]])
 
         with trace.listen(self.model, listener):
-            out, chosen = module(x, rotation, mask, None, selection)
+            if is_mtp:
+                out, chosen = module.step(*x, rotation, mask, None)
+            else:
+                out, chosen = module(x, rotation, mask, None, selection)
         mx.eval(out, *(v for v in seen.values() if v is not None))
         self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]  # its weights are let go
         return Seen({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
 
-    def embed(self, tokens: Array) -> mx.array:
+    def mtp_embed(self, tokens: Array) -> mx.array:
+        own = f"model.layers.{self.args.num_hidden_layers}.embed_tokens"
+        return self.embed(tokens, own if f"{own}.weight" in self.stored else "model.embed_tokens")
+
+    def embed(self, tokens: Array, path: str = "model.embed_tokens") -> mx.array:
         wanted, at = np.unique(tokens, return_inverse=True)
-        rows = [self._rows("model.embed_tokens", slice(int(t), int(t) + 1), self.args.hidden_size) for t in wanted]
+        rows = [self._rows(path, slice(int(t), int(t) + 1), self.args.hidden_size) for t in wanted]
         return mx.concatenate(rows)[mx.array(at.reshape(tokens.shape))]
 
     def _rows(self, path: str, rows: slice, width: int) -> mx.array:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from reference.capture import capture
-from reference.equations import Conventions, Equations, add_expert, causal, routing_weights
+from reference.equations import Conventions, Equations, add_expert, causal, rms_norm, routing_weights
 from reference.layers import Layers
+from reference.mtp import Around
 
 from . import stages
 from .candidate import to_numpy
@@ -189,9 +190,10 @@ class TruthHand(Hand):
 
 
 class OurHand(Hand):
-    """The definition, on rows of its own: x [rows, S, hidden]. The first is handed HF's choices."""
+    """The definition, on rows of its own: x [rows, S, hidden] (of the MTP layer: hidden and embeddings). The first is handed
+    HF's choices."""
 
-    def __init__(self, ours: OurLayers, hf: HfHand, x: mx.array, selection: mx.array | None, is_sparse: bool) -> None:
+    def __init__(self, ours: OurLayers, hf: HfHand, x: Any, selection: mx.array | None, is_sparse: bool) -> None:
         self.ours, self.hf, self.x, self.given, self.is_sparse = ours, hf, x, selection, is_sparse
 
     def run(self) -> None:
@@ -220,11 +222,12 @@ class OurHand(Hand):
 @dataclass
 class Ran:
     """One layer in all hands. hf, truth: {stage: array} of one row; ours: of two, HF's input and its own; original: of two,
-    HF's input and its own."""
+    HF's input and its own. ends: the layer's output, HF's and ours on its own."""
 
     hf: dict[str, Array]
     truth: dict[str, Array]
     ours: dict[str, Any]
+    ends: tuple[Array, Array]
     half: dict[str, Array] | None = None  # HF in bfloat16, where ours runs in it
     original: dict[str, Array] = field(default_factory=dict)
     attended: Array | None = None  # by the original, on HF's input: [S, T], the mean over heads
@@ -269,25 +272,83 @@ class Pass:
     def is_sparse(self) -> bool:
         return 0 < self.args.index_topk < self.tokens.shape[1]
 
+    @property
+    def mtp(self) -> int | None:
+        """The MTP layer's number, where the release has one."""
+        return self.args.num_hidden_layers if self.theirs.has_mtp else None
+
     def layer(self, index: int) -> Ran:
+        if index == self.mtp:
+            return self._mtp(index)
         hf = HfHand(self.theirs, index, self.hf, self.hf_selection)
         ours = OurHand(self.ours, hf, self.own, self.own_selection, self.is_sparse)
-        truth = TruthHand(hf, self.conventions)
-        hands: list[Hand] = [hf, truth, ours]
         original = None
         if self.original is not None:
-            original = OriginalHand(
-                self.original, index, self.first, self.original_selection,
-                beside=lambda first, mine, theirs: self.beside(index, first, mine, theirs),
-            )  # fmt: skip
-            hands.insert(1, original)
-        half = None
-        if self.half is not None:
-            half = HalfHand(self.half, hf)
-            hands.append(half)
-        together(hands, lambda: self._experts(hands))
+            original = self._original(index, self.first, self.original_selection)
+        ran = self._together(hf, ours, original)
         self._advance(hf, ours.seen, original)
-        ran = Ran(hf.stages, truth.stages, ours.seen.stages, None if half is None else half.stages)
+        return ran
+
+    def _mtp(self, index: int) -> Ran:
+        """The first draft step over the whole prompt: each position is given the next token, the last one the first."""
+        following = np.roll(self.tokens, -1, axis=1)
+        ids, zeroed = torch.as_tensor(following), int(self.args.mtp_zero_first_embedding)
+
+        def before(layers: Layers, hidden: torch.Tensor) -> tuple[Around, torch.Tensor, torch.Tensor]:
+            around, embedded = layers.around_mtp(), layers.mtp_embed(ids)
+            embedded[:, :zeroed] = 0
+            return around, embedded, around.before(embedded.expand_as(hidden), hidden)
+
+        hidden = self.theirs.norm(self.hf)
+        around, embedded, x = before(self.theirs, hidden)
+        hf = HfHand(self.theirs, index, x, None)
+        embeddings = self.ours.mtp_embed(following)
+        embeddings = mx.where((mx.arange(following.shape[1]) < zeroed)[:, None], 0, embeddings)
+        own = mx.concatenate([mx.array(hidden.numpy()).astype(self.ours.dtype), self.ours.norm(self.own[1:])])
+        ours = OurHand(self.ours, hf, (own, mx.concatenate([embeddings, embeddings])), None, self.is_sparse)
+        original = None
+        if self.original is not None and self.original.has_mtp:
+            both = torch.cat([hidden, self.original.norm(self.first[1:])])
+            original = self._original(index, before(self.original, both)[2], None)
+        ran = self._together(hf, ours, original)
+        last = around.after(hf.out)
+        ran.hf |= {f"layers.{index}.eh_proj": x.numpy(), f"layers.{index}.shared_head": last.numpy()}
+        ran.truth |= self._true_ends(index, embedded, hidden, ran.truth[f"layers.{index}.output"])
+        own_end = to_numpy(ours.seen.out[1:])
+        assert own_end is not None
+        ran.ends = last.numpy(), own_end
+        return ran
+
+    def _true_ends(self, index: int, embedded: torch.Tensor, hidden: torch.Tensor, out: Array) -> dict[str, Array]:
+        read, eps = self.theirs.read, self.args.rms_norm_eps
+        w = {n: read(f"model.layers.{index}.{n}.weight") for n in ("enorm", "hnorm", "eh_proj", "shared_head.norm")}
+        parts = (embedded, "enorm"), (hidden, "hnorm")
+        joined = np.concatenate([rms_norm(x.double().numpy(), w[n], eps) for x, n in parts], -1)
+        return {
+            f"layers.{index}.eh_proj": joined @ w["eh_proj"].T,
+            f"layers.{index}.shared_head": rms_norm(out, w["shared_head.norm"], eps),
+        }
+
+    def _original(self, index: int, x: torch.Tensor, selection: torch.Tensor | None) -> OriginalHand:
+        assert self.original is not None
+        return OriginalHand(
+            self.original,
+            index,
+            x,
+            selection,
+            beside=lambda first, mine, theirs: self.beside(index, first, mine, theirs),
+        )
+
+    def _together(self, hf: HfHand, ours: OurHand, original: OriginalHand | None) -> Ran:
+        truth = TruthHand(hf, self.conventions)
+        half = None if self.half is None else HalfHand(self.half, hf)
+        hands = [hand for hand in (hf, original, truth, ours, half) if hand is not None]
+        together(hands, lambda: self._experts(hands))
+        own = to_numpy(ours.seen.out[1:])
+        assert own is not None
+        ran = Ran(
+            hf.stages, truth.stages, ours.seen.stages, (hf.out.numpy(), own), None if half is None else half.stages
+        )
         if original is not None:
             ran.original, ran.attended = original.stages, next(iter(original.attended.values()))[0]
         return ran
@@ -303,7 +364,7 @@ class Pass:
             weights = self.theirs.experts(hf.index, first, min(self.chunk, self.args.n_routed_experts - first))
             for hand in waiting:
                 hand.take(first, weights)
-            if self.original is None:
+            if not any(isinstance(hand, OriginalHand) for hand in waiting):
                 self.beside(hf.index, first, weights, None)
             del weights  # before the next are read
 

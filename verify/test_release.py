@@ -3,9 +3,9 @@
 import numpy as np
 
 from verify import audit
-from verify.on_trial import Trial
 from verify.options import ASKED
 from verify.report import MEASURED, Comparison
+from verify.trial import Trial
 
 CLAIM = "the release, layer by layer"
 
