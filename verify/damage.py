@@ -18,7 +18,7 @@ from glm_dsa.checkpoint import Stored
 from reference.packed import Packing
 from reference.stored import read_tensors
 
-from .audit import FAULT, WARNING, Finding, grouped, ranges
+from .audit import FAULT, WARNING, Finding, ranges
 from .stream import Weights
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,11 @@ TINY = {"F16": 2.0**-24}  # fp16's smallest number
 OTHER = 0.5  # relative error from which on a matrix is another one: 2 bits cost 0.5 at most, and are not compared by it
 SAME = 0.9  # correlation of what is the same but for rounding
 WIDE = 4096  # values that stand for a matrix where it is looked for
-FAR_SCALE, FAR_RMS = 64.0, 4.0  # of a matrix's scales, over their median; of an expert's values, over its siblings'
+FAR_SCALE = 64.0  # times the median of its matrix's scales
+FAR_RMS, FAR_SPREAD = (
+    1.5,
+    8.0,
+)  # times its siblings' median, and so many standard deviations (by the median one) of their logs
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Gap:
     where: tuple[int, ...]
     relative: float
     is_vector: bool
+    unit: str
 
     @property
     def is_other(self) -> bool:
@@ -53,7 +58,7 @@ class Gap:
 
     def __str__(self) -> str:
         return (
-            f"{self.beyond:,} of {self.groups:,} groups lie further from the original's than rounding explains, the worst "
+            f"{self.beyond:,} of {self.groups:,} {self.unit} lie further from the original's than rounding explains, the worst "
             f"{self.worst:.3g} times as far (at {list(self.where)}); relative error {self.relative:.2g}"
         )
 
@@ -74,10 +79,9 @@ def gap(mine: torch.Tensor, theirs: torch.Tensor, dtype: str, packed: tuple[Pack
             most = _rms(theirs, size) * RELATIVE[packed[0].mode if packed else "fp8"] * TWICE
         share = torch.where(rms == 0, 0.0, rms / most)
     share = share.nan_to_num(nan=torch.inf)
-    at = np.unravel_index(int(share.argmax()), share.shape)
-    return Gap(
-        float(share.max()), int((share > 1).sum()), share.numel(), tuple(int(i) for i in at), relative, mine.dim() == 1
-    )
+    where = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
+    unit = "values" if share.shape == mine.shape else "groups"
+    return Gap(float(share.max()), int((share > 1).sum()), share.numel(), where, relative, mine.dim() == 1, unit)
 
 
 def _rms(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -163,6 +167,7 @@ class Weighing:
 
     def _each(self, names: Iterable[str]) -> Iterator[Finding]:
         elsewhere: dict[int, list[str]] = defaultdict(list)
+        absent: list[str] = []
         for name in names:
             packed = self.mine.packing(name) if name.endswith(".weight") else None
             self._scales(name, packed)
@@ -174,7 +179,7 @@ class Weighing:
                     yield Finding(FAULT, f"{name} is zero throughout")
                 elif self.theirs is not None:
                     if name not in self.theirs:
-                        yield Finding(FAULT, f"{name}: the original has no such tensor")
+                        absent.append(name)
                         break
                     part = None if packed is None else (packed[0], packed[1] if rows is None else packed[1][rows])
                     found = self._gap(name, mine, self.theirs(name, torch.float32, rows), part)
@@ -183,8 +188,10 @@ class Weighing:
                         elsewhere[match].append(name)
                     elif found.beyond:
                         yield Finding(FAULT, f"{name.removesuffix('.weight')}: {found}")
+        if absent:
+            yield Finding(FAULT, f"{_some(absent)}: the original has no such tensor")
         for other, found_there in elsewhere.items():
-            yield Finding(FAULT, f"{'; '.join(grouped(found_there))}: what the original has in layer {other}")
+            yield Finding(FAULT, f"{_some(found_there)}: what the original has in layer {other}")
 
     def _slices(self, name: str) -> Iterator[slice | None]:
         """Embedding and head come in slices of rows: they are as large as a layer."""
@@ -262,13 +269,17 @@ class Weighing:
 
     def _outliers(self, prefix: str) -> Iterator[Finding]:
         for j, projection in enumerate(PROJECTIONS):
-            median = float(np.median([rms[j] for rms in self.rms.values()])) if self.rms else 0.0
-            for expert, rms in self.rms.items():
-                times = rms[j] / median if median else 0.0
-                if times > FAR_RMS or 0 < times < 1 / FAR_RMS:
-                    yield Finding(
-                        WARNING, f"{prefix}.{expert}.{projection}: rms {times:.3g} times the median of its siblings"
-                    )
+            logs = {e: np.log(rms[j]) for e, rms in self.rms.items() if 0 < rms[j] < np.inf}
+            median = np.median([*logs.values()]) if logs else 0.0
+            spread = 1.4826 * np.median([abs(x - median) for x in logs.values()]) if logs else 0.0
+            for expert, log in logs.items():
+                if abs(log - median) > max(np.log(FAR_RMS), FAR_SPREAD * spread):
+                    times = f"{np.exp(log - median):.3g} times the median of its siblings"
+                    yield Finding(WARNING, f"{prefix}.{expert}.{projection}: rms {times}")
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}, {names[1].split('.', 3)[-1]}, ... ({len(names)} tensors)"
 
 
 def _projections(weights: Weights, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -157,7 +157,7 @@ class _Waiting(Equations):
 
 
 class TruthHand(Hand):
-    """The equations on HF's input, under its choices."""
+    """The equations on HF's input, under its choices, in float64."""
 
     def __init__(self, hf: HfHand, conventions: Conventions) -> None:
         self.hf, self.conventions = hf, conventions
@@ -230,6 +230,7 @@ class Ran:
     ends: tuple[Array, Array]
     half: dict[str, Array] | None = None  # HF in bfloat16, where ours runs in it
     original: dict[str, Array] = field(default_factory=dict)
+    by: HfHand | None = None
     attended: Array | None = None  # by the original, on HF's input: [S, T], the mean over heads
 
 
@@ -329,6 +330,19 @@ class Pass:
             f"layers.{index}.shared_head": rms_norm(out, w["shared_head.norm"], eps),
         }
 
+    def in_float32(self, ran: Ran) -> dict[str, Array]:
+        """The equations once more, in float32, on a layer that has passed: what float32 explains. It is read again for that."""
+        hf = ran.by
+        assert hf is not None
+        given = {s: v for s, v in hf.stages.items() if s.endswith(".topk")}
+        own = Equations(hf.layers.config, lambda n: hf.layers.read(n, torch.float32).numpy(), self.conventions, given)
+        shape = tuple(hf.x.shape[:2])
+        positions = np.broadcast_to(np.arange(shape[1]), shape)
+        own.layer(
+            hf.index, hf.x.numpy(), positions, causal(shape, None), None if hf.given is None else hf.given.numpy()
+        )
+        return own.stages
+
     def _original(self, index: int, x: torch.Tensor, selection: torch.Tensor | None) -> OriginalHand:
         assert self.original is not None
         return OriginalHand(
@@ -349,6 +363,7 @@ class Pass:
         ran = Ran(
             hf.stages, truth.stages, ours.seen.stages, (hf.out.numpy(), own), None if half is None else half.stages
         )
+        ran.by = hf
         if original is not None:
             ran.original, ran.attended = original.stages, next(iter(original.attended.values()))[0]
         return ran

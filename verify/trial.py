@@ -56,6 +56,7 @@ class LayerReference:
     is_sparse: bool
     length: int
     is_half: bool = False
+    single: dict[str, float] = field(default_factory=dict)  # what the equations err in float32, where that was asked
 
     @property
     def injections(self) -> dict[str, Array]:
@@ -67,7 +68,11 @@ class LayerReference:
         if self.is_half:
             return tolerances.bound_16(self.errors[stage], self.hf[stage], longest, self.case.packed)
         norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
-        return tolerances.bound(self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm)
+        explained = tolerances.SAFETY * self.single.get(kind, 0.0)
+        explained = min(max(tolerances.EXPLAINED, explained), tolerances.EXPLAINED_AT_MOST)
+        return tolerances.bound(
+            self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained
+        )
 
 
 @dataclass
@@ -98,6 +103,7 @@ class Trial:
     timed: bool = False
     times: dict[int, str] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
+    single: dict[str, float] = field(default_factory=dict)  # the equations' in float32, where HF's needed explaining
     scores: dict[str, Array] = field(default_factory=dict)  # of the last full layer
     finished: list[int] = field(default_factory=list)
     costs: dict[int, cost.LayerCost] = field(default_factory=dict)
@@ -155,6 +161,10 @@ class Trial:
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
+        if ran.half is None and max(self.worst.values()) > tolerances.EXPLAINED:
+            errors = tolerances.reference_errors(self.run.in_float32(ran), ran.truth)
+            for stage, error in errors.items():
+                self.single[stages.kind(stage)] = max(self.single.get(stages.kind(stage), 0.0), error)
         local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
         self.tell(f"layer {index}, weights")
         self.findings[index] = self.weighing.layer(index)
@@ -175,7 +185,9 @@ class Trial:
         for stage, error in tolerances.reference_errors(half or hf, truth).items():
             self.worst[stages.kind(stage)] = max(self.worst.get(stages.kind(stage), 0.0), error)
         errors = {stage: self.worst.get(stages.kind(stage), 0.0) for stage in hf}
-        return LayerReference(self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1], half is not None)
+        return LayerReference(
+            self.case, hf, errors, self.run.is_sparse, self.run.tokens.shape[1], half is not None, self.single
+        )
 
     def _drift(self, index: int, ran: Ran) -> Drift:
         hf_end, own_end = ran.ends
@@ -256,7 +268,7 @@ class Trial:
         if self.saved is None:
             return
         facts = {
-            "worst": self.worst, "finished": self.finished, "said": self.said,
+            "worst": self.worst, "single": self.single, "finished": self.finished, "said": self.said,
             "costs": {i: asdict(c) for i, c in self.costs.items()},
             "findings": {i: [asdict(f) for f in found] for i, found in self.findings.items()},
         }  # fmt: skip
@@ -270,6 +282,7 @@ class Trial:
         state, facts = found
         self.run.restore(state)
         self.scores = {n.removeprefix("scores."): a for n, a in state.items() if n.startswith("scores.")}
+        self.single = facts["single"]
         self.worst, self.finished, self.said = facts["worst"], facts["finished"], facts["said"]
         self.costs = {int(i): cost.LayerCost(**c) for i, c in facts["costs"].items()}
         self.findings = {int(i): [Finding(**f) for f in found] for i, found in facts["findings"].items()}
