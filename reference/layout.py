@@ -19,7 +19,7 @@ from .equations import Array, Conventions, Equations, Weights, causal, rms_norm,
 
 LAYOUTS, CHANCE = ("interleaved", "half-split"), "chance"
 # What a verdict takes at least: texts, the better's mass over the other's, and its share of what chance leaves. The last tells
-# an indexer that has learned: without, one that never did favours either layout, by luck of its weights, at ratios up to 1.6.
+# an indexer that has learned: without, one that never did favours either layout, by luck of its weights, at ratios up to 1.65.
 TEXTS, RATIO, LEARNED = 4, 1.1, 0.5
 
 

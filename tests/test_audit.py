@@ -182,6 +182,22 @@ def test_a_router_or_an_indexer_packed_breaks_the_policy(source, tmp_path):
     assert "no key quantization" in warnings
 
 
+def test_what_config_says_of_packing_is_held_to_the_shapes(source, tmp_path):
+    """mlx-lm's mixed recipes write group_size None; that is the mode's own."""
+    model = glm_dsa.load(source)
+    nn.quantize(model, 64, 3, class_predicate=lambda path, m: path.endswith("o_proj"))
+    (tmp_path / "q").mkdir()
+    mx.save_safetensors(str(tmp_path / "q" / "model.safetensors"), parameters_of(model))
+    config = json.loads((source / "config.json").read_text())
+    names = [path for path, m in model.named_modules() if path.endswith("o_proj")]
+    for bits, count in ((3, 0), (6, len(names))):
+        own = {name: {"group_size": None, "bits": bits, "mode": "affine"} for name in names}
+        said = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"} | own}
+        (tmp_path / "q" / "config.json").write_text(json.dumps(config | said))
+        warnings = [w for w in findings(tmp_path / "q", audit.WARNING) if "packed otherwise" in w]
+        assert [w.split()[0] for w in warnings] == [str(count)] * (count > 0)
+
+
 def test_what_cannot_be_audited_is_told_in_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()

@@ -16,11 +16,11 @@ import pytest
 import tokenizers
 
 import glm_dsa
-from glm_dsa import attention
+from glm_dsa import attention, mtp
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
-from verify import audit, cost, on_trial, stages
+from verify import audit, cost, on_trial, stages, tolerances
 from verify.judge import Judge
 from verify.on_trial import OnTrial
 from verify.release import headers_of
@@ -93,6 +93,42 @@ def test_layer_by_layer_is_the_whole_run(source):
     assert np.abs(reference.hf["logits"] - whole[:, at]).max() < 1e-4 * np.abs(whole).max()
     assert np.abs(ours - whole).max() < 1e-3 * np.abs(whole).max()
     assert free.kl_max < 1e-6
+
+
+def test_the_mtp_layer_is_the_last_of_them(source, monkeypatch):
+    """Its first draft step is the whole model's; a fault in its glue is named."""
+    trial = trial_of(source)
+    assert trial.release.layers == [0, 1, 2, 3, 4, 5]
+    for layer in range(5):
+        trial.layer(layer)
+    reference, _, drift = trial.layer(5)
+    model, tokens = glm_dsa.load(source, dtype=mx.float32), trial.run.tokens
+    following = mx.array(np.roll(tokens, -1, axis=1))
+    whole = model.draft(model.model(mx.array(tokens)), following, model.make_mtp_cache(), 1)[0].hidden
+    assert np.abs(np.array(whole) - reference.hf["layers.5.shared_head"]).max() < 1e-3
+    assert drift.error < 1e-3
+    assert trial_of(source, is_half=True).release.layers == [0, 1, 2, 3, 4]
+    original = mtp.MtpLayer.step
+
+    def swapped(self, hidden, embeddings, *rest):
+        return original(self, embeddings, hidden, *rest)
+
+    monkeypatch.setattr(mtp.MtpLayer, "step", swapped)
+    assert judged(trial_of(source)).stage == "layers.5.eh_proj"
+
+
+def test_sharp_attention_is_explained_by_the_equations_in_float32(source, monkeypatch):
+    monkeypatch.setattr(tolerances, "EXPLAINED", 1e-7)  # as if HF erred more than is usual
+    trial = trial_of(source, layers={0})
+    reference, ours, _ = trial.layer(0)
+    assert set(reference.single) > {"self_attn.heads", "output"}
+    assert all(error < tolerances.EXPLAINED_AT_MOST / tolerances.SAFETY for error in reference.single.values())
+    for stage in ours:
+        if stage in reference.hf and not stage.endswith("topk") and not stage.endswith("selection"):
+            assert reference.bound(stage, True).value < 1e-3
+    reference.single.clear()
+    with pytest.raises(tolerances.ReferencesDisagree, match="where float32 explains 1e-07 at most"):
+        reference.bound("layers.0.output", True)
 
 
 def test_a_fault_of_the_definition_is_named(source, tmp_path, monkeypatch):
@@ -186,7 +222,7 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     shared = next(i for i, t in enumerate(headers_args(headers).indexer_types) if t == "shared")
     for options, message in (
         ({"tokens": 1}, "--tokens 1: at least 2 are due"),
-        ({"layers": {7}}, "--layers: .* has 5 layers, from 0 on"),
+        ({"layers": {7}}, "--layers: .* has 6 layers, from 0 on"),
         (
             {"layers": {shared}},
             f"--layers: layer {shared} shares the selection of layer {shared - 1}, which is due too",
@@ -322,9 +358,9 @@ def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_pat
     assert running.returncode != 0
     status, said = run(*arguments, "--resume")
     assert status == 0, said
-    finished = int(re.search(r"resumed after (\d) of 5 layers", said)[1])
+    finished = int(re.search(r"resumed after (\d) of 6 layers", said)[1])
     assert finished >= stop_after
-    assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 5)]  # nothing twice
+    assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 6)]  # nothing twice
     seconds = re.compile(r'"seconds": [0-9.]+')
     assert seconds.sub("", (report / "report.jsonl").read_text()) == seconds.sub("", whole)
     assert not list((tmp_path / "c" / "d" / "glm-dsa").iterdir())  # let go

@@ -28,6 +28,12 @@ from .release import Release
 FAULT, WARNING, NOTE = "FAULT", "warning", "note"
 FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+USUAL = {  # of each mode, where nothing is said
+    "affine": {"group_size": 64, "bits": 4},
+    "mxfp4": {"group_size": 32, "bits": 4},
+    "mxfp8": {"group_size": 32, "bits": 8},
+    "nvfp4": {"group_size": 16, "bits": 4},
+}
 LEAST_BITS = 6  # of embedding and head: below, a warning
 CONTEXTS = {"32k": 32 << 10, "128k": 128 << 10, "1M": 1 << 20}
 MEMORIES = (128, 192, 256, 512)  # GB
@@ -277,6 +283,9 @@ class _Auditor:
         for path, packing in self.packed.items():
             own = said.get(path, {})
             due = default | dict(own) if isinstance(own, Mapping) else default
+            # mlx-lm's mixed recipes write None, which mlx takes as the mode's own
+            usual = USUAL.get(str(due.get("mode")), {})
+            due = {k: usual.get(k) if v is None else v for k, v in due.items()}
             if own is False or any(due.get(k) != packing[k] for k in keys):
                 others.append(path)
         if others:

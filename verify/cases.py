@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import zlib
@@ -15,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from glm_dsa import ModelArgs, weights
-from glm_dsa.checkpoint import assemble, check_values
+from glm_dsa.checkpoint import INDEX, assemble, check_values
 from glm_dsa.errors import GlmDsaError
 from glm_dsa.keys import read_json
 from reference import checkpoints, corpus, hf
 from reference.capture import capture
+from reference.card import MEASURED
 from reference.equations import Conventions, Equations, causal
+from reference.measure import digests
 from reference.stored import weights_of
 
 from . import stages, tolerances
@@ -128,14 +129,14 @@ def trained_specs() -> list[Spec]:
 def check_kept(folder: Path) -> None:
     """Raises ValueError where a kept checkpoint is not what its card was written for."""
     try:
-        due = read_json(folder / "measured.json")["sha256"]
-        wrong = [
-            file for file, digest in due.items() if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest
-        ]
+        due, found = read_json(folder / MEASURED)["sha256"], digests(folder)
+        wrong = [file for file in {**due, **found} if due.get(file) != found.get(file)]
     except (OSError, KeyError, GlmDsaError) as error:
         raise ValueError(f"{folder}: not as this repository keeps it ({error}); check it out again") from None
     if wrong:
-        raise ValueError(f"{folder / wrong[0]}: not the file of the model card (SHA-256); check it out again")
+        raise ValueError(
+            f"{folder / wrong[0]}: not the file of the model card (SHA-256), or not there; check it out again"
+        )
 
 
 @cache
@@ -173,6 +174,8 @@ def spec_of(folder: Path, index_topk: int | None) -> Spec:
         )
     if args.has_indexer and args.main_rope != "interleaved":
         raise ValueError(f"--checkpoint {folder}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
+    if len({s.file for s in stored.values()}) > 1 and not (folder / INDEX).exists():
+        raise ValueError(f"--checkpoint {folder}: HF finds several shards by {INDEX} only, which is not there")
     check_values(stored)
     return Spec(folder.resolve().name, {}, overrides, folder=folder.resolve(), has_mtp=model.mtp is not None)
 

@@ -140,7 +140,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     claim = getattr(metafunc.module, "CLAIM", None)
     specs = [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
     if any(metafunc.definition.iter_markers("any_layout")):
-        specs = list({s.family: s for s in reversed(specs)}.values())[::-1]
+        one = list({s.family: s for s in reversed(specs)}.values())[::-1]
+        if len(one) < len(specs):
+            where = "weights, growth, drafts and any cache sequence, under the other RoPE layout of each family"
+            metafunc.config.stash[REPORT].not_verified[where] = "left out for time: layouts make no difference there"
+        specs = one
     if not specs:
         why = f"no checkpoint of this run has what it needs: {', '.join(sorted(needs))}"
         metafunc.parametrize("case", [pytest.param(None, marks=pytest.mark.skip(reason=why))])

@@ -128,10 +128,15 @@ class Report:
         ran = {c: sum(self.claims[c][o] for o in ("passed", "failed", "skipped")) for c in self.planned}
         return [claim for claim, tests in self.planned.items() if ran[claim] < tests]
 
+    @property
+    def judged(self) -> int:
+        """Comparisons that could have failed."""
+        return sum(c.verdict != MEASURED for c in self.comparisons)
+
     def footer(self, exit_status: int) -> dict[str, Any]:
         verdicts = {claim: self.verdict_of(claim) for claim in self.claims}
         return {
-            "type": "footer", "claims": verdicts, "comparisons": len(self.comparisons),
+            "type": "footer", "claims": verdicts, "comparisons": self.judged,
             "ties": sum(c.ties for c in self.comparisons), "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
             "exit_status": exit_status, "seconds": round(time.time() - self.started, 1),
         }  # fmt: skip
@@ -147,7 +152,7 @@ class Report:
         if exit_status or not self.comparisons or self.unfinished():
             return f"NO VERDICT: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
-        line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {len(self.comparisons)} comparisons"
+        line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {self.judged} comparisons"
         return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")
 
     def _cases(self, names: list[str]) -> str:
