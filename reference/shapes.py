@@ -28,7 +28,7 @@ GLM_5_2 = checkpoints.glm_5_2(
     index_skip_topk_offset=None, index_share_for_mtp_iteration=None,
 )  # fmt: skip
 GROUP = 64
-BLOCK = 1 << 22  # bytes of a seeded block
+BLOCK, COUNT = 4_194_301, 1_048_573  # bytes, or values, of a seeded block: primes, so that no two experts are tiled alike
 UNPACKED = ("norm", ".indexer.", "mlp.gate.")
 SHARD = 5 << 30
 
@@ -136,7 +136,7 @@ def _fill(stream: BinaryIO, piece: Piece, random: np.random.Generator) -> None:
     if piece.kind == "words":
         block = random.integers(0, 256, min(BLOCK, piece.nbytes), np.uint8).tobytes()
     else:
-        count = min(BLOCK // 4, int(np.prod(piece.shape, dtype=np.int64)))
+        count = min(COUNT, int(np.prod(piece.shape, dtype=np.int64)))
         if piece.kind == "plain":
             values = random.standard_normal(count, np.float32) * piece.gain
         elif piece.kind == "norm":
