@@ -1,4 +1,4 @@
-"""Shared by the gate and the tests: two threads at most, and property tests that are repeatable."""
+"""Shared by the gate and the tests: one thread, and property tests that are repeatable."""
 
 import warnings
 
@@ -9,7 +9,7 @@ with warnings.catch_warnings():  # a library's own deprecations at import are no
     import torch
     import transformers  # noqa: F401
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on tiny tensors two wait for each other more than they work
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],

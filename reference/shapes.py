@@ -28,7 +28,10 @@ GLM_5_2 = checkpoints.glm_5_2(
     index_skip_topk_offset=None, index_share_for_mtp_iteration=None,
 )  # fmt: skip
 GROUP = 64
-BLOCK, COUNT = 4_194_301, 1_048_573  # bytes, or values, of a seeded block: primes, so that no two experts are tiled alike
+BLOCK, COUNT = (
+    4_194_301,
+    1_048_573,
+)  # bytes, or values, of a seeded block: primes, so that no two experts are tiled alike
 UNPACKED = ("norm", ".indexer.", "mlp.gate.")
 SHARD = 5 << 30
 

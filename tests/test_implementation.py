@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx_lm.models.deepseek_v32
 import numpy as np
 import pytest
-import torch
 
 from verify import test_implementation_cache as on_caches
 from verify import test_implementation_kv_bits as on_kv_bits
@@ -36,15 +35,6 @@ def patched(folder, *changes) -> str:
     file = folder / "my_glm.py"
     file.write_text(f"{text}\n\nfrom .glm_moe_dsa import ModelArgs\n")
     return str(file)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the gate: on tiny tensors two threads wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ from .trial import Trial
 REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"
 RELEASE = "test_release.py"
+WIDE = 1024  # from this hidden size on, torch's work is worth all cores
 IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
 
 
@@ -48,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
     }  # fmt: skip
     if asked.release is not None:
         out.told.add(BY_LAYER)
+        if asked.release.args.hidden_size >= WIDE:
+            torch.set_num_threads(os.cpu_count() or 1)
     if asked.implementation is not None:
         out.header["implementation"] = asked.implementation.text
-        torch.set_num_threads(1)  # on tiny tensors two threads wait for each other more than they work
     config.stash[REPORT], config.stash[ASKED] = out, asked
 
 

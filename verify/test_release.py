@@ -28,7 +28,7 @@ def test_layer(trial: Trial, judge, gate, layer):
         reference, ours, drift = trial.layer(layer)
         gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} drift", MEASURED, drift.error, note=str(drift)))
         if layer in trial.times:
-            gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} time", MEASURED, note=trial.times[layer]))
+            gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} time", MEASURED, note=trial.time_of([layer])))
         if layer in trial.costs:
             note = str(trial.costs[layer])
             gate.add(Comparison(CLAIM, trial.name, f"layers.{layer} cost", MEASURED, note=note))
@@ -48,6 +48,8 @@ def test_logits(trial: Trial, judge, gate):
 
     def check() -> None:
         reference, ours, free, paid = trial.logits()
+        if trial.times:
+            gate.add(Comparison(CLAIM, trial.name, "time of all layers", MEASURED, note=trial.time_of(trial.times)))
         judge.stages(ours, reference, local=True)
         kl = f"mean {free.kl_mean:.1e}, p95 {free.kl_p95:.1e}, max {free.kl_max:.1e}"
         note = f"KL(ref || ours) in nats: {kl}; top-1 {free.top1:.1%}"

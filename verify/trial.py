@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from .compare import Distributions
 from .damage import Weighing
 from .judge import Judge
 from .on_trial import OnTrial, longest
+from .progress import peak_memory
 from .saved import Saved
 from .stream import Pass, Ran
 
@@ -101,7 +102,7 @@ class Trial:
     tell: Callable[[str], None] = lambda _: None
     passed: Callable[[int, float], None] = lambda *_: None  # a layer, and its seconds
     timed: bool = False
-    times: dict[int, str] = field(default_factory=dict)
+    times: dict[int, tuple[float, float]] = field(default_factory=dict)  # seconds, and those of its bare loops
     worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
     single: dict[str, float] = field(default_factory=dict)  # the equations' in float32, where HF's needed explaining
     scores: dict[str, Array] = field(default_factory=dict)  # of the last full layer
@@ -175,7 +176,7 @@ class Trial:
         self.passed(index, seconds)
         if bare is not None:
             least = bare.seconds(index)
-            self.times[index] = f"{seconds:.1f} s, {seconds / least:.2f} times its bare loops ({least:.1f} s)"
+            self.times[index] = seconds, least
         return reference, local, self._drift(index, ran)
 
     def _reference(
@@ -241,6 +242,10 @@ class Trial:
             paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
         ours = whole["ours"]
         return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+
+    def time_of(self, layers: Iterable[int]) -> str:
+        spent, least = (sum(part) for part in zip(*(self.times[i] for i in layers), strict=True))
+        return f"{spent:.1f} s, {spent / least:.2f} times the bare loops' {least:.1f} s; peak memory {peak_memory():.2f} GiB"
 
     # -- judged once, though the run be interrupted
 
