@@ -15,7 +15,7 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.packed import Packing, dequantize
 from reference.stored import read_tensors
-from verify import audit
+from verify import audit, damage
 from verify.damage import Weighing, gap
 from verify.release import headers_of
 from verify.stream import Weights
@@ -102,11 +102,11 @@ def release(original):
     return folder
 
 
-def damaged(release, folder, damage):
-    """A copy with `damage(tensors)` done to it."""
+def damaged(release, folder, do):
+    """A copy with `do(tensors)` done to it."""
     shutil.copytree(release, folder)
     tensors = dict(mx.load(str(folder / "model.safetensors")))
-    damage(tensors)
+    do(tensors)
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     return folder
@@ -184,14 +184,22 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_beside_the_original(release, original, tmp_path, damage):
-    do, named = DAMAGES[damage]
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damage_is_named_beside_the_original(release, original, tmp_path, what):
+    do, named = DAMAGES[what]
     found = found_in(damaged(release, tmp_path / "d", do), original)
     assert found
     assert any(re.search(named, line) for line in found), found
     assert all(line.startswith("FAULT") for line in found)
     assert len(found) <= 6, found  # grouped, not a line a tensor
+
+
+def test_another_model_s_weights_are_told_in_a_few_lines(original, tmp_path):
+    other = checkpoints.write(tmp_path / "other", CONFIG, seed=1)
+    found = found_in(other, original)
+    assert len(found) <= 2 * (CONFIG["num_hidden_layers"] + 1), found
+    assert any("matrices differ by more than rounding: other weights than the original's" in line for line in found)
+    assert any("experts.0-15: other weights than the original's, and not found elsewhere" in line for line in found)
 
 
 def nan(tensors):
@@ -236,6 +244,17 @@ def test_what_weights_alone_cannot_tell(release, tmp_path):
     """This is why the report says that nobody can tell it without --original."""
     assert found_in(damaged(release, tmp_path / "d", swap_experts)) == []
     assert found_in(damaged(release, tmp_path / "e", change_indexer)) == []
+
+
+def test_places_in_embedding_and_head_are_whole_matrices(release, original, tmp_path, monkeypatch):
+    def change(tensors):
+        w = np.array(tensors["lm_head.scales"].astype(mx.float32))
+        w[[70, 300], 0] *= 4
+        tensors["lm_head.scales"] = mx.array(w).astype(mx.bfloat16)
+
+    monkeypatch.setattr(damage, "ROWS", 64)
+    (found,) = found_in(damaged(release, tmp_path / "d", change), original)
+    assert re.search(r"lm_head: 2 of 320 groups .* \(at \[(70|300), 0\]\)", found), found
 
 
 def test_policy_is_the_headers_to_tell(release, tmp_path):

@@ -18,7 +18,7 @@ from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
-from reference import card, checkpoints, measure, train
+from reference import card, checkpoints, measure, shapes, train
 from reference.layout import LAYOUTS
 from verify import conftest as gate
 from verify.cases import TRAINED
@@ -78,9 +78,9 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
 
 
 def options_of_the_trainer(capsys) -> set[str]:
-    """Of both programs, each held to the README's own lines."""
+    """Of all programs, each held to the README's own lines."""
     every = set()
-    for program in (train, measure):
+    for program in (train, measure, shapes):
         with pytest.raises(SystemExit, match="0"):
             program.main(["--help"])
         options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ TINY = {"F16": 2.0**-24}  # fp16's smallest number
 OTHER = 0.5  # relative error from which on a matrix is another one: 2 bits cost 0.5 at most, and are not compared by it
 SAME = 0.9  # correlation of what is the same but for rounding
 WIDE = 4096  # values that stand for a matrix where it is looked for
+ROWS = 8192  # of embedding and head at once
+FEW = 4  # damaged tensors of a layer that are told one by one
 FAR_SCALE = 64.0  # times the median of its matrix's scales
 FAR_RMS, FAR_SPREAD = (
     1.5,
@@ -55,6 +57,16 @@ class Gap:
     def is_other(self) -> bool:
         """All of it, far: no rounding, and no damage in a place, but another matrix. (Norms differ little among layers.)"""
         return self.beyond > 0.9 * self.groups and (self.relative > OTHER or self.is_vector)
+
+    def moved(self, rows: int) -> Gap:
+        """Of a slice that begins so many rows further down."""
+        return replace(self, where=(self.where[0] + rows, *self.where[1:]))
+
+    def joined(self, other: Gap) -> Gap:
+        """Two slices of one matrix."""
+        worst = max(self, other, key=lambda g: g.worst)
+        relative = max(self.relative, other.relative)
+        return replace(worst, beyond=self.beyond + other.beyond, groups=self.groups + other.groups, relative=relative)
 
     def __str__(self) -> str:
         return (
@@ -167,7 +179,7 @@ class Weighing:
 
     def _each(self, names: Iterable[str]) -> Iterator[Finding]:
         elsewhere: dict[int, list[str]] = defaultdict(list)
-        absent: list[str] = []
+        absent, gaps = list[str](), dict[str, Gap]()
         for name in names:
             packed = self.mine.packing(name) if name.endswith(".weight") else None
             self._scales(name, packed)
@@ -183,11 +195,14 @@ class Weighing:
                         break
                     part = None if packed is None else (packed[0], packed[1] if rows is None else packed[1][rows])
                     found = self._gap(name, mine, self.theirs(name, torch.float32, rows), part)
+                    found = found if rows is None else found.moved(rows.start)
                     match = self._layer_of(name, mine) if found.beyond and found.is_other else None
                     if match is not None:
                         elsewhere[match].append(name)
-                    elif found.beyond:
-                        yield Finding(FAULT, f"{name.removesuffix('.weight')}: {found}")
+                    else:
+                        gaps[name] = found if name not in gaps else gaps[name].joined(found)
+        gaps = {name: found for name, found in gaps.items() if found.beyond}
+        yield from _told({name.removesuffix(".weight"): g for name, g in gaps.items()})
         if absent:
             yield Finding(FAULT, f"{_some(absent)}: the original has no such tensor")
         for other, found_there in elsewhere.items():
@@ -199,7 +214,7 @@ class Weighing:
             yield None
             return
         count = self.stored[name].shape[0]
-        yield from (slice(start, min(start + 8192, count)) for start in range(0, count, 8192))
+        yield from (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
 
     def _layer_of(self, name: str, mine: torch.Tensor) -> int | None:
         """The layer of the original in which this tensor is found, if it is another than its own."""
@@ -233,13 +248,13 @@ class Weighing:
         yield from self._twins(prefix)
         if self.theirs is None:
             yield from self._outliers(prefix)
-        others = defaultdict(list)
+        others, partly = defaultdict(list), dict[str, Gap]()
         for expert, gaps in self.gaps.items():
             if len(gaps) == len(PROJECTIONS) and all(g.is_other for g in gaps.values()):
                 others[self._found_at(layer, expert)].append(expert)
             else:
-                for projection, found in gaps.items():
-                    yield Finding(FAULT, f"{prefix}.{expert}.{projection}: {found}")
+                partly |= {f"{prefix}.{expert}.{projection}": found for projection, found in gaps.items()}
+        yield from _told(partly)
         for place, experts in others.items():
             yield Finding(FAULT, f"{prefix}.{ranges(sorted(experts))}: {place}")
 
@@ -276,6 +291,19 @@ class Weighing:
                 if abs(log - median) > max(np.log(FAR_RMS), FAR_SPREAD * spread):
                     times = f"{np.exp(log - median):.3g} times the median of its siblings"
                     yield Finding(WARNING, f"{prefix}.{expert}.{projection}: rms {times}")
+
+
+def _told(gaps: Mapping[str, Gap]) -> Iterator[Finding]:
+    """A line for each, or for all where there are many: then it is no damage in a place."""
+    if len(gaps) <= FEW:
+        yield from (Finding(FAULT, f"{name}: {found}") for name, found in gaps.items())
+        return
+    worst = max(gaps, key=lambda name: gaps[name].relative)
+    yield Finding(
+        FAULT,
+        f"{len(gaps)} matrices differ by more than rounding: other weights than the original's (fine-tuned, scaled, of another "
+        f"model)? Furthest {worst}: {gaps[worst]}",
+    )
 
 
 def _some(names: list[str]) -> str:

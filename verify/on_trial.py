@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,18 @@ class OnTrial:
     def is_packed(self) -> bool:
         return any(name.endswith(".scales") for name in self.headers.tensors)
 
+    def config_faults(self) -> list[str]:
+        """Where config.json says otherwise than the original's: what a build computes, not how it is packed."""
+        if self.original is None:
+            return []
+        args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
+        keys = [f.name for f in fields(ModelArgs) if f.name not in ("conventions", "num_nextn_predict_layers")]
+        return [
+            f"config.json: {key} = {_short(getattr(args, key))}, the original's says {_short(getattr(theirs, key))}"
+            for key in keys
+            if getattr(args, key) != getattr(theirs, key)
+        ]
+
     def nbytes(self) -> dict[int, int]:
         """Of each layer that is run, as it is stored."""
         sizes = dict.fromkeys(self.layers, 0)
@@ -147,11 +159,17 @@ def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
     return args
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _check_original(headers: Release, args: ModelArgs, original: Release, theirs: ModelArgs) -> None:
     for key in SHAPES:
         if getattr(args, key) != getattr(theirs, key):
             raise ValueError(
-                f"--original {original.origin}: {key} = {getattr(theirs, key)}, {headers.origin} has {getattr(args, key)}; "
+                f"--original {original.origin}: {key} = {_short(getattr(theirs, key))}, {headers.origin} has "
+                f"{_short(getattr(args, key))}; "
                 "the model that the release was made from is due"
             )
 

@@ -18,6 +18,7 @@ def test_headers(judge, gate, request):
     faults = [f.what for f in found.findings if f.severity == audit.FAULT]
     if release.refused and not faults:
         faults = [release.refused]
+    faults += release.config_faults()
     judge.holds(release.name, "headers", not faults, "; ".join(faults) or "config.json and tensors belong together")
 
 
