@@ -20,11 +20,12 @@ from glm_dsa import attention, mtp
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
-from verify import audit, cost, on_trial, stages, tolerances
+from verify import audit, cost, on_trial, options, stages, tolerances
 from verify.judge import Judge
 from verify.on_trial import OnTrial
 from verify.release import headers_of
 from verify.report import FAULT, Report
+from verify.saved import Saved
 from verify.trial import Trial
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +221,7 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     text = tmp_path / "text"
     text.write_text("ab")
     shared = next(i for i, t in enumerate(headers_args(headers).indexer_types) if t == "shared")
-    for options, message in (
+    for given, message in (
         ({"tokens": 1}, "--tokens 1: at least 2 are due"),
         ({"layers": {7}}, "--layers: .* has 6 layers, from 0 on"),
         (
@@ -231,7 +232,7 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
         ({"prompt": text}, "tokenizer.json is due"),
     ):
         with pytest.raises(ValueError, match=message):
-            OnTrial.of(headers, **options)
+            OnTrial.of(headers, **given)
     (other / "config.json").write_text(json.dumps(config | {"rope_interleave": False}))
     with pytest.raises(ValueError, match="rope_interleave = false"):
         OnTrial.of(headers_of(str(other)))
@@ -302,23 +303,39 @@ def test_a_release_beside_its_original(release, source, tmp_path):
         100,
         "-q",
     ]
-    status, said = run(*arguments, "--limit", "kl_mean=20", "--limit", "top1=0")
-    assert status == 0, said
+    status, said = run(*arguments, "--limit", "kl_mean=1e-6", "--limit", "top1=0")
     assert "layers.0 cost: relative error of attention" in said
     assert "KL(original || release) in nats: mean" in said
     assert ", of text" in said
     assert "the gate's other claims: not of this release: judged beside its original" in said
-    status, said = run(*arguments, "--limit", "kl_mean=1e-6")
     assert status == 1
     assert "does not hold: kl_mean" in said
     assert "at most 1e-06 is asked for" in said
+    assert "top1" not in said.split("does not hold:")[1].splitlines()[0]
     assert "verdict: FAULT in 1 of 1 claims" in said
 
 
-def test_without_the_original_the_report_says_what_nobody_can_tell(release):
-    status, said = run("--checkpoint", release, "--layers", "0,1", "-q")
-    assert status == 0, said
-    assert "that these are the model's own weights: without --original nobody can tell swapped layers" in said
+def test_limits_are_kept_or_named():
+    paid = cost.Cost(0.01, 0.02, 0.03, 0.9, 10.0, 11.0)
+    assert paid.over(cost.parse_limits(["kl_mean=0.01", "kl_p95=1", "kl_max=1", "top1=0.9", "perplexity=1.11"])) == []
+    over = paid.over(cost.parse_limits(["kl_mean=0.009", "top1=0.95", "perplexity=1.05"]))
+    assert [line.split()[0] for line in over] == ["kl_mean", "top1", "perplexity"]
+    assert over[1] == "top1 0.9, at least 0.95 is asked for"
+
+
+class Options(dict):
+    """In the place of pytest's config, where its options alone are asked for."""
+
+    getoption = dict.get
+
+
+def test_without_the_original_the_report_says_what_nobody_can_tell(release, source):
+    key = "that these are the model's own weights"
+    for more, told in (({}, True), ({"--original": str(source)}, False)):
+        asked = options.Asked.of(Options({"--checkpoint": str(release), "--dtype": "float32"} | more))
+        lines = asked.not_verified(Options({"--dtype": "float32", "--device": "cpu"}))
+        assert (key in lines) == told
+        assert "the gate's other claims" in lines
 
 
 def test_what_does_not_load_is_a_verdict(release, tmp_path):
@@ -336,8 +353,8 @@ def test_what_does_not_load_is_a_verdict(release, tmp_path):
     assert "ERROR" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path, number):
+def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path):
+    """By SIGINT, and once more by SIGKILL."""
     report = tmp_path / "report"
     arguments = [
         "--checkpoint",
@@ -353,36 +370,65 @@ def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_pat
     status, said = run(*arguments)
     assert status == 0, said
     whole = (report / "report.jsonl").read_text()
-    command = [sys.executable, "-m", "pytest", str(ROOT / "verify"), "--rootdir", str(ROOT), *map(str, arguments)]
-    stop_after = random.randrange(1, 4)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        for line in running.stdout:
-            if f"layer {stop_after}: " in line:
-                running.send_signal(number)
-                break
-        running.stdout.read()
-    assert running.returncode != 0
+    first, second = sorted(random.sample(range(1, 5), 2))
+    interrupt(arguments, first, signal.SIGINT)
+    interrupt([*arguments, "--resume"], second, signal.SIGKILL)
     status, said = run(*arguments, "--resume")
     assert status == 0, said
     finished = int(re.search(r"resumed after (\d) of 6 layers", said)[1])
-    assert finished >= stop_after
+    assert finished >= second
     assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 6)]  # nothing twice
     seconds = re.compile(r'"seconds": [0-9.]+')
     assert seconds.sub("", (report / "report.jsonl").read_text()) == seconds.sub("", whole)
     assert not list((tmp_path / "c" / "d" / "glm-dsa").iterdir())  # let go
 
 
-def test_a_resumed_run_says_its_faults_again(release, tmp_path):
-    folder = shutil.copytree(release, tmp_path / "nan")
-    tensors = dict(mx.load(str(folder / "model.safetensors")))
-    name = "model.layers.1.self_attn.o_proj.scales"
-    tensors[name] = tensors[name] * mx.array(float("nan")).astype(mx.bfloat16)
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    arguments = ["--checkpoint", folder, "-q", "-o", f"cache_dir={tmp_path}/c", "--layers", "0-2"]
-    status, first = run(*arguments, "-x")  # stops at the fault
-    assert status == 1
-    status, said = run(*arguments, "--resume")
-    assert status == 1
-    assert "resumed after 2 of 3 layers" in said
-    named = next(line for line in first.splitlines() if line.startswith("layers.1") and "FAULT" in line)
-    assert named in said
+def interrupt(arguments, layer, number):
+    """Sends a signal when this layer has passed."""
+    command = [sys.executable, "-m", "pytest", str(ROOT / "verify"), "--rootdir", str(ROOT), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        for line in running.stdout:
+            if f"layer {layer}: " in line:
+                running.send_signal(number)
+                break
+        running.stdout.read()
+    assert running.returncode != 0
+
+
+def test_a_resumed_run_says_its_faults_again(source, tmp_path):
+    """And goes on with the layers that are due; under another identity it does not."""
+
+    def judged_twice(trial):
+        out = Report()
+        judge, failures = Judge(out, "claim", "again", 0), []
+        for layer in (0, 1):
+
+            def check(layer=layer):
+                reference, ours, _ = trial.layer(layer)
+                judge.holds("case", f"layers.{layer}.output", layer != 0, "a fault")
+                judge.stages(ours, reference, local=True, replaced=reference.injections)
+
+            try:
+                trial.once(judge, f"layers.{layer}", check)
+            except pytest.fail.Exception as failure:
+                failures.append(str(failure))
+        return out.comparisons, failures
+
+    release = OnTrial.of(headers_of(str(source)), layers={0, 1, 2})
+    first = Trial(release, 0, Saved(tmp_path, release.identity(0)))
+    again = Trial(release, 0, Saved(tmp_path, release.identity(0)))
+    assert not again.finished
+    found = judged_twice(first)
+    assert len(found[1]) == 1
+    again = Trial(release, 0, Saved(tmp_path, release.identity(0)))
+    assert again.finished == [0, 1]
+    assert judged_twice(again) == found
+    for trial in (first, again):
+        trial.layer(2)
+    assert np.array_equal(first.run.hf.numpy(), again.run.hf.numpy())
+    assert np.array_equal(np.array(first.run.own), np.array(again.run.own))
+    for other in (release.identity(1), OnTrial.of(release.headers, layers={0, 1}).identity(0)):
+        assert Saved(tmp_path, other).load() is None
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert Saved(tmp_path, release.identity(0)).load() is None
