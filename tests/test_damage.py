@@ -51,9 +51,9 @@ def test_what_packing_does_is_within_the_limits_and_not_far_below(mode, bits, gr
     w = DRAWN[drawn](np.random.default_rng(0), (256, 512)).astype(np.float32) * 0.02
     w = np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
     words, scales, biases, packing = packed_as(mx.array(w).astype(mx.bfloat16), mode, bits, group)
-    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", (packing, scales))
-    assert found.beyond == 0
-    assert 0.2 < found.worst < 0.9
+    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
+    assert not found.is_fault
+    assert 0.15 < found.worst < 0.9
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,38 @@ def test_one_scale_among_thousands(mode, bits, group, factor):
     w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     words, scales, biases, packing = packed_as(mx.array(w), mode, bits, group)
     scales[7, 3] *= factor
-    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", (packing, scales))
+    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
     assert (found.beyond, found.where) == (1, (7, 3))
     assert not found.is_other
+
+
+@pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
+@pytest.mark.parametrize("factor", [0.5, 0.96, 1.04, 2.0])
+def test_a_factor_on_the_whole_matrix(mode, bits, group, factor):
+    """Group by group it could be rounding, where few bits are left."""
+    w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    words, scales, biases, packing = packed_as(mx.array(w), mode, bits, group)
+    found = gap(dequantize(words, scales, biases, packing) * factor, torch.from_numpy(w), "U32", packing)
+    if bits == 2 and factor in (0.96, 1.04):  # rounding to 2 bits shrinks by as much: that is where this ends
+        return
+    assert found.is_fault
+    assert "times the original's throughout" in found.whole
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_coarse_or_moved_packing_is_no_rounding(bits):
+    w = torch.from_numpy(np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32))
+    packing = Packing(bits, 64, "affine")
+    low, high = w.unflatten(-1, (-1, 64)).aminmax(dim=-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    sound = ((w.unflatten(-1, (-1, 64)) - low) / step).round() * step + low
+    assert not gap(sound.flatten(-2), w, "U32", packing).is_fault
+    floored = ((w.unflatten(-1, (-1, 64)) - low) / step).floor() * step + low
+    if bits < 8:  # there bf16 scales alone err by more than half a step
+        assert "it errs by" in gap(floored.flatten(-2), w, "U32", packing).whole
+    coarse = (w / (6 * step.max())).round() * 6 * step.max()
+    assert gap(coarse, w, "U32", packing).is_fault
+    assert gap(torch.zeros_like(w), w, "U32", packing).is_fault
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)])

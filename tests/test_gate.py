@@ -128,12 +128,17 @@ def test_bad_options_are_one_line(refusals, options):
 class Options(dict):
     """In the place of pytest's config, where its options alone are asked for."""
 
-    getoption = dict.get
+    def getoption(self, name, default=None):
+        return self.get(name, default)
 
 
 def test_bad_options_that_need_no_process():
     with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
         options.parse_layers("0-99999999999")
+    with pytest.raises(ValueError, match="--seed -1: 0 or more is due"):
+        options.Asked.of(Options({"--seed": -1}))
+    with pytest.raises(pytest.exit.Exception, match="run it without -n"):
+        gate.pytest_configure(Options({"numprocesses": 2}))
     with pytest.raises(ValueError, match="--index-topk belongs to --checkpoint"):
         options.Asked.of(Options({"--index-topk": 8, "--device": "cpu"}))
     with pytest.raises(ValueError, match="--tokens belongs to --checkpoint without --implementation"):

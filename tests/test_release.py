@@ -239,13 +239,13 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"index_n_heads": 7}))
     with pytest.raises(ValueError, match=r"--original .*: index_n_heads = 7, .* has"):
         OnTrial.of(headers, original=headers_of(str(other)))
-    (other / "config.json").write_text(
-        json.dumps(config | {"routed_scaling_factor": 9.0, "num_nextn_predict_layers": 0})
-    )
+    (other / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 9.0}))
     faults = OnTrial.of(headers, original=headers_of(str(other))).config_faults()
     assert len(faults) == 1
     assert re.fullmatch(r"config.json: routed_scaling_factor = .*, the original's says 9.0", faults[0])
-    for limit in ("kl_mean", "kl_mean=x", "speed=3", "kl_mean=nan"):
+    with pytest.raises(ValueError, match="kl_max has a limit already"):
+        cost.parse_limits(["kl_max=1", "kl_max=2"])
+    for limit in ("kl_mean", "kl_mean=x", "speed=3", "kl_mean=nan", "kl_max=-1"):
         with pytest.raises(ValueError, match=rf"--limit {limit}: NAME=NUMBER is due, NAME one of kl_mean"):
             cost.parse_limits([limit])
 

@@ -128,10 +128,12 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
     limits = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in limits:
+            raise ValueError(f"--limit {text}: {name} has a limit already")
         try:
             limits[name] = float(value)
         except ValueError:
             limits[name] = np.nan
-        if name not in LIMITS or not np.isfinite(limits[name]):
+        if name not in LIMITS or not 0 <= limits[name] < np.inf:
             raise ValueError(f"--limit {text}: NAME=NUMBER is due, NAME one of {', '.join(LIMITS)}")
     return limits

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 
 from glm_dsa.errors import printable
 
@@ -25,6 +26,7 @@ from . import stages
 
 FILES_PACKAGE = "mlx_lm.models"  # what a file's relative imports are relative to, as if it lay in mlx-lm
 MISSING = re.compile(r"Missing \d+ parameters?: *\n?(.*)", re.DOTALL)
+OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception, pytest.exit.Exception)  # would end tests in its own favour
 INDEXER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.indexer\.")
 
 
@@ -113,7 +115,7 @@ def others_code() -> Iterator[None]:
             yield
     except Failed:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit, *OUTCOMES) as error:
         raise Failed(told(error)) from error
 
 

@@ -15,14 +15,15 @@ import numpy as np
 from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import CheckpointError
 
-from . import report, tolerances
+from . import audit, report, tolerances
 from .release import Release
 
 Array = np.ndarray
 SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
     "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
-    "index_n_heads", "index_head_dim", "indexer_types", "num_experts_per_tok",
+    "index_n_heads", "index_head_dim", "indexer_types", "num_experts_per_tok", "index_topk", "mlp_layer_types",
+    "n_shared_experts", "attention_bias",
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ class OnTrial:
         args = _args_of(headers, overrides)
         if original is not None:
             _check_original(headers, args, original, _args_of(original, overrides))
+            _check_headers(original)
         elif limits:
             raise ValueError("--limit is a limit to what quantization cost: --original is due too")
         if is_half:
@@ -68,7 +70,8 @@ class OnTrial:
         if prompt is not None:
             ids = _encode(headers, prompt, tokens, args.vocab_size)
         else:
-            length = tokens or default_length(args, 2 if original is not None else 1)
+            rows = 2 if original is not None else 1
+            length = default_length(args, rows) if tokens is None else _checked_length(args, rows, tokens)
             ids = np.random.default_rng(seed).integers(3, args.vocab_size, (1, length))
         try:
             checkpoint.assemble(headers.folder or "", **overrides)
@@ -76,6 +79,7 @@ class OnTrial:
         except CheckpointError as error:
             refused = str(error)
         name = "" if prompt is None else prompt.name
+        _checked_length(args, 1 if original is None else 2, ids.shape[1])
         return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half)
 
     @property
@@ -165,6 +169,10 @@ def _short(value: Any) -> str:
 
 
 def _check_original(headers: Release, args: ModelArgs, original: Release, theirs: ModelArgs) -> None:
+    assert headers.folder is not None
+    assert original.folder is not None
+    if original.folder.resolve() == headers.folder.resolve():
+        raise ValueError(f"--original {original.origin}: that is the release itself")
     for key in SHAPES:
         if getattr(args, key) != getattr(theirs, key):
             raise ValueError(
@@ -172,6 +180,18 @@ def _check_original(headers: Release, args: ModelArgs, original: Release, theirs
                 f"{_short(getattr(args, key))}; "
                 "the model that the release was made from is due"
             )
+
+
+def _check_headers(original: Release) -> None:
+    if any(name.endswith(".scales") for name in original.tensors):
+        raise ValueError(
+            f"--original {original.origin}: packed itself; the weights that the release was packed from are due"
+        )
+    faults = [f.what for f in audit.audit(original).findings if f.severity == audit.FAULT]
+    if faults:
+        raise ValueError(
+            f"--original {original.origin}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else "")
+        )
 
 
 def _chosen(headers: Release, args: ModelArgs, layers: set[int] | None, is_half: bool) -> list[int]:
@@ -192,15 +212,24 @@ def default_length(args: ModelArgs, rows: int) -> int:
 
     HF and the equations hold [H, S, T] whole, three times over in float32 and in float64.
     """
-    wanted = max(80, 4 * args.index_topk)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    most = int((memory / (args.num_attention_heads * (12 * rows + 24))) ** 0.5)
+    wanted, most = max(80, 4 * args.index_topk), _longest_prompt(args, rows, 0.5)
     if most <= args.index_topk:
         raise ValueError(
             f"index_topk = {args.index_topk}: this machine's memory holds the oracles' attention to {most} tokens; add "
             "--index-topk 64, say, for a look at selections, or --tokens N for one without"
         )
     return min(wanted, most)
+
+
+def _longest_prompt(args: ModelArgs, rows: int, share: float) -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share
+    return int((memory / (args.num_attention_heads * (12 * rows + 24))) ** 0.5)
+
+
+def _checked_length(args: ModelArgs, rows: int, tokens: int) -> int:
+    if tokens > (most := _longest_prompt(args, rows, 0.9)):
+        raise ValueError(f"--tokens {tokens}: this machine's memory holds the oracles' attention to {most} tokens")
+    return tokens
 
 
 def _encode(headers: Release, prompt: Path, tokens: int | None, vocabulary: int) -> Array:
@@ -230,5 +259,5 @@ def _digest(headers: Release) -> str:
     digest = hashlib.sha256(repr(sorted(headers.config.items(), key=lambda item: item[0])).encode())
     for file in sorted({t.file for t in headers.tensors.values()}):
         status = file.stat()
-        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
     return digest.hexdigest()

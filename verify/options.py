@@ -97,6 +97,8 @@ class Asked:
     @classmethod
     def of(cls, config: Any) -> Asked:
         """Raises ValueError or OSError, in one line, for what cannot be judged."""
+        if (config.getoption("--seed") or 0) < 0:
+            raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
         _set_device(config.getoption("--device") or "cpu")
         layers = parse_layers(config.getoption("--layers"))
         text, checkpoint = config.getoption("--implementation"), config.getoption("--checkpoint")
@@ -164,6 +166,9 @@ class Asked:
         if args.num_nextn_predict_layers and not self.specs:
             is_there = args.num_hidden_layers in release.layers
             lines["MTP"] = "of drafts, only the first step is judged" if is_there else "no tensors of it, or left out"
+        had = release.original is not None and release.original.config.get("num_nextn_predict_layers", 0)
+        if had and args.num_hidden_layers not in release.layers:
+            lines["MTP"] = "the original has such a layer; the release has none of it, or it is left out"
         if args.has_indexer:
             lines["that the indexers were trained under this RoPE layout"] = (
                 "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"

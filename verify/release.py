@@ -31,11 +31,11 @@ class Release:
 
 def headers_of(target: str) -> Release:
     """A checkpoint folder, or a repository's name. Raises `CheckpointError` in one line."""
-    if Path(target).is_dir():
+    if target and Path(target).is_dir():
         return _of_folder(target, Path(target))
     if Path(target).exists() or not REPOSITORY.fullmatch(target):
         raise CheckpointError(
-            f"{target}: no such folder, and no name of a repository; a checkpoint's folder or OWNER/NAME is due"
+            f"{target or repr(target)}: no such folder, and no name of a repository; a checkpoint's folder or OWNER/NAME is due"
         )
     cached = _in_cache(target)
     return _of_folder(target, cached) if cached is not None else _of_repository(target)

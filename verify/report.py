@@ -16,6 +16,7 @@ from . import stages
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
+NO_VERDICT = "NO VERDICT"
 MEASURED = "measured"  # a figure that is reported, and judged by nothing
 
 
@@ -149,8 +150,8 @@ class Report:
         faults = [claim for claim in self.claims if self.verdict_of(claim) == FAULT]
         if faults:
             return f"FAULT in {len(faults)} of {len(self.claims)} claims, which does not hold: {'; '.join(map(repr, faults))}"
-        if exit_status or not self.comparisons or self.unfinished():
-            return f"NO VERDICT: the run did not end as it should (exit status {exit_status})"
+        if exit_status or not self.judged or self.unfinished():
+            return f"{NO_VERDICT}: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
         line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {self.judged} comparisons"
         return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")

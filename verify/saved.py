@@ -28,7 +28,7 @@ class Saved:
     def save(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         if self.file is None:
             return
-        part = self.file.with_suffix(".part")
+        part = self.file.with_suffix(f".{os.getpid()}.part")
         whole = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
         save_file(whole, part, {"key": self.key, "facts": json.dumps(facts)})
         os.replace(part, self.file)

@@ -102,6 +102,7 @@ class Trial:
     tell: Callable[[str], None] = lambda _: None
     passed: Callable[[int, float], None] = lambda *_: None  # a layer, and its seconds
     timed: bool = False
+    broken: str = ""
     times: dict[int, tuple[float, float]] = field(default_factory=dict)  # seconds, and those of its bare loops
     worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
     single: dict[str, float] = field(default_factory=dict)  # the equations' in float32, where HF's needed explaining
@@ -148,6 +149,8 @@ class Trial:
 
     def layer(self, index: int) -> tuple[LayerReference, dict[str, Any], Drift]:
         """(reference, our stages on HF's input, what has come of the layers before)."""
+        if self.broken:
+            pytest.fail(f"not run: {self.broken}", pytrace=False)
         if index in self.finished:
             pytest.fail(
                 f"layer {index} was run, and not judged, by the run that was interrupted: start anew", pytrace=False
@@ -158,7 +161,9 @@ class Trial:
         begun = time.monotonic()
         self.tell(f"layer {index}")
         bare = Bare(self.run) if self.timed else None
+        self.broken = f"layer {index} ended in an error"
         ran = self.run.layer(index)
+        self.broken = ""
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
