@@ -103,9 +103,7 @@ def test_an_exact_check_that_failed_is_the_worst():
 
 
 BAD_OPTIONS = {
-    "--layers 0-x": "--layers 0-x: numbers and ranges",
     "--checkpoint nowhere": "nowhere: no such folder",
-    "--report README.md": "--report README.md: a file is there",
     "--report README.md/sub": "Not a directory",
 }
 
@@ -135,6 +133,10 @@ class Options(dict):
 def test_bad_options_that_need_no_process():
     with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
         options.parse_layers("0-99999999999")
+    with pytest.raises(ValueError, match="--layers 0-x: numbers and ranges"):
+        options.parse_layers("0-x")
+    with pytest.raises(ValueError, match=r"--report README.md: a file is there"):
+        Report(Path("README.md")).clear()
     with pytest.raises(ValueError, match="--seed -1: 0 or more is due"):
         options.Asked.of(Options({"--seed": -1}))
     with pytest.raises(pytest.exit.Exception, match="run it without -n"):

@@ -311,10 +311,3 @@ def test_the_gate_on_mlx_lms_own():
     assert lines[0] == "faults"
     assert len(lines) > 5
     assert [line for line in table.splitlines() if line in lines] == lines, table
-
-
-def test_the_gate_refuses_in_a_line():
-    status, out = run("verify/", "--implementation", "nowhere.py")
-    assert status == 1
-    assert "--implementation nowhere.py: no such file" in out
-    assert "Traceback" not in out
