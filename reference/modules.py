@@ -31,18 +31,25 @@ def outputs(
     [B, S, k], what it chooses}; a router's weights follow.
     """
     seen: Outputs = {}
-    with ExitStack() as stack:
+    with choosing(model, choices or {}), ExitStack() as stack:
         for name, module in model.named_modules():
             path = path_of(name)
             if path in (inputs or {}):
                 given = torch.as_tensor(inputs[path])  # type: ignore[index]
                 stack.callback(module.register_forward_pre_hook(_Feed(given), with_kwargs=True).remove)
-            if path in (choices or {}):
-                chosen = torch.as_tensor(choices[path])  # type: ignore[index]
-                stack.callback(module.register_forward_hook(_Choose(chosen)).remove)
             if path and path != "model":
                 stack.callback(module.register_forward_hook(_See(path, seen)).remove)
         yield seen
+
+
+@contextmanager
+def choosing(model: Any, choices: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Puts choices in the place of the model's own, as in `outputs`; hooks that are registered inside see these."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if (path := path_of(name)) in choices:
+                stack.callback(module.register_forward_hook(_Choose(torch.as_tensor(choices[path]))).remove)
+        yield
 
 
 class _Feed:

@@ -7,6 +7,32 @@ import mlx_lm.models.cache
 import pytest
 
 import glm_dsa.mlx_lm
+from verify import options
+
+
+class Given(dict):
+    """In the place of pytest's config, where its options alone are asked for: those that are given, and the defaults."""
+
+    def addoption(self, name, default=None, action=None, **_):
+        self.setdefault(name, False if action == "store_true" else default)
+
+    def getgroup(self, _):
+        return self
+
+    def getoption(self, name, default=None):
+        return self.get(name, default)
+
+
+@pytest.fixture
+def given():
+    """given({"--seed": 1}) -> the gate's config, as far as its options go."""
+
+    def config(values):
+        found = Given(values)
+        options.add(found)
+        return found
+
+    return config
 
 
 @pytest.fixture

@@ -123,14 +123,7 @@ def test_bad_options_are_one_line(refusals, options):
     assert "Traceback" not in out
 
 
-class Options(dict):
-    """In the place of pytest's config, where its options alone are asked for."""
-
-    def getoption(self, name, default=None):
-        return self.get(name, default)
-
-
-def test_bad_options_that_need_no_process():
+def test_bad_options_that_need_no_process(given):
     with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
         options.parse_layers("0-99999999999")
     with pytest.raises(ValueError, match="--layers 0-x: numbers and ranges"):
@@ -138,19 +131,19 @@ def test_bad_options_that_need_no_process():
     with pytest.raises(ValueError, match=r"--report README.md: a file is there"):
         Report(Path("README.md")).clear()
     with pytest.raises(ValueError, match="--seed -1: 0 or more is due"):
-        options.Asked.of(Options({"--seed": -1}))
+        options.Asked.of(given({"--seed": -1}))
     with pytest.raises(pytest.exit.Exception, match="run it without -n"):
-        gate.pytest_configure(Options({"numprocesses": 2}))
+        gate.pytest_configure(given({"numprocesses": 2}))
     with pytest.raises(ValueError, match="--index-topk belongs to --checkpoint"):
-        options.Asked.of(Options({"--index-topk": 8, "--device": "cpu"}))
+        options.Asked.of(given({"--index-topk": 8, "--device": "cpu"}))
     with pytest.raises(ValueError, match="--tokens belongs to --checkpoint without --implementation"):
-        options.Asked.of(Options({"--checkpoint": "ck", "--implementation": "mine.py", "--tokens": 8}))
+        options.Asked.of(given({"--checkpoint": "ck", "--implementation": "mine.py", "--tokens": 8}))
 
 
-def test_a_checkpoint_of_ones_own(tmp_path):
+def test_a_checkpoint_of_ones_own(tmp_path, given):
     """Judged under its own conventions; a report with header, comparisons and footer; what was left out is listed."""
     folder = checkpoints.write(tmp_path / "release", checkpoints.glm_5_2(index_topk=512, num_hidden_layers=4))
-    asked = options.Asked.of(Options({"--checkpoint": str(folder)}))
+    asked = options.Asked.of(given({"--checkpoint": str(folder)}))
     assert (asked.specs, asked.release.name) == ([], "release")
     assert "add --index-topk 16" in asked.only
     arguments = [

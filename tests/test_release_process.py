@@ -79,17 +79,11 @@ def test_a_release_beside_its_original(release, source, tmp_path):
     assert "verdict: FAULT in 1 of 1 claims" in said
 
 
-class Options(dict):
-    """In the place of pytest's config, where its options alone are asked for."""
-
-    getoption = dict.get
-
-
-def test_without_the_original_the_report_says_what_nobody_can_tell(release, source):
+def test_without_the_original_the_report_says_what_nobody_can_tell(release, source, given):
     key = "that these are the model's own weights"
     for more, told in (({}, True), ({"--original": str(source)}, False)):
-        asked = options.Asked.of(Options({"--checkpoint": str(release), "--dtype": "float32"} | more))
-        lines = asked.not_verified(Options({"--dtype": "float32", "--device": "cpu"}))
+        asked = options.Asked.of(given({"--checkpoint": str(release)} | more))
+        lines = asked.not_verified(given({}))
         assert (key in lines) == told
         assert "the gate's other claims" in lines
 

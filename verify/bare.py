@@ -30,7 +30,7 @@ class Bare:
             return torch.zeros_like(given[0])
 
         def of_mlx(x: mx.array, experts: mx.array) -> mx.array:
-            asked.append((x.reshape(-1, x.shape[-1]), np.array(experts)))
+            asked.append((x, np.array(experts)))
             return mx.zeros((*experts.shape, x.shape[-1]))
 
         begun = time.monotonic()
@@ -42,10 +42,6 @@ class Bare:
             for first in range(0, run.args.n_routed_experts, run.chunk):
                 unpacked = run.theirs.experts(index, first, min(run.chunk, run.args.n_routed_experts - first))
                 run.theirs.chunk(first, *unpacked)(x, experts, weights)
-                slots = np.flatnonzero((chosen.reshape(-1) >= first) & (chosen.reshape(-1) < first + len(unpacked[1])))
-                if slots.size:
-                    module = ours.experts(index, first, len(unpacked[1]))
-                    own_experts = mx.array(chosen.reshape(-1)[slots] - first)[None, :, None]
-                    mx.eval(module(rows[mx.array(slots // chosen.shape[-1])][None], own_experts))
+                mx.eval(ours.answers(index, first, len(unpacked[1]), rows, chosen)[1])
                 del unpacked
         return time.monotonic() - begun

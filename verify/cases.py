@@ -229,8 +229,7 @@ class Case:
     @property
     def longest(self) -> int:
         """The longest reduction inside the model, for tolerances.primitive_ratio."""
-        a = self.args
-        return max(a.hidden_size, a.intermediate_size, a.q_lora_rank, a.num_attention_heads * a.v_head_dim)
+        return tolerances.longest(self.args)
 
     @property
     def lengths(self) -> list[int]:
@@ -299,8 +298,8 @@ class Reference:
 
     @property
     def injections(self) -> dict[str, Array]:
-        """The reference's choices, for the candidate. Where every key is selected there is nothing to inject."""
-        return {s: v for s, v in self.given.items() if self.is_sparse or s.endswith(stages.ROUTING)}
+        """The reference's choices, for the candidate."""
+        return stages.choices(self.given, self.is_sparse)
 
     @cached_property
     def truth(self) -> dict[str, Array]:
@@ -357,7 +356,7 @@ class Reference:
         if error <= tolerances.EXPLAINED or most == tolerances.EXPLAINED:
             return tolerances.EXPLAINED
         own = (self.single_local if local else self.single)[stage]
-        return min(max(tolerances.EXPLAINED, tolerances.SAFETY * own), most)
+        return tolerances.explained_by(own, most)
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         errors = self.local if local else self.accumulated

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -104,9 +103,6 @@ class Cost:
             if not kept:
                 wrong.append(f"{name} {value:.4g}, at {LIMITS[name]} {limit:g} is asked for")
         return wrong
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def of_logits(release: Array, original: Array, following: Array) -> Cost:

@@ -99,10 +99,6 @@ class OnTrial:
     def is_sparse(self) -> bool:
         return 0 < self.args.index_topk < self.tokens.shape[1]
 
-    @property
-    def is_packed(self) -> bool:
-        return any(name.endswith(".scales") for name in self.headers.tensors)
-
     def config_faults(self) -> list[str]:
         """Where config.json says otherwise than the original's: what a build computes, not how it is packed."""
         if self.original is None:
@@ -138,19 +134,12 @@ class OnTrial:
         }  # fmt: skip
 
 
-def longest(args: ModelArgs) -> int:
-    """The longest reduction inside the model."""
-    heads = args.num_attention_heads * args.v_head_dim
-    return max(args.hidden_size, args.intermediate_size, args.q_lora_rank, heads)
-
-
 def _check_half(headers: Release, args: ModelArgs) -> None:
-    packed = any(name.endswith(".scales") for name in headers.tensors)
-    ratio = tolerances.half_ratio(longest(args), packed)
+    ratio = tolerances.half_ratio(tolerances.longest(args), headers.is_packed)
     if ratio > tolerances.MOST_RATIO:
         raise ValueError(
             f"--dtype bfloat16: on this device mlx's bare matmul of packed weights errs {ratio:.0f} times as much as torch's at "
-            f"{longest(args)} summands, in bfloat16; nothing can be judged by that. Use --device gpu, or float32"
+            f"{tolerances.longest(args)} summands, in bfloat16; nothing can be judged by that. Use --device gpu, or float32"
         )
 
 
@@ -183,7 +172,7 @@ def _check_original(headers: Release, args: ModelArgs, original: Release, theirs
 
 
 def _check_headers(original: Release) -> None:
-    if any(name.endswith(".scales") for name in original.tensors):
+    if original.is_packed:
         raise ValueError(
             f"--original {original.origin}: packed itself; the weights that the release was packed from are due"
         )

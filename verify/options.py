@@ -16,10 +16,16 @@ from .on_trial import OnTrial
 from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
-DEFAULTS: dict[str, Any] = {"--dtype": "float32", "--device": "cpu", "--limit": []}
+UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu")  # what the options below are where nobody asks for more
 OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings", "--dtype", "--device")
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
-REPEATED = ("--implementation", "--checkpoint", *OF_CHECKPOINT, "--real-shape")  # to see a fault again
+# to see a fault again
+REPEATED = (
+    "--implementation",
+    "--checkpoint",
+    *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
+    "--real-shape",
+)
 
 
 def add(parser: pytest.Parser) -> None:
@@ -97,9 +103,9 @@ class Asked:
     @classmethod
     def of(cls, config: Any) -> Asked:
         """Raises ValueError or OSError, in one line, for what cannot be judged."""
-        if (config.getoption("--seed") or 0) < 0:
+        if config.getoption("--seed") < 0:
             raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
-        _set_device(config.getoption("--device") or "cpu")
+        _set_device(config.getoption("--device"))
         layers = parse_layers(config.getoption("--layers"))
         text, checkpoint = config.getoption("--implementation"), config.getoption("--checkpoint")
         if checkpoint is None:
@@ -182,9 +188,9 @@ ASKED = pytest.StashKey[Asked]()
 def again(config: Any) -> list[str]:
     """The options that a fault is seen again with."""
     words: list[str] = []
-    for option in (o for o in REPEATED if o not in ("--resume", "--timings")):
+    for option in REPEATED:
         value = config.getoption(option)
-        if value == DEFAULTS.get(option, value if value in (None, False) else None):
+        if value in UNASKED:
             continue
         for each in value if isinstance(value, list) else [value]:
             words += [option] if each is True else [option, str(each)]
@@ -194,7 +200,7 @@ def again(config: Any) -> list[str]:
 def _belongs(config: Any, options: tuple[str, ...], to: str) -> None:
     for option in options:
         value = config.getoption(option)
-        if value not in (None, False) and value != DEFAULTS.get(option):
+        if value not in UNASKED:
             raise ValueError(f"{option} belongs to {to}")
 
 
@@ -202,8 +208,8 @@ def _release(config: Any, layers: set[int] | None) -> OnTrial:
     original, prompt = config.getoption("--original"), config.getoption("--prompt-file")
     return OnTrial.of(
         headers_of(config.getoption("--checkpoint")), config.getoption("--index-topk"), config.getoption("--tokens"), layers,
-        None if original is None else headers_of(original), cost.parse_limits(config.getoption("--limit") or []),
-        None if prompt is None else Path(prompt), config.getoption("--seed") or 0, config.getoption("--dtype") == "bfloat16",
+        None if original is None else headers_of(original), cost.parse_limits(config.getoption("--limit")),
+        None if prompt is None else Path(prompt), config.getoption("--seed"), config.getoption("--dtype") == "bfloat16",
     )  # fmt: skip
 
 
@@ -213,7 +219,7 @@ def _all_claims(config: Any, release: OnTrial) -> tuple[list[cases.Spec], str]:
         return [], "it does not load"
     if release.original is not None:
         return [], "judged beside its original"
-    if (config.getoption("--dtype"), config.getoption("--device")) not in (("float32", "cpu"), (None, None)):
+    if (config.getoption("--dtype"), config.getoption("--device")) != ("float32", "cpu"):
         return [], "they are judged in float32 on the CPU"
     try:
         return [cases.spec_of(release.folder, config.getoption("--index-topk"))], ""

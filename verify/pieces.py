@@ -121,6 +121,16 @@ class OurLayers:
         _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()}, self.dtype)
         return module
 
+    def answers(self, layer: int, first: int, count: int, x: mx.array, experts: Array) -> tuple[Array, mx.array]:
+        """What some experts answer: x [.., hidden], experts int [.., k] -> (those of the flattened choices, [n, hidden])."""
+        chosen = experts.reshape(-1)
+        slots = np.flatnonzero((chosen >= first) & (chosen < first + count))
+        if not slots.size:
+            return slots, mx.zeros((0, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])[mx.array(slots // experts.shape[-1])]
+        answer = self.experts(layer, first, count)(rows[None], mx.array(chosen[slots] - first)[None, :, None])
+        return slots, answer[0, :, 0]
+
     def _of_experts(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         for projection in weights.PROJECTIONS:
             for suffix in (*weights.PACKED, "global_scale"):

@@ -28,6 +28,10 @@ class Release:
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
 
+    @property
+    def is_packed(self) -> bool:
+        return any(name.endswith(".scales") for name in self.tensors)
+
 
 def headers_of(target: str) -> Release:
     """A checkpoint folder, or a repository's name. Raises `CheckpointError` in one line."""

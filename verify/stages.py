@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 LAYER = re.compile(r"layers\.(\d+)\.(.*)")
 
@@ -36,6 +37,12 @@ IN_LAYER = (
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_latent", "self_attn.kv_latent", "norm")
 SELECTIONS = ("self_attn.indexer.topk", "self_attn.selection")
 ROUTING, ROUTING_WEIGHTS = "mlp.gate.topk", "mlp.gate.weights"
+
+
+def choices(stages: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:
+    """Selections and routings, to be put in the place of others' own. Where every key is selected there is nothing to
+    hand on but routings."""
+    return {s: v for s, v in stages.items() if s.endswith(".topk") and (is_sparse or s.endswith(ROUTING))}
 
 
 def layer_of(stage: str) -> int | None:

@@ -8,8 +8,8 @@ waits at its experts for the next; then the experts are read, a chunk at a time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from reference.capture import capture
-from reference.equations import Conventions, Equations, add_expert, causal, rms_norm, routing_weights
+from reference.equations import Conventions, Equations, add_expert, causal, rms_norm
 from reference.layers import Layers
+from reference.modules import choosing
 from reference.mtp import Around
 
 from . import stages
@@ -32,7 +33,7 @@ CHUNK = 1 << 28  # bytes of a chunk of experts, in float32, that HF is handed at
 Weights = tuple[torch.Tensor, torch.Tensor]  # of a chunk: gate_up [n, 2 I, hidden], down [n, hidden, I]
 
 
-class Hand:
+class Hand(ABC):
     """One way of running a layer. `run` calls `wait` where its experts are due, and once more at its end."""
 
     asked: Any = None  # what it waits with; None: it has no experts in this layer
@@ -42,17 +43,17 @@ class Hand:
         self.run()
         self.wait()
 
-    def run(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self) -> None: ...
 
     def wait(self) -> None:
         if not self._waited:
             self._waited = True
             self._go_on()
 
+    @abstractmethod
     def take(self, first: int, weights: Weights) -> None:
         """Experts `first`, ... of the release, unpacked."""
-        raise NotImplementedError
 
 
 def together(hands: Sequence[Hand], experts: Callable[[], None]) -> None:
@@ -93,42 +94,17 @@ class HalfHand(HfHand):
     """HF's module in bfloat16, on HF's input and under its choices: what 16 bit explains."""
 
     def __init__(self, layers: Layers, hf: HfHand) -> None:
-        given = hf.given
-        super().__init__(layers, hf.index, hf.x.bfloat16(), given)
+        super().__init__(layers, hf.index, hf.x.bfloat16(), hf.given)
         self.hf = hf
 
     def run(self) -> None:
         with (
             self.layers.loaded(self.index, self._experts) as model,
-            self._choosing(model),
+            choosing(model, {s.removesuffix(".topk"): v for s, v in self.hf.stages.items() if s.endswith(".topk")}),
             capture(model) as self.stages,
         ):
             self.out, self.selection = self.layers.run(self.index, self.x, self.given)
             self.wait()
-
-    @contextmanager
-    def _choosing(self, model: Any) -> Iterator[None]:
-        """HF's choices in the place of this hand's own, before `capture` sees them."""
-        prefix, layer = f"layers.{self.index}.", model.model.layers[self.index]
-        keys, gate = self.hf.stages.get(f"{prefix}self_attn.indexer.topk"), prefix + stages.ROUTING
-        hooks = []
-        if keys is not None:
-            selection = torch.from_numpy(keys)
-            hooks.append(layer.self_attn.indexer.register_forward_hook(lambda m, a, out: selection.to(out.dtype)))
-        if hasattr(layer.mlp, "experts"):
-
-            def route(module: Any, args: Any, out: Any) -> Any:
-                logits, weights, _ = out
-                experts = self.hf.stages[gate].reshape(logits.shape[0], -1)
-                given = routing_weights(logits.double().numpy(), experts, self.layers.config)
-                return logits, torch.from_numpy(given).to(weights.dtype), torch.from_numpy(experts)
-
-            hooks.append(layer.mlp.gate.register_forward_hook(route))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def take(self, first: int, weights: Weights) -> None:
         super().take(first, (weights[0].bfloat16(), weights[1].bfloat16()))
@@ -197,26 +173,19 @@ class OurHand(Hand):
         self.ours, self.hf, self.x, self.given, self.is_sparse = ours, hf, x, selection, is_sparse
 
     def run(self) -> None:
-        chosen = {s: v for s, v in self.hf.stages.items() if s.endswith(".topk")}
-        # where every key is selected there is no selection to hand on
-        chosen = {s: v for s, v in chosen.items() if self.is_sparse or s.endswith(stages.ROUTING)}
+        chosen = stages.choices(self.hf.stages, self.is_sparse)
         self.seen: Seen = self.ours.run(self.hf.index, self.x, self.given, chosen, OurExperts(self._experts))
 
     def _experts(self, x: mx.array, experts: mx.array) -> mx.array:
-        self.chosen, self.rows = np.array(experts).reshape(-1), x.reshape(-1, x.shape[-1])
-        self.asked, self.answers = experts.shape, np.zeros((self.chosen.size, x.shape[-1]), np.float32)
+        self.asked = self.chosen, self.rows = np.array(experts), x
+        self.answers = np.zeros((*experts.shape, x.shape[-1]), np.float32)
         self.wait()
-        return mx.array(self.answers).reshape(*experts.shape, -1).astype(x.dtype)
+        return mx.array(self.answers).astype(x.dtype)
 
     def take(self, first: int, weights: Weights) -> None:
         """Reads them again, as they are stored."""
-        count = len(weights[1])
-        slots = np.flatnonzero((self.chosen >= first) & (self.chosen < first + count))
-        if slots.size:
-            module = self.ours.experts(self.hf.index, first, count)
-            x = self.rows[mx.array(slots // self.asked[-1])][None]
-            answer = module(x, mx.array(self.chosen[slots] - first)[None, :, None])
-            self.answers[slots] = np.array(answer[0, :, 0].astype(mx.float32))
+        slots, answers = self.ours.answers(self.hf.index, first, len(weights[1]), self.rows, self.chosen)
+        self.answers.reshape(-1, self.answers.shape[-1])[slots] = np.array(answers.astype(mx.float32))
 
 
 @dataclass

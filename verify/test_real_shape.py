@@ -1,8 +1,6 @@
 """One layer at GLM-5.2's true widths, and the router at its 256 experts: `pytest verify/ --real-shape`."""
 
 import gc
-import resource
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -18,11 +16,11 @@ from verify import compare, tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case, Reference, Spec
 from verify.judge import biased_scores, scatter
+from verify.progress import peak_memory
 from verify.test_config import CONFIGS, read_json
 
 CLAIM = "one layer at GLM-5.2's true widths"
 TOKENS, TOPK, EXPERTS = 80, 16, 32
-GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +44,6 @@ def true_widths(**changes) -> dict:
     return raw
 
 
-def peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
-
-
 def test_layer(judge, request, tmp_path):
     """hidden 6144, 64 heads, latent 512, indexer 32 x 128; HF first, then ours, so that only one of them is in memory."""
     references, seed = [], request.config.getoption("--seed")
@@ -68,8 +60,8 @@ def test_layer(judge, request, tmp_path):
         seen = ours.forward(reference.tokens, replace=reference.injections)
         judge.missing(seen, reference)
         judge.stages(seen, reference, local=False, replaced=reference.injections)
-    held = f"the process peaked at {peak() / GIB:.1f} GiB of the 9 allowed"
-    judge.holds("glm-5.2 widths", "memory", peak() <= 9 * GIB, held)
+    held = f"the process peaked at {peak_memory():.1f} GiB of the 9 allowed"
+    judge.holds("glm-5.2 widths", "memory", peak_memory() <= 9, held)
 
 
 def test_router(judge, request):

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -95,6 +96,17 @@ def bound(
     primitive = rms_norm_error(norm) if norm else 0.0
     value = SAFETY * max(max(reference_error, floor) * ratio, primitive)
     return Bound(value, reference_error, floor, ratio, primitive)
+
+
+def explained_by(single: float, most: float) -> float:
+    """How far HF may be off where the equations themselves err by `single` in float32."""
+    return min(max(EXPLAINED, SAFETY * single), most)
+
+
+def longest(args: Any) -> int:
+    """The longest reduction inside a model, for `primitive_ratio`."""
+    heads = args.num_attention_heads * args.v_head_dim
+    return max(args.hidden_size, args.intermediate_size, args.q_lora_rank, heads)
 
 
 def bound_16(reference_error: float, ref: np.ndarray, longest: int, packed: bool) -> Bound:

@@ -21,7 +21,7 @@ from .candidate import to_numpy
 from .compare import Distributions
 from .damage import Weighing
 from .judge import Judge
-from .on_trial import OnTrial, longest
+from .on_trial import OnTrial
 from .progress import peak_memory
 from .saved import Saved
 from .stream import Pass, Ran
@@ -61,16 +61,14 @@ class LayerReference:
 
     @property
     def injections(self) -> dict[str, Array]:
-        given = {s: v for s, v in self.hf.items() if s.endswith(".topk")}
-        return {s: v for s, v in given.items() if self.is_sparse or s.endswith(stages.ROUTING)}
+        return stages.choices(self.hf, self.is_sparse)
 
     def bound(self, stage: str, local: bool) -> tolerances.Bound:
         kind, longest = stages.kind(stage), max(self.case.longest, self.length)
         if self.is_half:
             return tolerances.bound_16(self.errors[stage], self.hf[stage], longest, self.case.packed)
         norm = self.hf[stage].shape[-1] if kind in stages.NORMS else 0
-        explained = tolerances.SAFETY * self.single.get(kind, 0.0)
-        explained = min(max(tolerances.EXPLAINED, explained), tolerances.EXPLAINED_AT_MOST)
+        explained = tolerances.explained_by(self.single.get(kind, 0.0), tolerances.EXPLAINED_AT_MOST)
         return tolerances.bound(
             self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained
         )
@@ -86,7 +84,7 @@ class Case:
     @property
     def longest(self) -> int:
         """The longest reduction inside the model."""
-        return longest(self.args)
+        return tolerances.longest(self.args)
 
 
 @dataclass
@@ -131,7 +129,7 @@ class Trial:
         theirs = None if self.run.original is None else self.run.original.read
         layers = self.run.args.num_hidden_layers
         self.weighing = Weighing(release.headers.tensors, self.run.theirs.read, theirs, layers)
-        self.case = Case(self.name, self.run.args, self.run.theirs.read, release.is_packed)
+        self.case = Case(self.name, self.run.args, self.run.theirs.read, release.headers.is_packed)
         if not self._restore():
             self.run.embed()
 
