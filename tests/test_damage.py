@@ -17,8 +17,8 @@ from reference.packed import Packing, dequantize
 from reference.stored import read_tensors
 from verify import audit, damage
 from verify.damage import Weighing, gap
+from verify.hands import Weights
 from verify.release import headers_of
-from verify.stream import Weights
 
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
 FORMATS = [("affine", b, 64) for b in (2, 3, 4, 5, 6, 8)] + [("affine", 4, 32), ("affine", 4, 128)]

@@ -21,7 +21,7 @@ from reference.packed import Packing
 from reference.stored import read_tensors
 
 from .audit import FAULT, WARNING, Finding, ranges
-from .stream import Weights
+from .hands import Weights
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
