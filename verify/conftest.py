@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from . import cases, options, report, theirs
+from . import cases, faults, options, report, theirs
 from .judge import Judge
 from .options import ASKED, Asked
 from .progress import Progress
+from .report import FAULT, RAISES, Comparison
 from .saved import Saved
 from .trial import Trial
 
@@ -27,6 +28,12 @@ BY_LAYER = "the release, layer by layer"
 RELEASE = "test_release.py"
 WIDE = 1024  # from this hidden size on, torch's work is worth all cores
 IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
+# The references judge first: nothing else counts until they agree. Then from the parts to the whole, so that the first fault
+# met is the one nearest to its cause.
+ORDER = (
+    "references", "config", "weights", "rope", "router", "indexer", "attention", "layers", "logits", "indexshare", "cache",
+    "positions", "kv_quantization", "cache_operations", "mtp", "behaviour",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,8 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
         out.clear()
-    except (ValueError, OSError) as error:  # GlmDsaError too
-        pytest.exit(str(error), returncode=1)
+    except (ValueError, LookupError, OSError) as error:  # GlmDsaError too
+        pytest.exit(str(error.args[0] if isinstance(error, LookupError) else error), returncode=1)
     out.conventions, out.not_verified = asked.conventions(), asked.not_verified(config)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"),
@@ -172,8 +179,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out, asked = config.stash[REPORT], config.stash[ASKED]
     if asked.only:
         items[:] = [item for item in items if item.path.name == RELEASE]
-    # The references judge first: nothing else counts until they agree.
-    items.sort(key=lambda item: getattr(getattr(item, "module", None), "ORDER", 1))
+    places = {f"test_{part}.py": place for place, part in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     ours = [item for item in items if hasattr(getattr(item, "module", None), "CLAIM")]
     for item in ours:
         out.claims.setdefault(item.module.CLAIM, Counter())  # type: ignore[attr-defined]
@@ -199,6 +206,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """Seeded faults are in force while a test runs, not while checkpoints and references are prepared."""
+    with faults.seeded(*pyfuncitem.config.getoption("--fault")):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     result = yield
     claim = getattr(getattr(item, "module", None), "CLAIM", None)
@@ -206,6 +220,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         out = item.config.stash[REPORT]
         outcome = "failed" if result.outcome == "failed" else result.outcome
         out.claims.setdefault(claim, Counter())[outcome] += 1
+        if outcome == "failed" and not out.saw_fault(claim):
+            out.add(Comparison(claim, name_of(item), RAISES, FAULT, note=one_line(call)))
+        out.judged_so_far = len(out.comparisons)
         if outcome == "skipped":
             reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
             reason = reason.removeprefix("Skipped: ")
@@ -215,6 +232,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
             else:
                 out.not_verified[f"{claim}: {item.name}"] = reason
     return result
+
+
+def name_of(item: pytest.Item) -> str:
+    """The case that a test is about."""
+    case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+    return case.name if isinstance(case, cases.Spec) else item.name
+
+
+def one_line(call: pytest.CallInfo) -> str:
+    assert call.excinfo is not None
+    first = str(call.excinfo.value).splitlines()
+    return f"{call.excinfo.typename}: {first[0] if first else 'no message'}"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

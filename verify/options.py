@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from . import cases, cost, theirs
+from . import cases, cost, faults, theirs
 from .implementation import Implementation
 from .on_trial import OnTrial
 from .release import headers_of
@@ -25,6 +25,7 @@ REPEATED = (
     "--checkpoint",
     *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
     "--real-shape",
+    "--fault",
 )
 
 
@@ -83,6 +84,14 @@ def add(parser: pytest.Parser) -> None:
         action="store_true",
         help="with --checkpoint: also time each layer's reading and passes as bare loops",
     )
+    group.addoption(
+        "--fault",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="seed this fault in our definition first, to see how it is caught; may be repeated "
+        "(`python -m verify faults` lists them)",
+    )
     group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
     group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
@@ -102,9 +111,11 @@ class Asked:
 
     @classmethod
     def of(cls, config: Any) -> Asked:
-        """Raises ValueError or OSError, in one line, for what cannot be judged."""
+        """Raises ValueError, LookupError or OSError, in one line, for what cannot be judged."""
         if config.getoption("--seed") < 0:
             raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
+        for name in config.getoption("--fault"):
+            faults.named(name)
         _set_device(config.getoption("--device"))
         layers = parse_layers(config.getoption("--layers"))
         text, checkpoint = config.getoption("--implementation"), config.getoption("--checkpoint")
@@ -112,6 +123,8 @@ class Asked:
             _belongs(config, OF_CHECKPOINT, "--checkpoint")
         elif text is not None:
             _belongs(config, OF_RELEASE, "--checkpoint without --implementation")
+        if text is not None and config.getoption("--fault"):
+            raise ValueError("--fault seeds our definition: it does not go with --implementation")
         if text is not None:
             implementation = Implementation.of(text)
             own = theirs.specs() if checkpoint is None else [_their_spec(Path(checkpoint), config)]
@@ -138,7 +151,11 @@ class Asked:
 
     def not_verified(self, config: Any) -> dict[str, str]:
         """What this command leaves out, by what it asks for: {what: why}."""
-        lines = {}
+        seeded = {
+            f"the definition as it is: seeded with {name}": faults.named(name).what
+            for name in config.getoption("--fault")
+        }
+        lines = dict(seeded)
         if config.getoption("--device") == "cpu":
             lines["Metal or CUDA"] = "the verdict is given on the CPU"
         if config.getoption("--dtype") == "float32":

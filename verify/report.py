@@ -16,6 +16,7 @@ from . import stages
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
+RAISES = "raises"  # the stage of a test that ended in an error of its own, not in a comparison
 NO_VERDICT = "NO VERDICT"
 MEASURED = "measured"  # a figure that is reported, and judged by nothing
 
@@ -78,6 +79,7 @@ class Report:
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     told: set[str] = field(default_factory=set)  # claims whose figures are printed too
     started: float = field(default_factory=time.time)
+    judged_so_far: int = 0  # comparisons of the tests that have ended
 
     def clear(self) -> None:
         """An earlier run's report must not be taken for this one's. Raises ValueError or OSError."""
@@ -100,6 +102,10 @@ class Report:
     def add(self, comparison: Comparison) -> None:
         self.comparisons.append(comparison)
         self._write({"type": "comparison", **asdict(comparison)})
+
+    def saw_fault(self, claim: str) -> bool:
+        """Whether the test that runs has recorded a fault."""
+        return any(c.verdict == FAULT and c.claim == claim for c in self.comparisons[self.judged_so_far :])
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.folder is not None:

@@ -11,7 +11,6 @@ from verify import stages, tolerances
 from verify.cases import Case
 
 CLAIM = "the references agree"
-ORDER = 0
 FLOAT64 = 2.0**-29  # its rounding, in units of float32's
 
 

@@ -1,0 +1,149 @@
+"""The gate on trial: its own tests, on its own cases, while one fault after another is seeded in the definition.
+
+A pytest plugin (`pytest verify/ -p verify.judging --judge-out FILE`). References are built in a first pass, without a fault;
+after it only MLX runs again. That pass also notes which functions of the definition each test runs: a fault can change the
+outcome of those tests alone that run what it changes, so only they are repeated, in the gate's order, up to the first
+that fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pkgutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import hypothesis
+import pytest
+from _pytest.runner import runtestprotocol
+
+import glm_dsa
+
+from . import faults, seeding, stages
+from .faults import Fault
+from .report import FAULT, Comparison, Report
+
+RAN = "_functions_that_ran"  # the name under which a definition's module holds them
+
+
+def modules() -> dict[str, Any]:
+    """The definition's modules by name; not those that only others import (mlx-lm's hooks, the command line)."""
+    names = (info.name for info in pkgutil.iter_modules(glm_dsa.__path__))
+    return {name: importlib.import_module(f"glm_dsa.{name}") for name in names if name not in ("__main__", "mlx_lm")}
+
+
+def functions() -> dict[str, FunctionType]:
+    """Every function of the definition: {"indexer.Indexer.score": function}."""
+    found: dict[str, FunctionType] = {}
+    for name, module in modules().items():
+        found |= {f"{name}.{label}": function for label, function in seeding.functions_of(module)}
+    return found
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The names of the definition's functions that run inside the block."""
+    ran: set[str] = set()
+    codes: dict[FunctionType, CodeType] = {}
+    for name, function in functions().items():
+        tree = ast.parse(seeding.source_of(function))
+        note = ast.parse(f"{RAN}.add({name!r})").body
+        tree.body[0].body[:0] = note  # type: ignore[attr-defined]
+        codes[function] = seeding.compiled(tree, function)
+        function.__globals__[RAN] = ran
+    with seeding.swapped(codes):
+        yield ran
+
+
+def is_named(fault: Fault, found: Comparison) -> bool:
+    """Caught by the claim, and at the stage, that were declared."""
+    return found.claim == fault.claim and stages.kind(found.stage.removeprefix("model.")).startswith(fault.stage)
+
+
+class Judging:
+    """Runs the collected tests without a fault, then under each of `names`."""
+
+    def __init__(self, config: pytest.Config, names: list[str], out: Path) -> None:
+        from . import conftest
+
+        self.config, self.gate, self.names, self.out = config, conftest, names, out
+        self.say = config.get_terminal_writer().line
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        hypothesis.settings.register_profile(
+            "no shrinking", hypothesis.settings(), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        )
+        hypothesis.settings.load_profile("no shrinking")
+        started = time.time()
+        reached = self.without_a_fault(session.items)
+        clean = time.time() - started
+        found = {}
+        for name in self.names:
+            found[name] = self.under(name, reached)
+            self.say(f"{name}: {found[name].get('stage', 'not caught')}  [{found[name].get('claim', '-')}]")
+        kept = {
+            "faults": found, "tests": len(session.items), "comparisons": self.comparisons,
+            "seconds": {"without a fault": round(clean), "faults": round(time.time() - started - clean)},
+        }  # fmt: skip
+        self.out.write_text(json.dumps(kept, indent=1) + "\n")
+        self.config.stash[self.gate.REPORT] = Report()  # this run gives no verdict on the definition
+        return True
+
+    def without_a_fault(self, items: list[pytest.Item]) -> Mapping[pytest.Item, set[str]]:
+        """What each test runs. Stops where the gate is not content: then there is nothing to judge it by."""
+        reached = {}
+        with recorded() as ran:
+            for item in items:
+                ran.clear()
+                self.forget_models()
+                reports = runtestprotocol(item, nextitem=None, log=False)
+                if any(report.failed for report in reports):
+                    pytest.exit(f"{item.nodeid} fails without a fault: mend that first", returncode=1)
+                reached[item] = set(ran)
+        self.comparisons = self.config.stash[self.gate.REPORT].judged
+        return reached
+
+    def under(self, name: str, reached: Mapping[pytest.Item, set[str]]) -> dict[str, Any]:
+        """The first comparison that fails under a fault, with the figures around it; {} where none does."""
+        changed = {edit.where for edit in faults.named(name).edits}
+        self.config.stash[self.gate.REPORT] = report = Report()
+        self.config.option.fault = [name]
+        self.forget_models()
+        started = time.time()
+        affected = [item for item, ran in reached.items() if ran & changed]
+        for number, item in enumerate(affected):
+            runtestprotocol(item, nextitem=None, log=False)
+            first = next((c for c in report.comparisons if c.verdict == FAULT), None)
+            if first is not None:
+                return {
+                    "claim": first.claim, "stage": first.stage, "case": first.case, "note": first.note,
+                    "bounds": first.share if first.bound else None, "named": is_named(faults.named(name), first),
+                    "tests_before": number, "seconds": round(time.time() - started, 1),
+                }  # fmt: skip
+        return {"tests": len(affected)}
+
+    def forget_models(self) -> None:
+        """A model that was built before keeps what its constructor did."""
+        for case in self.gate._built.values():
+            case.__dict__.pop("ours", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("glm-dsa judge")
+    group.addoption("--judge-out", metavar="FILE", help="where to write what was caught")
+    group.addoption("--judge-faults", metavar="NAMES", help="of these faults only, separated by commas")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--judge-faults")
+    names = chosen.split(",") if chosen else list(faults.CATALOGUE)
+    for name in names:
+        faults.named(name)
+    config.pluginmanager.register(Judging(config, names, Path(config.getoption("--judge-out"))))
