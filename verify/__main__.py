@@ -1,14 +1,16 @@
-"""`python -m verify audit DIR_OR_REPO`: what headers alone tell of a release."""
+"""`python -m verify audit | judge | faults`: what stands beside the gate itself."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
 
 from glm_dsa.errors import GlmDsaError
 
-from . import audit, release
+from . import audit, faults, release
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +23,62 @@ def main(arguments: list[str] | None = None) -> int:
         "release", metavar="DIR_OR_REPO", help="a checkpoint's folder, or a repository's name on the hub"
     )
     auditing.add_argument("--json", action="store_true", help="for machines")
+    judging = commands.add_parser(
+        "judge",
+        help="every fault of the catalogue against the gate, and against the rules that others release by (20 minutes)",
+    )
+    judging.add_argument("--faults", metavar="NAMES", help="these only, separated by commas")
+    judging.add_argument("--random", metavar="N", type=int, default=50, help="sound checkpoints besides (default 50)")
+    judging.add_argument(
+        "--kept", action="store_true", help="run nothing: the table of the run that this version was judged by"
+    )
+    judging.add_argument("--json", metavar="FILE", help="write the whole record there")
+    listing = commands.add_parser("faults", help="the catalogue: what pytest verify/ --fault NAME seeds")
+    listing.add_argument("name", nargs="?", help="one of them, with the change that it makes")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "faults":
+        return _faults(chosen.name)
+    if chosen.command == "judge":
+        return _judge(chosen)
+    return _audit(chosen)
+
+
+def _faults(name: str | None) -> int:
+    try:
+        print(faults.described(name) if name else faults.listed())
+    except LookupError as error:
+        print(f"verify: {error.args[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _judge(chosen: argparse.Namespace) -> int:
+    from . import judge_command, table
+
+    names = chosen.faults.split(",") if chosen.faults else list(faults.CATALOGUE)
+    try:
+        for name in names:
+            faults.named(name)
+        judged = table.Judged.read() if chosen.kept else judge_command.judge(names, chosen.random, _tell)
+    except LookupError as error:
+        print(f"verify: {error.args[0]}", file=sys.stderr)
+        return 1
+    except judge_command.Failed as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps(judged.record, indent=1) + "\n")
+    print(judged.text())
+    return 1 if judged.problems() else 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _audit(chosen: argparse.Namespace) -> int:
     try:
         found = audit.audit(release.headers_of(chosen.release))
     except GlmDsaError as error:

@@ -59,6 +59,22 @@ def named(name: str) -> Fault:
     return CATALOGUE[name]
 
 
+def listed() -> str:
+    """A line for each fault."""
+    width = max(map(len, CATALOGUE))
+    return "\n".join(f"{f.name.ljust(width)}  {f.component}: {f.what}" for f in CATALOGUE.values())
+
+
+def described(name: str) -> str:
+    """All that the catalogue says of one."""
+    f = named(name)
+    seen = f"{f.stage}, in the claim {f.claim!r}" if f.stage else "nowhere"
+    lines = [f"{f.name}  ({f.component})", f.what, f"shows: {f.shows}", f"met first at: {seen}", f"origin: {f.origin}"]
+    lines += [f"equivalent: {f.equivalent}"] if f.equivalent else []
+    lines += [f"declared otherwise at first: {f.corrected}"] if f.corrected else []
+    return "\n".join([*lines, *(f"  {edit}" for edit in f.edits)])
+
+
 # fmt: off
 
 

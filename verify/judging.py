@@ -66,59 +66,84 @@ def is_named(fault: Fault, found: Comparison) -> bool:
     return found.claim == fault.claim and stages.kind(found.stage.removeprefix("model.")).startswith(fault.stage)
 
 
-class Judging:
-    """Runs the collected tests without a fault, then under each of `names`."""
+class Court:
+    """Runs the collected tests again and again: once as they are, then with the definition changed."""
 
-    def __init__(self, config: pytest.Config, names: list[str], out: Path) -> None:
+    def __init__(self, config: pytest.Config) -> None:
         from . import conftest
 
-        self.config, self.gate, self.names, self.out = config, conftest, names, out
-        self.say = config.get_terminal_writer().line
+        self.config, self.gate = config, conftest
+        self.seconds: dict[pytest.Item, float] = {}
 
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+    def say(self, line: str) -> None:
+        writer = self.config.get_terminal_writer()
+        writer.line(line)
+        writer.flush()
+
+    def as_it_is(self, items: list[pytest.Item]) -> Mapping[pytest.Item, set[str]]:
+        """What each test runs of the definition. Stops where one fails: then there is nothing to judge by."""
         hypothesis.settings.register_profile(
             "no shrinking", hypothesis.settings(), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
         )
         hypothesis.settings.load_profile("no shrinking")
-        started = time.time()
-        reached = self.without_a_fault(session.items)
-        clean = time.time() - started
-        found = {}
-        for name in self.names:
-            found[name] = self.under(name, reached)
-            self.say(f"{name}: {found[name].get('stage', 'not caught')}  [{found[name].get('claim', '-')}]")
-        kept = {
-            "faults": found, "tests": len(session.items), "comparisons": self.comparisons,
-            "seconds": {"without a fault": round(clean), "faults": round(time.time() - started - clean)},
-        }  # fmt: skip
-        self.out.write_text(json.dumps(kept, indent=1) + "\n")
-        self.config.stash[self.gate.REPORT] = Report()  # this run gives no verdict on the definition
-        return True
-
-    def without_a_fault(self, items: list[pytest.Item]) -> Mapping[pytest.Item, set[str]]:
-        """What each test runs. Stops where the gate is not content: then there is nothing to judge it by."""
         reached = {}
         with recorded() as ran:
             for item in items:
                 ran.clear()
                 self.forget_models()
-                reports = runtestprotocol(item, nextitem=None, log=False)
-                if any(report.failed for report in reports):
-                    pytest.exit(f"{item.nodeid} fails without a fault: mend that first", returncode=1)
-                reached[item] = set(ran)
-        self.comparisons = self.config.stash[self.gate.REPORT].judged
+                started = time.time()
+                if any(report.failed for report in self.run(item)):
+                    pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=1)
+                reached[item], self.seconds[item] = set(ran), time.time() - started
         return reached
 
-    def under(self, name: str, reached: Mapping[pytest.Item, set[str]]) -> dict[str, Any]:
-        """The first comparison that fails under a fault, with the figures around it; {} where none does."""
-        changed = {edit.where for edit in faults.named(name).edits}
+    def run(self, item: pytest.Item) -> list[pytest.TestReport]:
+        return runtestprotocol(item, nextitem=None, log=False)
+
+    def fresh_report(self) -> Report:
         self.config.stash[self.gate.REPORT] = report = Report()
+        return report
+
+    def forget_models(self) -> None:
+        """A model that was built before keeps what its constructor did."""
+        for case in self.gate._built.values():
+            case.__dict__.pop("ours", None)
+
+
+class Judging(Court):
+    """Seeds each of `names`."""
+
+    def __init__(self, config: pytest.Config, names: list[str], out: Path) -> None:
+        super().__init__(config)
+        self.names, self.out = names, out
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        started = time.time()
+        reached = self.as_it_is(session.items)
+        comparisons, clean = self.config.stash[self.gate.REPORT].judged, time.time() - started
+        self.say(f"without a fault: {len(reached)} tests, {comparisons} comparisons, {clean:.0f} s")
+        found = {}
+        for name in self.names:
+            found[name] = self.under(name, reached)
+            self.say(f"{name}: {found[name].get('stage', 'not caught')}  [{found[name].get('claim', '-')}]")
+        kept = {
+            "faults": found, "tests": len(reached), "comparisons": comparisons,
+            "seconds": {"without a fault": round(clean), "faults": round(time.time() - started - clean)},
+        }  # fmt: skip
+        self.out.write_text(json.dumps(kept, indent=1) + "\n")
+        self.fresh_report()  # this run gives no verdict on the definition
+        return True
+
+    def under(self, name: str, reached: Mapping[pytest.Item, set[str]]) -> dict[str, Any]:
+        """The first comparison that fails under a fault, with the figures around it; few where none does."""
+        changed = {edit.where for edit in faults.named(name).edits}
+        report = self.fresh_report()
         self.config.option.fault = [name]
         self.forget_models()
         started = time.time()
         affected = [item for item, ran in reached.items() if ran & changed]
         for number, item in enumerate(affected):
-            runtestprotocol(item, nextitem=None, log=False)
+            self.run(item)
             first = next((c for c in report.comparisons if c.verdict == FAULT), None)
             if first is not None:
                 return {
@@ -127,11 +152,6 @@ class Judging:
                     "tests_before": number, "seconds": round(time.time() - started, 1),
                 }  # fmt: skip
         return {"tests": len(affected)}
-
-    def forget_models(self) -> None:
-        """A model that was built before keeps what its constructor did."""
-        for case in self.gate._built.values():
-            case.__dict__.pop("ours", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

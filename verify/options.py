@@ -13,10 +13,18 @@ import pytest
 from . import cases, cost, faults, theirs
 from .implementation import Implementation
 from .on_trial import OnTrial
+from .random_specs import random_specs
 from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
-UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu")  # what the options below are where nobody asks for more
+UNASKED: tuple[Any, ...] = (
+    None,
+    False,
+    0,
+    [],
+    "float32",
+    "cpu",
+)  # what the options below are where nobody asks for more
 OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings", "--dtype", "--device")
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
@@ -26,6 +34,7 @@ REPEATED = (
     *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
     "--real-shape",
     "--fault",
+    "--random",
 )
 
 
@@ -92,6 +101,13 @@ def add(parser: pytest.Parser) -> None:
         help="seed this fault in our definition first, to see how it is caught; may be repeated "
         "(`python -m verify faults` lists them)",
     )
+    group.addoption(
+        "--random",
+        metavar="N",
+        type=int,
+        default=0,
+        help="judge N small checkpoints of random shape in the place of the gate's own",
+    )
     group.addoption("--seed", type=int, default=0, help="of weights and prompts (default 0)")
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
     group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
@@ -129,8 +145,13 @@ class Asked:
             implementation = Implementation.of(text)
             own = theirs.specs() if checkpoint is None else [_their_spec(Path(checkpoint), config)]
             return cls(own, implementation=implementation, layers=layers)
+        random = config.getoption("--random")
+        if random < 0 or (random and (checkpoint is not None or text is not None)):
+            raise ValueError(
+                f"--random {random}: how many checkpoints, 1 or more, and no --checkpoint or --implementation"
+            )
         if checkpoint is None:
-            return cls(cases.default_specs(), layers=layers)
+            return cls(random_specs(random) if random else cases.default_specs(), layers=layers)
         release = _release(config, layers)
         specs, only = _all_claims(config, release)
         return cls(specs, release, only, layers=layers)

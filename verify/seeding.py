@@ -85,6 +85,10 @@ def source_of(function: FunctionType) -> str:
     return textwrap.dedent(inspect.getsource(function))
 
 
+def text_of(module: Any) -> str:
+    return inspect.getsource(module)
+
+
 def compiled(tree: ast.Module, function: FunctionType) -> CodeType:
     """The code of a function whose definition is `tree`. It stands in a class, so that `super()` finds its cell."""
     definition: Any = tree.body[0]

@@ -1,0 +1,245 @@
+"""The mutation test of the definition: each operator, constant, comparison and call changed in turn; the gate must notice.
+
+A pytest plugin (`make mutate`). A mutant is one node of one function's syntax tree; the tests that run that function are repeated,
+quickest first, until one fails. Survivors are what nobody would notice: a check is missing, or the change is equivalent.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+from . import seeding
+from .judging import Court, functions, modules
+
+OPERATORS: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+LEFT_OUT = ("errors", "version")
+PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`where` is "module.Class.method", or "module.CONSTANT"; number: the how manieth change of it."""
+
+    where: str
+    number: int
+    line: int
+    change: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}#{self.number}"
+
+
+def mutants() -> Iterator[Mutant]:
+    for where, function in functions().items():
+        if where.split(".")[0] not in LEFT_OUT:
+            first = function.__code__.co_firstlineno
+            for number, (line, change, _) in enumerate(changes(seeding.source_of(function))):
+                yield Mutant(where, number, first + line - 1, change)
+    for name, module in modules().items():
+        for constant, value in vars(module).items():
+            if constant.isupper() and isinstance(value, int) and f"\n{constant} = " in seeding.text_of(module):
+                yield Mutant(f"{name}.{constant}", 0, 0, f"{value} -> {value + 1}")
+
+
+def changes(source: str) -> Iterator[tuple[int, str, ast.Module]]:
+    """(line, change in words, the changed tree), one for each node that can be changed."""
+    count = sum(1 for _ in _nodes(ast.parse(source)))
+    for number in range(count):
+        tree = ast.parse(source)
+        holder, field, index, node = next(item for i, item in enumerate(_nodes(tree)) if i == number)
+        new = _changed(node)
+        if index is None:
+            setattr(holder, field, new)
+        else:
+            getattr(holder, field)[index] = new
+        before, after = (ast.unparse(ast.fix_missing_locations(n)) for n in (node, new))
+        yield node.lineno, f"{before} -> {after or 'nothing'}", tree
+
+
+def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    """(holder, field, index, node) of what can be changed, outside decorators, annotations, defaults and docstrings."""
+    function: Any = tree.body[0]
+    queue: list[ast.AST] = list(function.body)
+    roots = [(function, "body", i, node) for i, node in enumerate(function.body)]
+    for holder, field, index, node in [*roots, *(found for root in queue for found in _inside(root))]:
+        if _changed(node) is not None:
+            yield holder, field, index, node
+
+
+def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.JoinedStr, ast.Raise)):
+            continue
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST):
+                yield node, field, index, child
+                yield from _inside(child)
+
+
+def _changed(node: Any) -> Any:
+    """Another node for it, or None where there is nothing to change."""
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return ast.copy_location(ast.BinOp(left, OPERATORS[type(op)](), right), node)
+        case ast.BoolOp(op, values):
+            return ast.copy_location(ast.BoolOp(OPERATORS[type(op)](), values), node)
+        case ast.Compare(left, [op], comparators):
+            return ast.copy_location(ast.Compare(left, [OPERATORS[type(op)]()], comparators), node)
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+            return operand
+        case ast.Constant(bool() as value):
+            return ast.copy_location(ast.Constant(not value), node)
+        case ast.Constant(int() | float() as value):
+            return ast.copy_location(ast.Constant(value + 1 if isinstance(value, int) else 2 * value), node)
+        case ast.If(test, body, orelse):
+            return ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), test), body, orelse), node)
+        case ast.IfExp(test, body, orelse):
+            return ast.copy_location(ast.IfExp(ast.UnaryOp(ast.Not(), test), body, orelse), node)
+        case ast.Expr(ast.Call()) | ast.AugAssign():
+            return ast.copy_location(ast.Pass(), node)
+    return None
+
+
+@contextmanager
+def applied(mutant: Mutant) -> Iterator[None]:
+    function = functions().get(mutant.where)
+    with _constant(mutant) if function is None else _code(mutant, function):
+        yield
+
+
+def _code(mutant: Mutant, function: FunctionType) -> AbstractContextManager[None]:
+    *_, tree = next(c for i, c in enumerate(changes(seeding.source_of(function))) if i == mutant.number)
+    return seeding.swapped({function: seeding.compiled(tree, function)})
+
+
+@contextmanager
+def _constant(mutant: Mutant) -> Iterator[None]:
+    home, name = mutant.where.split(".")
+    own = getattr(modules()[home], name)
+    holders = [module for module in modules().values() if getattr(module, name, None) is own]
+    for module in holders:
+        setattr(module, name, own + 1)
+    try:
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, own)
+
+
+class Mutation(Court):
+    """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended."""
+
+    def __init__(self, config: pytest.Config, out: Path, only: str, share: tuple[int, int]) -> None:
+        super().__init__(config)
+        self.out, self.only, self.share = out, only, share
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        reached = self.as_it_is(session.items)
+        quick = {item: reached[item] for item in sorted(reached, key=lambda item: self.seconds[item])}
+        self.say(f"{len(quick)} tests, {sum(self.seconds.values()):.0f} s")
+        done = self.done()
+        chosen = [
+            m for i, m in enumerate(mutants()) if i % self.share[1] == self.share[0] and m.where.startswith(self.only)
+        ]
+        with self.out.open("a", encoding="utf-8") as stream:
+            for mutant in chosen:
+                if mutant.name in done:
+                    continue
+                record = {"mutant": mutant.name, "line": mutant.line, "change": mutant.change}
+                # A mutant that takes the process with it is found begun and not ended.
+                for outcome in ("begun", None):
+                    outcome = outcome or self.fate(mutant, quick)
+                    stream.write(json.dumps({**record, "fate": outcome}) + "\n")
+                    stream.flush()
+        self.fresh_report()
+        return True
+
+    def done(self) -> set[str]:
+        lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
+        return {json.loads(line)["mutant"] for line in lines}
+
+    def fate(self, mutant: Mutant, reached: Mapping[pytest.Item, set[str]]) -> str:
+        """The test that noticed, or "survived" and how many did not."""
+        self.fresh_report()
+        self.forget_models()
+        is_constant = mutant.where not in functions()
+        affected = [item for item, ran in reached.items() if is_constant or mutant.where in ran]
+        try:
+            with applied(mutant), alarm():
+                for item in affected:
+                    signal.alarm(PATIENCE)
+                    if any(report.failed for report in self.run(item)):
+                        return f"noticed by {item.nodeid}"
+        except LookupError as error:
+            return f"cannot be made: {error}"
+        except TimeoutError:
+            return "noticed: it hangs"
+        return f"survived {len(affected)} tests"
+
+
+@contextmanager
+def alarm() -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"over {PATIENCE} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("glm-dsa mutation")
+    group.addoption(
+        "--mutation-out", metavar="FILE", help="where to note each mutant's fate; an earlier run goes on there"
+    )
+    group.addoption("--mutate", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
+    group.addoption("--mutation-share", metavar="I/N", default="0/1", help="every N-th mutant, from the I-th on")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    part, of = map(int, config.getoption("--mutation-share").split("/"))
+    config.pluginmanager.register(
+        Mutation(config, Path(config.getoption("--mutation-out")), config.getoption("--mutate"), (part, of))
+    )
+
+
+def main() -> None:
+    """`python -m verify.mutation FILE ...`: the score, and the survivors, of what was noted there."""
+    import sys
+
+    fates: dict[str, dict[str, Any]] = {}
+    for file in sys.argv[1:]:
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            fates[record["mutant"]] = record
+    tried = [f for f in fates.values() if not f["fate"].startswith("cannot")]
+    survivors = [f for f in tried if f["fate"].startswith("survived")]
+    print(
+        f"{len(tried)} mutants, {len(tried) - len(survivors)} noticed ({1 - len(survivors) / max(len(tried), 1):.1%})"
+    )
+    for record in survivors:
+        print(f"  {record['mutant']} (line {record['line']}): {record['change']}   {record['fate']}")
+
+
+if __name__ == "__main__":
+    main()
