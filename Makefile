@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
-# A third repeats the training of the small checkpoint, in about two hours: make train, or make train LAYOUT=half-split
+# And beside them:
+#   make judge    the gate itself on trial, 20 minutes      make mutate   each line of the definition changed in turn, hours
+#   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +10,19 @@ READY := $(VENV)/.ready
 ARGS ?=
 LAYOUT ?= interleaved
 
-.PHONY: verify test train lint clean
+.PHONY: verify test judge mutate train lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile $(ARGS)
+
+judge: $(READY)
+	$(BIN)/python -m verify judge $(ARGS)
+
+mutate: $(READY)
+	$(BIN)/python -m verify.mutation $(ARGS)
 
 train: $(READY)
 	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out training/$(LAYOUT) $(ARGS)

@@ -59,7 +59,9 @@ def _judge(chosen: argparse.Namespace) -> int:
     try:
         for name in names:
             faults.named(name)
-        judged = table.Judged.read() if chosen.kept else judge_command.judge(names, chosen.random, _tell)
+        judged = (
+            table.Judged.read() if chosen.kept else judge_command.judge(names, chosen.random, chosen.in_order, _tell)
+        )
     except LookupError as error:
         print(f"verify: {error.args[0]}", file=sys.stderr)
         return 1

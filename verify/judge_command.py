@@ -22,7 +22,7 @@ class Failed(Exception):
     """A part of the judging ended without a result."""
 
 
-def judge(names: list[str], random: int, tell: Callable[[str], None]) -> Judged:
+def judge(names: list[str], random: int, in_order: bool, tell: Callable[[str], None]) -> Judged:
     """Three processes, two at a time: on this gate's time most of the work is MLX on one thread."""
     only, started = ",".join(names), time.time()
     with TemporaryDirectory(prefix="glm-dsa-judge-") as scratch, ThreadPoolExecutor(2) as pool:
@@ -33,6 +33,7 @@ def judge(names: list[str], random: int, tell: Callable[[str], None]) -> Judged:
             "rules": [sys.executable, "-m", "verify.rules", str(folder / "rules"), "--faults", only, "--random", str(random)],
             "random": [*gate, "--random", str(random), "--report", str(folder / "random")],
         }  # fmt: skip
+        parts["faults"] += ["--judge-in-order"] if in_order else []
         runs = {name: pool.submit(run, name, command, tell) for name, command in parts.items()}
         printed = {name: run.result() for name, run in runs.items()}
         record: dict[str, Any] = {"versions": report.versions(), "random": sound(folder / "random", random)}

@@ -2,8 +2,7 @@
 
 A pytest plugin (`pytest verify/ -p verify.judging --judge-out FILE`). References are built in a first pass, without a fault;
 after it only MLX runs again. That pass also notes which functions of the definition each test runs: a fault can change the
-outcome of those tests alone that run what it changes, so only they are repeated, in the gate's order, up to the first
-that fails.
+outcome of those tests alone that run what it changes, so only they are repeated, up to the first that fails.
 """
 
 from __future__ import annotations
@@ -111,11 +110,11 @@ class Court:
 
 
 class Judging(Court):
-    """Seeds each of `names`."""
+    """Seeds each of `names`. The claim that is to notice it is asked first, the others after it; or all in the gate's order."""
 
-    def __init__(self, config: pytest.Config, names: list[str], out: Path) -> None:
+    def __init__(self, config: pytest.Config, names: list[str], out: Path, in_order: bool) -> None:
         super().__init__(config)
-        self.names, self.out = names, out
+        self.names, self.out, self.in_order = names, out, in_order
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         started = time.time()
@@ -136,19 +135,22 @@ class Judging(Court):
 
     def under(self, name: str, reached: Mapping[pytest.Item, set[str]]) -> dict[str, Any]:
         """The first comparison that fails under a fault, with the figures around it; few where none does."""
-        changed = {edit.where for edit in faults.named(name).edits}
+        fault = faults.named(name)
+        changed = {edit.where for edit in fault.edits}
         report = self.fresh_report()
         self.config.option.fault = [name]
         self.forget_models()
         started = time.time()
         affected = [item for item, ran in reached.items() if ran & changed]
+        if not self.in_order:
+            affected.sort(key=lambda item: fault.claim != item.module.CLAIM)  # type: ignore[attr-defined]
         for number, item in enumerate(affected):
             self.run(item)
             first = next((c for c in report.comparisons if c.verdict == FAULT), None)
             if first is not None:
                 return {
                     "claim": first.claim, "stage": first.stage, "case": first.case, "note": first.note,
-                    "bounds": first.share if first.bound else None, "named": is_named(faults.named(name), first),
+                    "bounds": first.share if first.bound else None, "named": is_named(fault, first),
                     "tests_before": number, "seconds": round(time.time() - started, 1),
                 }  # fmt: skip
         return {"tests": len(affected)}
@@ -158,6 +160,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("glm-dsa judge")
     group.addoption("--judge-out", metavar="FILE", help="where to write what was caught")
     group.addoption("--judge-faults", metavar="NAMES", help="of these faults only, separated by commas")
+    group.addoption(
+        "--judge-in-order", action="store_true", help="all tests in the gate's order: which claim meets it first?"
+    )
 
 
 @pytest.hookimpl(trylast=True)
@@ -166,4 +171,5 @@ def pytest_configure(config: pytest.Config) -> None:
     names = chosen.split(",") if chosen else list(faults.CATALOGUE)
     for name in names:
         faults.named(name)
-    config.pluginmanager.register(Judging(config, names, Path(config.getoption("--judge-out"))))
+    out, in_order = Path(config.getoption("--judge-out")), config.getoption("--judge-in-order")
+    config.pluginmanager.register(Judging(config, names, out, in_order))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,9 +129,12 @@ class Subject:
     @cached_property
     def settings(self) -> dict[tuple[str, int], Case]:
         """{(what, prompt length): the case to run}."""
-        topk = self.own.topk
         usual = {(USUAL, rule.usual): self.published for rule in RULES}
-        return {**usual, (HALF, topk // 2): self.own, (FOUR, 4 * topk): self.own}
+        return usual | dict.fromkeys(self.own_settings, self.own)
+
+    @property
+    def own_settings(self) -> tuple[tuple[str, int], ...]:
+        return (HALF, self.own.topk // 2), (FOUR, 4 * self.own.topk)
 
     def reference(self, setting: tuple[str, int]) -> Run:
         if setting not in self._refs:
@@ -158,16 +161,21 @@ class Subject:
         stages = {stage: to_numpy(value) for stage, value in seen.items()}
         return Run(tokens, stages["logits"], of_modules(stages), np.array([said], dtype=np.int64))  # type: ignore[arg-type]
 
-    def verdicts(self) -> Iterator[tuple[str, str, bool]]:
-        """(rule, setting, whether it passes), with models built anew."""
+    def rejects(self, known: Collection[tuple[str, str]] = ()) -> Iterator[tuple[str, str]]:
+        """(rule, setting) of each rejection that is not known yet, with models built anew."""
         for case in (self.own, self.published):
             case.__dict__.pop("ours", None)
         for setting in self.settings:
-            ours, ref = None, self.reference(setting)
-            for rule in RULES:
-                if setting[0] != USUAL or setting[1] == rule.usual:
-                    ours = ours or self.ours(setting)
-                    yield rule.name, setting[0], bool(np.isfinite(ours.logits).all()) and rule.passes(ours, ref)
+            asked = [
+                r
+                for r in RULES
+                if setting in ((USUAL, r.usual), *self.own_settings) and (r.name, setting[0]) not in known
+            ]
+            if not asked:
+                continue
+            ours, ref = self.ours(setting), self.reference(setting)
+            is_finite = bool(np.isfinite(ours.logits).all())
+            yield from ((rule.name, setting[0]) for rule in asked if not (is_finite and rule.passes(ours, ref)))
 
 
 def is_said(setting: tuple[str, int]) -> bool:
@@ -183,7 +191,7 @@ def outcome(subjects: list[Subject]) -> dict[str, str]:
     """{rule: a sign for each of SETTINGS}: whether it rejects any of the subjects there."""
     rejected: set[tuple[str, str]] = set()
     for subject in subjects:
-        rejected |= {(rule, setting) for rule, setting, passes in subject.verdicts() if not passes}
+        rejected |= set(subject.rejects(rejected))
     return {r.name: "".join(CAUGHT if (r.name, s) in rejected else MISSED for s in SETTINGS) for r in RULES}
 
 

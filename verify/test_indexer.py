@@ -12,7 +12,7 @@ from verify.candidate import to_numpy
 from verify.cases import Case
 
 CLAIM = "indexer scores and selections"
-STAGES = ("q", "k", "weights", "scores")
+STAGES = ("k", "q", "weights", "scores")  # as the model computes them
 # x of unit variance, and so small that var(k) is about 1e-6: there k_norm's eps is as large as the variance
 SCALES = {"unit": 1.0, "small variance": 0.1}
 

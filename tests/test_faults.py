@@ -1,0 +1,173 @@
+"""The catalogue of faults, how they are seeded, and what is kept of the gate's trial."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glm_dsa
+from glm_dsa import indexer
+from verify import __main__ as command
+from verify import conftest as gate
+from verify import faults, judging, options, seeding, stages, table
+from verify.report import FAULT, Comparison
+
+ROOT = Path(__file__).parents[1]
+IN_FIELD = [
+    "indexer-rope-layout",
+    "indexer-nope-first",
+    "indexer-on-shared-layers",
+    "shared-layer-goes-dense",
+    "shared-from-wrong-layer",
+    "indexer-no-relu",
+    "indexer-per-head-topk",
+    "indexer-caches-zeros",
+    "indexer-rmsnorm",
+    "indexer-eps",
+    "indexer-selects-padding",
+    "topk-unmasked-decode",
+    "bool-mask-added",
+    "latent-eps",
+    "mla-rope-half",
+    "rope-theta-default",
+    "rope-dim-from-head-dim",
+    "kv-bits-no-op",
+    "kv-quantizes-indexer",
+    "trim-main-only",
+    "rope-offset-after-cache",
+    "router-bias-in-weights",
+    "router-group-fill-zero",
+    "router-no-norm",
+    "router-no-scale",
+    "router-bf16",
+    "shared-expert-missing",
+    "fp8-scale-missed",
+    "mtp-dropped",
+    "mtp-concat-order",
+    "mtp-uses-main-selection",
+    "mtp-reuse-skips-key-write",
+]
+
+
+def test_the_catalogue_holds_what_was_seen_in_the_field_and_more():
+    assert set(IN_FIELD) <= set(faults.CATALOGUE)
+    assert len(faults.CATALOGUE) - len(IN_FIELD) >= 25
+    assert len(faults.CATALOGUE) == sum(1 for part in faults.PARTS for _ in part()), "a name comes twice"
+
+
+@pytest.mark.parametrize("fault", faults.CATALOGUE.values(), ids=lambda fault: fault.name)
+def test_a_fault_says_where_it_is_met_and_can_be_seeded(fault):
+    assert (fault.claim in gate.all_claims()) == bool(fault.stage)
+    assert fault.stage or fault.equivalent
+    codes = {edit.where: seeding.find(edit.where).__code__ for edit in fault.edits}
+    with faults.seeded(fault.name):
+        assert all(seeding.find(where).__code__ is not code for where, code in codes.items())
+    assert all(seeding.find(where).__code__ is code for where, code in codes.items())
+
+
+def test_a_seed_is_undone_when_what_runs_under_it_fails():
+    code = indexer.Indexer.score.__code__
+    with pytest.raises(RuntimeError, match="on purpose"), faults.seeded("indexer-no-relu"):
+        raise RuntimeError("on purpose")
+    assert indexer.Indexer.score.__code__ is code
+
+
+def test_two_faults_at_once_even_in_one_function():
+    assert "mx.maximum" in inspect.getsource(indexer.Indexer.score)
+    with faults.seeded("indexer-no-relu", "indexer-ignores-mask"):
+        assert "maximum" not in indexer.Indexer.score.__code__.co_names
+        assert "inf" not in indexer.Indexer.score.__code__.co_names
+
+
+@pytest.mark.parametrize("due", ["there is no such text", "axis=-1"])
+def test_words_that_do_not_stand_there_once_are_refused(due):
+    edit = seeding.Edit("indexer.Indexer._rotate_first", due, "")
+    with pytest.raises(LookupError, match="once is due"), seeding.edited([edit]):
+        pass
+
+
+def test_functions_that_run_are_noted():
+    config = glm_dsa.ModelArgs.from_dict
+    with judging.recorded() as ran:
+        assert config is not None
+        glm_dsa.rope.softmax_scale(type("Args", (), {"qk_head_dim": 4, "rope_scaling": None})())
+    assert ran == {"rope.softmax_scale"}
+
+
+def test_a_fault_is_named_by_claim_and_stage():
+    fault = faults.named("indexer-no-relu")
+    met = Comparison(fault.claim, "case", "layers.2.self_attn.indexer.scores", FAULT)
+    assert judging.is_named(fault, met)
+    assert not judging.is_named(fault, Comparison("final logits", "case", met.stage, FAULT))
+    assert not judging.is_named(fault, Comparison(fault.claim, "case", "layers.2.self_attn.indexer.topk", FAULT))
+
+
+# -- the commands
+
+
+def test_the_catalogue_is_listed(capsys):
+    assert command.main(["faults"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(faults.CATALOGUE)
+    assert command.main(["faults", "indexer-eps"]) == 0
+    assert "`eps=args.indexer_norm_eps` -> `eps=1e-5`" in capsys.readouterr().out
+    assert command.main(["faults", "indexer-esp"]) == 1
+    assert capsys.readouterr().err.strip() == (
+        "verify: no fault is named 'indexer-esp' (indexer-eps?); `python -m verify faults` lists them"
+    )
+    assert command.main(["judge", "--faults", "no-such"]) == 1
+    assert "no fault is named 'no-such'" in capsys.readouterr().err
+
+
+def test_bad_options(given):
+    with pytest.raises(LookupError, match="no fault is named 'x'"):
+        options.Asked.of(given({"--fault": ["x"]}))
+    with pytest.raises(ValueError, match="--fault seeds our definition"):
+        options.Asked.of(given({"--fault": ["indexer-eps"], "--implementation": "mine.py"}))
+    with pytest.raises(ValueError, match="--random -1: how many"):
+        options.Asked.of(given({"--random": -1}))
+
+
+def test_a_seeded_gate_fails_and_says_what_was_seeded():
+    arguments = ["verify/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "position and 17"]
+    out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 1
+    assert "the definition as it is: seeded with rope-backwards: turns by minus the angle" in out.stdout
+    assert "FAULT in 1 of" in out.stdout.strip().splitlines()[-1]
+
+
+# -- what is kept
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return table.Judged.read()
+
+
+def test_every_fault_was_judged_and_named(kept):
+    assert set(kept.found) == set(kept.rules["faults"]) == set(faults.CATALOGUE), (
+        "judge again: make judge, then keep its record"
+    )
+    assert kept.problems() == []
+    for fault in kept.real:
+        found = Comparison(kept.found[fault.name]["claim"], "", kept.found[fault.name]["stage"], FAULT)
+        assert judging.is_named(fault, found), f"declared otherwise since it was judged: {fault.name}"
+    assert kept.random["cases"] >= 50
+
+
+def test_values_move_far_beyond_their_bound(kept):
+    """Where a value is compared, a fault moves it by 100 bounds, but for those that are slight by nature."""
+    near = {name: f["bounds"] for name, f in kept.found.items() if f.get("bounds") and f["bounds"] < 100}
+    slight = [name for name in near if "slightly" not in faults.named(name).shows]
+    assert slight == []
+
+
+def test_a_judge_that_is_not_content_says_why(kept):
+    record = {**kept.record, "faults": {**kept.record["faults"], "faults": dict(kept.found)}}
+    record["faults"]["faults"]["indexer-eps"] = {"tests": 3}
+    record["random"] = {**kept.random, "false_alarms": ["random-3, logits: error 3"]}
+    problems = table.Judged(record).problems()
+    assert "indexer-eps: not caught; declared: self_attn.indexer.k [indexer scores and selections]" in problems
+    assert "false alarms: random-3, logits: error 3" in problems
+    assert stages.kind("layers.0.output") == "output"
