@@ -130,7 +130,7 @@ def test_bad_options(given):
 
 
 def test_a_seeded_gate_fails_and_says_what_was_seeded():
-    arguments = ["verify/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "position and 17"]
+    arguments = ["verify/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "test_rotation and 2047"]
     out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 1
     assert "the definition as it is: seeded with rope-backwards: turns by minus the angle" in out.stdout

@@ -21,6 +21,7 @@ from glm_dsa.mlx_lm import COMMANDS
 from reference import card, checkpoints, measure, shapes, train
 from reference.layout import LAYOUTS
 from verify import conftest as gate
+from verify import table
 from verify.cases import TRAINED
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,11 @@ def claims_table() -> str:
 def test_the_table_of_claims_is_generated():
     written = README.split("<!-- claims -->\n")[1].split("\n<!-- end of claims -->")[0]
     assert written == claims_table(), f"the table should read:\n{claims_table()}"
+
+
+def test_the_table_of_what_was_judged_is_generated():
+    written = README.split("<!-- judged -->\n")[1].split("\n<!-- end of judged -->")[0]
+    assert written == table.Judged.read().markdown(), "make judge ARGS='--keep' writes it"
 
 
 class Recorder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -33,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--kept", action="store_true", help="run nothing: the table of the run that this version was judged by"
     )
     judging.add_argument("--json", metavar="FILE", help="write the whole record there")
+    judging.add_argument(
+        "--keep", action="store_true", help="make it the record that is kept: verify/judged.json, the README's table"
+    )
     listing = commands.add_parser("faults", help="the catalogue: what pytest verify/ --fault NAME seeds")
     listing.add_argument("name", nargs="?", help="one of them, with the change that it makes")
     chosen = parser.parse_args(arguments)
@@ -71,7 +73,9 @@ def _judge(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(judged.record, indent=1) + "\n")
+        Path(chosen.json).write_text(judged.json())
+    if chosen.keep:
+        judged.keep()
     print(judged.text())
     return 1 if judged.problems() else 0
 

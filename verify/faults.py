@@ -54,7 +54,7 @@ def seeded(*names: str) -> Iterator[None]:
 
 def named(name: str) -> Fault:
     if name not in CATALOGUE:
-        near = ", ".join(get_close_matches(name, CATALOGUE))
+        near = ", ".join(get_close_matches(name, CATALOGUE, cutoff=0.75))
         raise LookupError(f"no fault is named {name!r}{near and f' ({near}?)'}; `python -m verify faults` lists them")
     return CATALOGUE[name]
 

@@ -25,6 +25,7 @@ from _pytest.runner import runtestprotocol
 import glm_dsa
 
 from . import faults, seeding, stages
+from .cases import Case
 from .faults import Fault
 from .report import FAULT, Comparison, Report
 
@@ -85,16 +86,26 @@ class Court:
             "no shrinking", hypothesis.settings(), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
         )
         hypothesis.settings.load_profile("no shrinking")
-        reached = {}
+        reached: dict[pytest.Item, set[str]] = {}
+        built: dict[str, set[str]] = {}  # by case: what building its model runs, which any of its tests may rely on
         with recorded() as ran:
             for item in items:
                 ran.clear()
-                self.forget_models()
                 started = time.time()
                 if any(report.failed for report in self.run(item)):
                     pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=1)
                 reached[item], self.seconds[item] = set(ran), time.time() - started
+                case = self.gate._built.get(self.gate.name_of(item))
+                if case is not None:
+                    reached[item] |= built.get(case.name) or built.setdefault(case.name, self.building(case, ran))
         return reached
+
+    @staticmethod
+    def building(case: Case, ran: set[str]) -> set[str]:
+        case.__dict__.pop("ours", None)
+        ran.clear()
+        assert case.ours
+        return set(ran)
 
     def run(self, item: pytest.Item) -> list[pytest.TestReport]:
         return runtestprotocol(item, nextitem=None, log=False)

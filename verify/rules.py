@@ -124,6 +124,7 @@ class Subject:
         published = {**own.overrides, "index_topk": PUBLISHED_TOPK} if case.args.has_indexer else own.overrides
         self.name, self.own = case.name, Case(own, case.folder, case.seed)
         self.published = Case(replace(own, overrides=published), case.folder, case.seed)
+        self.ran: dict[tuple[str, int], set[str]] = {}
         self._refs: dict[tuple[str, int], Run] = {}
 
     @cached_property
@@ -161,8 +162,11 @@ class Subject:
         stages = {stage: to_numpy(value) for stage, value in seen.items()}
         return Run(tokens, stages["logits"], of_modules(stages), np.array([said], dtype=np.int64))  # type: ignore[arg-type]
 
-    def rejects(self, known: Collection[tuple[str, str]] = ()) -> Iterator[tuple[str, str]]:
-        """(rule, setting) of each rejection that is not known yet, with models built anew."""
+    def rejects(
+        self, known: Collection[tuple[str, str]] = (), changed: Collection[str] | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """(rule, setting) of each rejection that is not known yet. What ran none of the `changed` functions without a fault
+        comes out as it did then, and is left out."""
         for case in (self.own, self.published):
             case.__dict__.pop("ours", None)
         for setting in self.settings:
@@ -171,11 +175,19 @@ class Subject:
                 for r in RULES
                 if setting in ((USUAL, r.usual), *self.own_settings) and (r.name, setting[0]) not in known
             ]
-            if not asked:
+            if not asked or (changed is not None and not self.ran[setting] & set(changed)):
                 continue
             ours, ref = self.ours(setting), self.reference(setting)
             is_finite = bool(np.isfinite(ours.logits).all())
             yield from ((rule.name, setting[0]) for rule in asked if not (is_finite and rule.passes(ours, ref)))
+
+    def note_what_runs(self) -> None:
+        """Before the first fault: the definition's functions that each setting runs, building the model included."""
+        for setting, case in self.settings.items():
+            with recorded() as ran:
+                case.__dict__.pop("ours", None)
+                self.ours(setting)
+            self.ran[setting] = set(ran)
 
 
 def is_said(setting: tuple[str, int]) -> bool:
@@ -187,11 +199,11 @@ def of_modules(stages: Mapping[str, Any]) -> dict[str, Array]:
     return {s: v for s, v in stages.items() if s.split(".", 2)[-1] in MODULES and v is not None}
 
 
-def outcome(subjects: list[Subject]) -> dict[str, str]:
+def outcome(subjects: list[Subject], changed: Collection[str] | None = None) -> dict[str, str]:
     """{rule: a sign for each of SETTINGS}: whether it rejects any of the subjects there."""
     rejected: set[tuple[str, str]] = set()
     for subject in subjects:
-        rejected |= set(subject.rejects(rejected))
+        rejected |= set(subject.rejects(rejected, changed))
     return {r.name: "".join(CAUGHT if (r.name, s) in rejected else MISSED for s in SETTINGS) for r in RULES}
 
 
@@ -199,14 +211,13 @@ def judge(names: list[str], scratch: Path, others: int, tell: Callable[[str], No
     """What the rules say of each fault, and of the definition without one: on these cases and on `others` random ones."""
     specs = {spec.name: spec for spec in cases.default_specs()}
     subjects = [Subject(Case(specs[name], scratch, seed=0)) for name in CASES]
-    with recorded() as ran:
-        clean = outcome(subjects)
+    for subject in subjects:
+        subject.note_what_runs()
+    clean = outcome(subjects)
     tell(f"without a fault: {notice(clean)}")
     caught: dict[str, dict[str, str]] = {}
     for name in names:
-        # What runs none of the functions that a fault changes comes out as it did without it.
-        is_run = ran & {edit.where for edit in faults.named(name).edits}
-        caught[name] = under(name, subjects) if is_run else clean
+        caught[name] = under(name, subjects)
         tell(f"{name}: {notice(caught[name])}")
     alarms = [outcome([Subject(Case(spec, scratch, seed))]) for seed, spec in enumerate(random_specs(others))]
     return {"faults": caught, "clean": [clean, *alarms], "cases": list(CASES)}
@@ -220,7 +231,7 @@ def under(name: str, subjects: list[Subject]) -> dict[str, str]:
     """A model that no longer loads or runs is noticed by everyone."""
     with faults.seeded(name):
         try:
-            return outcome(subjects)
+            return outcome(subjects, {edit.where for edit in faults.named(name).edits})
         except Exception:
             return {rule.name: CAUGHT * len(SETTINGS) for rule in RULES}
 

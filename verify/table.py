@@ -11,6 +11,8 @@ from . import faults
 from .rules import CAUGHT, FOUR, HALF, RULES, SETTINGS
 
 KEPT = Path(__file__).parent / "judged.json"
+README = KEPT.parents[1] / "README.md"
+BEGIN, END = "<!-- judged -->\n", "<!-- end of judged -->"
 
 
 class Judged:
@@ -25,6 +27,15 @@ class Judged:
     @classmethod
     def read(cls, path: Path = KEPT) -> Judged:
         return cls(json.loads(path.read_text()))
+
+    def keep(self) -> None:
+        """Makes this the record that the repository keeps, and its table the README's."""
+        KEPT.write_text(self.json())
+        before, rest = README.read_text().split(BEGIN)
+        README.write_text(before + BEGIN + self.markdown() + "\n" + END + rest.split(END, 1)[1])
+
+    def json(self) -> str:
+        return json.dumps(self.record, indent=1) + "\n"
 
     # -- cells
 
