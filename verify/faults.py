@@ -446,8 +446,8 @@ def _cache() -> Iterator[Fault]:
                 Edit("cache.LayerCache.state", "[q.bits, q.group_size, q.start]", "[q.bits, q.group_size, 0]"), stage="raises",
                 shows="saved, packed from a later token on")
     yield fault("start-forgotten-in-a-batch", "a merged cache starts at position 0",
-                Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"), stage="logits",
-                shows="far positions in a batch")
+                Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"), stage="batch",
+                shows="far positions in a batch", corrected="logits; and it was missed, until caches of a batch began far off too")
 
 
 def _int8() -> Iterator[Fault]:

@@ -85,6 +85,10 @@ class Contents(RuleBasedStateMachine):
 
     def check(self, row: Row, what: str) -> None:
         self.judge.holds("vectors", what, row.cache.length == len(row.vectors), "as many tokens as were kept")
+        after = self.first + len(row.vectors)
+        self.judge.holds(
+            "vectors", what, row.cache.offset == after, f"the next position is {after} (found: {row.cache.offset})"
+        )
         if row.cache.length:
             self.judge.values("vectors", what, to_numpy(row.cache.latents.read())[0], row.due(), 0.0)
             self.judge.values("vectors", what, to_numpy(row.cache.index_keys.read()[0])[0], row.keys, 0.0)
@@ -101,11 +105,11 @@ class Contents(RuleBasedStateMachine):
 
     def new(self) -> None:
         quantization = None if self.start is None else KvQuantization(8, 32, self.start)
-        self.rows.append(Row(LayerCache(Widths(64, 32, 6), quantization), self.start))
+        self.rows.append(Row(LayerCache(Widths(64, 32, 6), quantization, start=self.first), self.start))
 
-    @initialize(start=st.sampled_from([None, 0, 5, 20]))
-    def begin(self, start) -> None:
-        self.start = start
+    @initialize(start=st.sampled_from([None, 0, 5, 20]), first=st.sampled_from([0, 200_000]))
+    def begin(self, start, first) -> None:
+        self.start, self.first = start, first
         self.new()
 
     @rule(row=st.integers(0, 3), tokens=st.sampled_from([1, 1, 1, 3, 8, 300]))

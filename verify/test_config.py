@@ -60,6 +60,15 @@ def test_published_configs(judge, name):
     judge.holds(name, "inventory", counted == PUBLISHED[name], f"{counted[0]:,} tensors, {counted[1]:,} parameters")
 
 
+@pytest.mark.parametrize(("frequency", "offset"), [(4, 3), (4, 2), (3, 1), (2, 4), (1, 2)])
+def test_a_schedule_by_frequency_and_offset(judge, frequency, offset):
+    """Where no list of types stands beside them."""
+    config = checkpoints.tiny(num_hidden_layers=12, index_topk_freq=frequency, index_skip_topk_offset=offset)
+    ours, theirs = glm_dsa.ModelArgs.from_dict(config).indexer_types, hf.config_for(config).indexer_types
+    name = f"every {frequency} from {offset}"
+    judge.holds(name, "indexer schedule", list(ours) == list(theirs), f"full and shared layers as in HF: {theirs}")
+
+
 def test_parameters_as_hf_builds_them(judge):
     """HF's own modules, on the meta device, at GLM-5.2's real size: an independent count, all but MTP."""
     raw = read_json(CONFIGS / "glm-5.2.json")
