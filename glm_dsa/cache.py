@@ -250,23 +250,27 @@ class LayerCache:
 
     @state.setter
     def state(self, value: Sequence[Any]) -> None:
-        if not len(value) or not isinstance(value[0], str) or value[0] != FORMAT:
-            found = value[0] if len(value) and isinstance(value[0], str) else "something else"
+        parts = value if isinstance(value, (list, tuple)) else ()
+        if not parts or not isinstance(parts[0], str) or parts[0] != FORMAT:
+            found = parts[0] if parts and isinstance(parts[0], str) else "something else"
             raise CacheError(
                 f"this cache was saved as {found!r}, {FORMAT!r} is due: it comes from another version of "
                 "this definition. Make the prompt cache anew"
             )
         try:
-            _, model, widths, packing, left, right, start, plain, words, scales, biases, keys = value
-            quantization = None if packing is None else KvQuantization(*(int(n) for n in packing))
-            fresh = LayerCache(Widths(*(int(w) for w in widths)), quantization, left, int(start), model)
+            _, model, widths, packing, left, right, start, plain, words, scales, biases, keys = parts
+            numbers = [start, *widths, *(packing or ()), *(left or ()), *(right or ())]
+            if not isinstance(model, str) or not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers):
+                raise ValueError(f"model {model!r}, numbers {numbers}")
+            quantization = None if packing is None else KvQuantization(*packing)
+            fresh = LayerCache(Widths(*widths), quantization, left, start, model)
             fresh.right_padding = right
             # [:]: handles of our own, since buffers are written in place
             fresh.latents.plain = Columns([] if plain is None else [plain[:]])
             fresh.latents.packed = Columns([] if words is None else [words[:], scales[:], biases[:]])
             fresh.index_keys = Columns([] if keys is None else [keys[:]])
             fresh._check_whole()
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise CacheError(f"this saved cache is damaged ({error}); make the prompt cache anew") from None
         self._become(fresh)
 
@@ -332,6 +336,12 @@ class LayerCache:
             shapes = [(rows, tokens, w) for w in widths] if tokens else []
             if [buffer.shape for buffer in columns.buffers] != shapes:
                 raise ValueError(f"tensors of {[b.shape for b in columns.buffers]}, {shapes} are due")
+        words, scales = self.latents.packed.buffers[:1], self.latents.packed.buffers[1:]
+        kinds = [b.dtype for b in (*words, *self.latents.plain.buffers, *scales, *self.index_keys.buffers)]
+        latents = {b.dtype for b in (*self.latents.plain.buffers, *scales)}
+        are_floats = all(mx.issubdtype(kind, mx.floating) for kind in kinds[len(words) :])
+        if not are_floats or len(latents) > 1 or any(w.dtype != mx.uint32 for w in words):
+            raise ValueError(f"tensors of {', '.join(map(str, kinds))}")
         for padding in (self.left_padding, self.right_padding):
             if padding is not None and (len(padding) != rows or not all(0 <= pads <= length for pads in padding)):
                 raise ValueError(f"padding {padding} of {rows} rows of {length}")

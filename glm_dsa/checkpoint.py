@@ -5,7 +5,6 @@ safetensors only: 8 bytes of header length, a JSON header, then the data. Nothin
 
 from __future__ import annotations
 
-import json
 import math
 import stat
 import struct
@@ -18,11 +17,10 @@ import mlx.nn as nn
 from . import weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError
-from .keys import read_json, unique_pairs
+from .keys import LARGEST_JSON, parse_json, read_json
 from .model import Model, parameters_of
 
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100 << 20
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "U8": 1}
 
 
@@ -66,6 +64,8 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
         stored = read_headers(path)
         if weights.is_hf_layout(stored):
             weights.check_names(args, {name: s.shape for name, s in stored.items()})
+        elif unasked := [n for n in stored if weights.is_mtp(args, n) and not args.num_nextn_predict_layers]:
+            raise WeightsError(f"{unasked[0]}: an MTP layer's, and config.json names none (num_nextn_predict_layers)")
         model = Model(args)
         tensors = model.sanitize(read_tensors(stored))
         weights.check_dtypes(tensors)
@@ -89,7 +89,10 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
     """{tensor: Stored} of all shards of a checkpoint folder. Raises `CheckpointError`."""
-    files, index = _shards(folder)
+    try:
+        files, index = _shards(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror or error}") from None
     stored: dict[str, Stored] = {}
     for file in files:
         for name, tensor in read_header(file).items():
@@ -98,6 +101,12 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                     f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
                 )
             stored[name] = tensor
+    halves = {tensor.dtype: name for name, tensor in stored.items() if tensor.dtype in ("BF16", "F16")}
+    if len(halves) > 1:  # of the same size, so that nothing else would show it
+        raise CheckpointError(
+            f"{stored[halves['F16']].file}: {halves['F16']} is F16, though {halves['BF16']} is BF16; one of both is due "
+            "in a checkpoint"
+        )
     if index is not None:
         for name, shard in index.items():
             if name not in stored or stored[name].file.name != shard:
@@ -126,7 +135,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             )
         return files, None
     try:
-        index = read_json(folder / INDEX).get("weight_map")
+        index = read_json(folder / INDEX, LARGEST_JSON).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
@@ -154,18 +163,25 @@ def read_header(file: Path) -> dict[str, Stored]:
         with file.open("rb") as stream:
             first = stream.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{file}: not a safetensors file, or cut short in its header ({size} bytes)")
-            header = json.loads(stream.read(length), object_pairs_hook=unique_pairs)
+            if not 2 <= length <= min(LARGEST_JSON, size - 8):
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut short in its header ({size} bytes; a header has up to "
+                    f"{LARGEST_JSON:,})"
+                )
+            text = stream.read(length)
+            header = parse_json(text, LARGEST_JSON)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: the header is not valid JSON ({error}); not a safetensors file?") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{file}: the header is no JSON object; not a safetensors file?")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", None)
+    about = {} if about is None else about  # mlx writes null
+    if not isinstance(about, dict) or not all(map(is_text, (*about, *about.values()))):
+        raise CheckpointError(f"{file}: __metadata__ maps texts to texts, and does not here; the header is damaged")
     stored: dict[str, Stored] = {}
     spans = []
     for name, entry in header.items():
@@ -191,14 +207,21 @@ def stored_as(file: Path, name: str, entry: Any) -> Stored:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: {name} has no dtype, shape and data_offsets; the header is damaged") from None
+    if len(entry) > 3:
+        raise CheckpointError(f"{file}: {name} has more than dtype, shape and data_offsets; the header is damaged")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in (*shape, begin, end))
     if not whole or len(shape) > 8 or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
             f"{file}: {name}, {dtype} {list(shape[:8])}, does not fill bytes {begin} to {end}; the header is damaged"
         )
     return Stored(file, dtype, shape, begin, end)
+
+
+def is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold: no lone surrogate, which JSON's escapes can write."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def read_tensors(stored: dict[str, Stored]) -> dict[str, mx.array]:

@@ -6,7 +6,6 @@ Whatever is neither read nor listed here is refused by name: a key dropped in si
 from __future__ import annotations
 
 import json
-import math
 import stat
 from collections import Counter
 from collections.abc import Mapping
@@ -80,7 +79,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
 }
 
-LARGEST_INT, LARGEST_JSON = 10**15, 64 << 20
+LARGEST_INT = 10**15
+LARGEST_CONFIG, LARGEST_JSON = 1 << 20, 32 << 20  # bytes of a config.json; of an index, or of a header
+BYTES_A_PART = 32  # objects and lists are bounded too: each takes up to 300 bytes of memory
+SMALLEST, LARGEST = 1e-30, 1e9  # eps, factors: float32 would make 0 or infinity of what lies far beyond
 _MISSING = object()
 
 
@@ -118,8 +120,10 @@ class Reader:
 
     def positive(self, key: str, default: Any = _MISSING) -> float:
         value = self.required(key, default, "a number above 0")
-        if not is_number(value) or not 0 < value < math.inf:
-            raise ConfigError(f"{key} = {value!r}: a finite number above 0 is due")
+        if not is_number(value) or not SMALLEST <= value <= LARGEST:
+            raise ConfigError(
+                f"{key} = {value!r}: a finite number above 0 is due (from {SMALLEST:g} to {LARGEST:g}: float32 holds it)"
+            )
         return float(value)
 
     def flag(self, key: str, default: Any) -> Any:
@@ -157,9 +161,9 @@ class Reader:
         if inner is not None and outer is not None and inner != outer:
             raise ConfigError(f"rope_theta = {outer!r}, but rope_parameters says {inner!r}: they must agree")
         theta = inner if inner is not None else outer
-        if not is_number(theta) or not 1 < theta < math.inf:
+        if not is_number(theta) or not 1 < theta <= LARGEST:
             raise ConfigError(
-                f"rope_theta = {theta!r} (in rope_parameters, or top level): a finite number above 1 is due"
+                f"rope_theta = {theta!r} (in rope_parameters, or top level): a number above 1 (and at most {LARGEST:g}) is due"
             )
         if merged.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("rope_parameters.partial_rotary_factor: only 1.0; the rotary width is qk_rope_head_dim")
@@ -176,7 +180,6 @@ class Reader:
             )
 
 
-LARGEST_SCALING = 1e9
 SCALINGS = {  # rope_type: (keys that must be there, keys that may be)
     "linear": ({"factor"}, set()),
     "yarn": (
@@ -202,8 +205,8 @@ def _scaling(kind: Any, rest: dict[str, Any]) -> dict[str, Any] | None:
         if key == "truncate":
             if not isinstance(value, bool):
                 raise ConfigError(f"rope_parameters.truncate = {value!r}: true or false is due")
-        elif not is_number(value) or not least <= value <= LARGEST_SCALING:
-            raise ConfigError(f"rope_parameters.{key} = {value!r}: a number from {least} to {LARGEST_SCALING:g} is due")
+        elif not is_number(value) or not least <= value <= LARGEST:
+            raise ConfigError(f"rope_parameters.{key} = {value!r}: a number from {least} to {LARGEST:g} is due")
     return {"rope_type": kind, **rest}
 
 
@@ -214,23 +217,34 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or abs(value) <= LARGEST_INT
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a regular file. Raises `ConfigError` naming the file."""
+def read_json(path: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """A JSON object from a regular file of at most so many bytes. Raises `ConfigError` naming the file."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
             what = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
-            raise ConfigError(f"{path}: {what}; a JSON file of at most {LARGEST_JSON:,} bytes is due")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_pairs)
+            raise ConfigError(f"{path}: {what}; a JSON file of at most {most:,} bytes is due")
+        value = parse_json(path.read_bytes(), most)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; a checkpoint folder or a config.json is due") from None
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: {type(value).__name__} where a JSON object is due")
     return value
+
+
+def parse_json(text: bytes, most: int) -> Any:
+    """JSON in UTF-8, no key twice, of no more parts than files of up to `most` bytes need. Raises ValueError."""
+    parts = text.count(b"{") + text.count(b"[")
+    if parts > most // BYTES_A_PART:
+        raise ValueError(f"{parts:,} objects and lists; at most {most // BYTES_A_PART:,} are due")
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique_pairs)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> Any:

@@ -213,15 +213,20 @@ def packing_of(path: str, tensors: Mapping[str, mx.array], width: int) -> dict[s
         raise WeightsError(
             f"{path}: weight {list(weight.shape)}, scales {list(scales.shape)} {scales.dtype} do not pack rows of {width}"
         )
-    if mode == "affine" and f"{path}.biases" not in tensors:
-        raise WeightsError(f"{path}: affine scales without biases")
+    if mode == "affine":
+        biases = tensors.get(f"{path}.biases")
+        if biases is None:
+            raise WeightsError(f"{path}: affine scales without biases")
+        if not all(mx.issubdtype(part.dtype, mx.floating) for part in (scales, biases)):
+            raise WeightsError(f"{path}: scales {scales.dtype}, biases {biases.dtype}; floating point is due")
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
 def check_dtypes(tensors: Mapping[str, mx.array]) -> None:
     """Whatever is not part of a packed matrix is floating point. Raises `WeightsError`."""
     for name, tensor in tensors.items():
-        is_packed = f"{name.rpartition('.')[0]}.scales" in tensors
+        path, _, part = name.rpartition(".")
+        is_packed = part in ("weight", "scales") and f"{path}.scales" in tensors
         if not is_packed and not mx.issubdtype(tensor.dtype, mx.floating):
             raise WeightsError(f"{name} is {tensor.dtype}; floating point is due, or packed weights with scales")
 
@@ -236,7 +241,11 @@ def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> N
             if len(present) < len(names):
                 absent = next(n for n in names if n not in tensors)
                 raise WeightsError(f"{absent}: missing, though {present[0]} is there; a shard may be missing")
-            tensors[f"{mlp}.switch_mlp.{projection}.{part}"] = mx.stack([tensors.pop(n) for n in names])
+            experts = [tensors.pop(n) for n in names]
+            odd = next((n for n, e in zip(names, experts, strict=True) if e.shape != experts[0].shape), None)
+            if odd is not None:
+                raise WeightsError(f"{odd}: of another shape than {names[0]}, {list(experts[0].shape)}")
+            tensors[f"{mlp}.switch_mlp.{projection}.{part}"] = mx.stack(experts)
 
 
 def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -> None:
@@ -248,7 +257,8 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -
     if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
         packing = packing_of(name, tensors, args.kv_lora_rank)
         packed: list[Any] = [tensors.pop(f"{name}.{part}") for part in PACKED if f"{name}.{part}" in tensors]
-        if any(part.ndim != 2 or part.shape[0] != packed[0].shape[0] for part in packed):
+        is_uneven = len({part.shape for part in packed[1:]}) > 1
+        if is_uneven or any(part.ndim != 2 or part.shape[0] != packed[0].shape[0] for part in packed):
             raise WeightsError(
                 f"{name}: weight, scales and biases of {[list(part.shape) for part in packed]} do not match"
             )

@@ -31,11 +31,19 @@ class read_tensors:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.names = Path(folder), dict[str, Path]()
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in self._shards():
             with safe_open(file, "pt") as shard:
                 self.names |= dict.fromkeys(shard.keys(), file)
         config = self.folder / "config.json"
         self.config: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
+
+    def _shards(self) -> list[Path]:
+        """As HF and mlx-lm choose: what the index lists, or else what is called model*; not what may lie beside them."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return sorted(self.folder.glob("model*.safetensors"))
+        listed = {self.folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+        return sorted(file for file in listed if file.is_file())
 
     def __call__(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> Any:
         """rows: of the first axis; an int leaves the axis out."""

@@ -27,7 +27,10 @@ from .release import Release
 
 FAULT, WARNING, NOTE = "FAULT", "warning", "note"
 FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
-DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+DTYPES = {  # as mlx reads them
+    "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
+    "F64": mx.float64,
+}  # fmt: skip
 USUAL = {  # of each mode, where nothing is said
     "affine": {"group_size": 64, "bits": 4},
     "mxfp4": {"group_size": 32, "bits": 4},
@@ -201,7 +204,7 @@ class _Auditor:
     def _mlx_packed(self, spec: TensorSpec, path: str) -> str:
         parts = {p: self.found[p] for part in weights.PACKED if (p := f"{path}.{part}") in self.found}
         try:
-            arrays: Any = {p: _Packed(t.shape, DTYPES.get(t.dtype)) for p, t in parts.items()}
+            arrays: Any = {p: _Packed(t.shape, DTYPES[t.dtype]) for p, t in parts.items()}
             packing = weights.packing_of(path, arrays, spec.shape[-1])
         except WeightsError as error:
             self._say(FAULT, str(error))
@@ -329,14 +332,14 @@ def stored_inventory(args: ModelArgs, found: Iterable[str]) -> Iterator[TensorSp
 
 def grouped(names: Iterable[str]) -> list[str]:
     """Names that differ in their numbers only, in one line each: `model.layers.3-5.mlp.experts.0-7.up_proj.weight (24)`."""
-    numbers: dict[str, list[list[int]]] = defaultdict(list)
+    numbers: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     for name in names:
-        numbers[re.sub(r"\.\d+(?=\.)", ".#", name)].append([int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)])
+        first, *rest = re.split(r"\.([0-9]{1,9})(?=\.)", name)
+        numbers[first, *rest[1::2]].append([int(n) for n in rest[::2]])
     lines = []
-    for pattern, found in numbers.items():
-        line = pattern
-        for column in zip(*found, strict=True):
-            line = line.replace(".#", f".{ranges(sorted(set(column)))}", 1)
+    for (first, *texts), found in numbers.items():
+        columns = (ranges(sorted(set(column))) for column in zip(*found, strict=True))
+        line = first + "".join(f".{column}{text}" for column, text in zip(columns, texts, strict=True))
         lines.append(line + (f" ({len(found)} tensors)" if len(found) > 1 else ""))
     return lines
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -131,7 +130,7 @@ def check_kept(folder: Path) -> None:
     try:
         due, found = read_json(folder / MEASURED)["sha256"], digests(folder)
         wrong = [file for file in {**due, **found} if due.get(file) != found.get(file)]
-    except (OSError, KeyError, GlmDsaError) as error:
+    except (OSError, KeyError, TypeError, GlmDsaError) as error:
         raise ValueError(f"{folder}: not as this repository keeps it ({error}); check it out again") from None
     if wrong:
         raise ValueError(
@@ -141,8 +140,19 @@ def check_kept(folder: Path) -> None:
 
 @cache
 def probes() -> dict[str, Any]:
-    """Texts, and needles ({prompt, value}), for the trained checkpoints."""
-    return json.loads((TRAINED / "probes.json").read_text())
+    """Texts, and needles ({prompt, value}), for the trained checkpoints. Raises ValueError."""
+    file = TRAINED / "probes.json"
+    found = read_json(file)
+    texts, needles = found.get("texts"), found.get("needles", [])
+    if not _all_of(texts, str) or not _all_of(needles, dict) or any(set(n) != {"prompt", "value"} for n in needles):
+        raise ValueError(f"{file}: not as this repository keeps it; check it out again")
+    if not _all_of([text for needle in needles for text in needle.values()], str):
+        raise ValueError(f"{file}: needles of texts are due; check it out again")
+    return found
+
+
+def _all_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, kind) and v for v in values)
 
 
 def group_size(args: ModelArgs) -> int:

@@ -14,6 +14,8 @@ import numpy as np
 
 from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import CheckpointError
+from reference.equations import Conventions
+from reference.layers import Layers
 
 from . import audit, report, tolerances
 from .release import Release
@@ -78,6 +80,8 @@ class OnTrial:
             refused = ""
         except CheckpointError as error:
             refused = str(error)
+        if not refused:
+            _check_theirs(headers, overrides)
         name = "" if prompt is None else prompt.name
         _checked_length(args, 1 if original is None else 2, ids.shape[1])
         return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half)
@@ -150,6 +154,21 @@ def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
     if args.has_indexer and args.main_rope != "interleaved":
         raise ValueError(f"{headers.origin}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
     return args
+
+
+def _check_theirs(headers: Release, overrides: Mapping[str, Any]) -> None:
+    """HF reads keys that the definition has no use for, and is particular about them."""
+    assert headers.folder is not None
+    try:
+        Layers(headers.folder, Conventions.of(headers.config), **overrides)
+    except Exception as error:  # HF's, the hub's and safetensors' own: no common base
+        raise CheckpointError(
+            f"{headers.origin}: HF makes no model of it, so nothing can judge it: {_line(error)}"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _short(value: Any) -> str:
@@ -228,6 +247,8 @@ def _encode(headers: Release, prompt: Path, tokens: int | None, vocabulary: int)
     file = headers.folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"--prompt-file {prompt}: {file} is due, to encode it with")
+    if prompt.exists() and not prompt.is_file():
+        raise ValueError(f"--prompt-file {prompt}: no regular file")
     try:
         text = prompt.read_text(encoding="utf-8")
         ids = Tokenizer.from_file(str(file)).encode(text).ids
@@ -236,7 +257,7 @@ def _encode(headers: Release, prompt: Path, tokens: int | None, vocabulary: int)
     except UnicodeDecodeError:
         raise ValueError(f"--prompt-file {prompt}: UTF-8 is due") from None
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"{file}: no tokenizer: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file}: no tokenizer: {_line(error)}") from None
     if len(ids) < (tokens or 2):
         raise ValueError(f"--prompt-file {prompt}: {len(ids)} tokens, at least {tokens or 2} are due")
     if max(ids) >= vocabulary:

@@ -88,6 +88,7 @@ class Report:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--report {self.folder}: a file is there; the name of a folder is due")
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "report.jsonl").unlink(missing_ok=True)  # and whatever a link of this name leads to stays
         (self.folder / "report.jsonl").write_text("")
 
     def open(self) -> None:

@@ -29,8 +29,8 @@ class Saved:
         if self.file is None:
             return
         part = self.file.with_suffix(f".{os.getpid()}.part")
-        whole = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
-        save_file(whole, part, {"key": self.key, "facts": json.dumps(facts)})
+        whole, text = {n: np.ascontiguousarray(a) for n, a in arrays.items()}, json.dumps(facts)
+        save_file(whole, part, {"digest": self._digest(whole, text), "facts": text})
         os.replace(part, self.file)
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -40,11 +40,19 @@ class Saved:
         try:
             with safe_open(self.file, "numpy") as stored:
                 about = stored.metadata() or {}
-                if about.get("key") != self.key:
-                    return None
-                return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(about["facts"])  # noqa: SIM118
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            is_whole = about["digest"] == self._digest(arrays, about["facts"])
+            return (arrays, json.loads(about["facts"])) if is_whole else None
         except (SafetensorError, OSError, KeyError, ValueError):
             return None
+
+    def _digest(self, arrays: Mapping[str, np.ndarray], facts: str) -> str:
+        """Of all that the file holds, and of whose it is."""
+        digest = hashlib.sha256(f"{self.key} {facts}".encode())
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array)  # type: ignore[arg-type]
+        return digest.hexdigest()
 
     def drop(self) -> None:
         if self.file is not None:
