@@ -101,12 +101,6 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                     f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
                 )
             stored[name] = tensor
-    halves = {tensor.dtype: name for name, tensor in stored.items() if tensor.dtype in ("BF16", "F16")}
-    if len(halves) > 1:  # of the same size, so that nothing else would show it
-        raise CheckpointError(
-            f"{stored[halves['F16']].file}: {halves['F16']} is F16, though {halves['BF16']} is BF16; one of both is due "
-            "in a checkpoint"
-        )
     if index is not None:
         for name, shard in index.items():
             if name not in stored or stored[name].file.name != shard:

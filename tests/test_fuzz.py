@@ -406,7 +406,9 @@ def bad_header(draw, raw):
     if kind == "edited":
         return joined(draw(edited(header)), data)
     if kind == "dtype":
-        entry["dtype"] = draw(st.sampled_from([d for d in DTYPES if d != entry["dtype"]]))
+        # one 16 bit dtype for the other is another model in so many words: recipes do mix the two
+        own = ("BF16", "F16") if entry["dtype"] in ("BF16", "F16") else (entry["dtype"],)
+        entry["dtype"] = draw(st.sampled_from([d for d in DTYPES if d not in own]))
         if draw(st.booleans()):  # and a shape that fills the same bytes by it
             size = {"F64": 8, "F32": 4, "U32": 4}.get(entry["dtype"], 2)
             entry["shape"] = [(entry["data_offsets"][1] - entry["data_offsets"][0]) // size]
@@ -492,7 +494,6 @@ FOUND = {  # once, by these tests
         raw, {"x": {"dtype": "U8", "shape": [10**4300 - 1], "data_offsets": [0, 10**4300 - 1]}}
     ),
     "byte order mark": lambda raw: joined(b"\xef\xbb\xbf" + json.dumps(parted(raw)[0]).encode(), parted(raw)[1]),
-    "half": lambda raw: raw.replace(b"BF16", b"F16 ").replace(b'"F16 "', b'"F16" ', 1).replace(b"F16 ", b"BF16"),
     "metadata": lambda raw: with_tensors(raw, {"__metadata__": {"format": 1}}),
     "field": lambda raw: with_tensors(raw, {"x": EMPTY | {"more": float("nan")}}),
 }
