@@ -109,10 +109,8 @@ class Judge:
             self._fault(case.name, "-", "the candidate shows none of the reference's stages")
         for stage in mine:
             kind, ref = stages.kind(stage), reference.hf[stage]
-            if kind in stages.SELECTIONS:
-                ties += self.selection_stage(stage, ours, reference, local)
-            elif kind == stages.ROUTING:
-                ties += self.routing_stage(stage, ours, reference, local)
+            if kind in (*stages.SELECTIONS, stages.ROUTING):
+                ties += self.choice_stage(stage, ours, reference, local)
             elif kind == stages.ROUTING_WEIGHTS:
                 topk = stage.replace("weights", "topk")
                 experts = case.args.n_routed_experts
@@ -146,26 +144,32 @@ class Judge:
             reference.case.name, "all stages", not extra, f"no stage that the reference has not (extra: {extra[:4]})"
         )
 
-    def selection_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
-        case = reference.case
-        if stages.kind(stage) == "self_attn.selection":
-            full = max(i for i in range((stages.layer_of(stage) or 0) + 1) if case.args.runs_indexer(i))
-            scores_stage = f"layers.{full}.self_attn.indexer.scores"
-        else:
-            scores_stage = stage.replace("topk", "scores")
-        scores = reference.hf[scores_stage]
-        noise = reference.bound(scores_stage, local).absolute(scores)
-        return self.selection(case.name, stage, ours[stage], reference.hf[stage], scores, case.args.index_topk, noise)
+    def choice_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
+        """A selection or a routing."""
+        return self.choice(stage, ours[stage], reference, stage, slice(None), local)
 
-    def routing_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
-        case, layer = reference.case, stages.layer_of(stage)
-        logits = reference.hf[stage.replace("topk", "logits")]
-        bias = case.weights(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
-        noise = reference.bound(stage.replace("topk", "logits"), local).absolute(logits) / 4  # sigmoid' <= 1/4
-        scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
-        return self.selection(
-            case.name, stage, ours[stage], reference.hf[stage], scores, case.args.num_experts_per_tok, noise, "experts"
-        )
+    def choice(
+        self, name: str, ours: Array | None, reference: Reference, stage: str, rows: slice, local: bool = False
+    ) -> int:
+        """As `choice_stage`, of some tokens of the prompt, under a name of its own."""
+        scores, noise, topk, what = self._scored(reference, stage, local)
+        ref = reference.hf[stage][:, rows]
+        return self.selection(reference.case.name, name, ours, ref, scores[:, rows], topk, noise, what)
+
+    def _scored(self, reference: Reference, stage: str, local: bool) -> tuple[Array, float, int, str]:
+        """(what is chosen by, how far it may be off, how many are chosen, of what)."""
+        case, layer = reference.case, stages.layer_of(stage) or 0
+        if stages.kind(stage) == stages.ROUTING:
+            logits_stage = stage.replace("topk", "logits")
+            logits = reference.hf[logits_stage]
+            bias = case.weights(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+            noise = reference.bound(logits_stage, local).absolute(logits) / 4  # sigmoid' <= 1/4
+            scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
+            return scores, noise, case.args.num_experts_per_tok, "experts"
+        full = max(i for i in range(layer + 1) if case.args.runs_indexer(i))
+        scores_stage = f"layers.{full}.self_attn.indexer.scores"
+        scores = reference.hf[scores_stage]
+        return scores, reference.bound(scores_stage, local).absolute(scores), case.args.index_topk, "keys"
 
     def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
         before = [c for c in self.report.comparisons if c.claim == self.claim and c.case == case and c.bound]

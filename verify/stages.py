@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 LAYER = re.compile(r"layers\.(\d+)\.(.*)")
 
 IN_LAYER = (
@@ -43,6 +45,23 @@ def choices(stages: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:
     """Selections and routings, to be put in the place of others' own. Where every key is selected there is nothing to
     hand on but routings."""
     return {s: v for s, v in stages.items() if s.endswith(".topk") and (is_sparse or s.endswith(ROUTING))}
+
+
+def of_rows(choices: Mapping[str, Any], rows: slice, topk: int) -> dict[str, Any]:
+    """Of a whole prompt's choices, those of the tokens `rows`, to be handed to a call that has seen no later ones.
+
+    The reference's early rows list masked keys of the future, which the call does not have: any masked key will do. Up to
+    index_topk there is nothing to select."""
+    cut = {stage: choice[:, rows] for stage, choice in choices.items()}
+    return {
+        stage: np.minimum(choice, rows.stop - 1) if is_selection(stage) else choice
+        for stage, choice in cut.items()
+        if rows.stop > topk or not is_selection(stage)
+    }
+
+
+def is_selection(stage: str) -> bool:
+    return kind(stage) in SELECTIONS
 
 
 def layer_of(stage: str) -> int | None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
+from verify import stages
 from verify.candidate import to_numpy
 from verify.cases import Case
 
@@ -18,19 +19,18 @@ def attend(case: Case, reference, layer, monkeypatch, form, cuts):
     monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
     attention, layer_cache = model.layers[layer].self_attn, model.make_cache()[layer]
     x = reference.hf[f"layers.{layer}.input_layernorm"]
-    selection = reference.hf.get(f"layers.{layer}.self_attn.selection") if reference.is_sparse else None
+    name = f"layers.{layer}.self_attn.selection"
+    selection = reference.hf.get(name) if reference.is_sparse else None
     for cut in cuts:
         rows = slice(start, start + cut)
         start += cut
         rotation, mask = model.model.rotation_and_mask(cut, layer_cache)
-        chosen = None
-        if selection is not None:
-            # HF's early rows list masked keys of the future; a chunk cannot see those, so any masked key will do.
-            chosen = mx.array(np.where(selection[:, rows] < start, selection[:, rows], start - 1).astype(np.int32))
+        given = stages.of_rows({} if selection is None else {name: selection}, rows, case.args.index_topk)
+        chosen = mx.array(given[name].astype(np.int32)) if given else None
         part = mx.array(x[:, rows])
-        with case.ours.captured() as stages:
+        with case.ours.captured() as shown:
             attention(part, attention.query_latent(part), rotation, mask, layer_cache, chosen)
-        seen.append({s: to_numpy(v) for s, v in stages.items()})
+        seen.append({s: to_numpy(v) for s, v in shown.items()})
     return {s: np.concatenate([part[s] for part in seen], axis=1) for s in seen[0] if not s.endswith("selection")}
 
 

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from verify import compare, stages
 from verify.candidate import to_numpy
-from verify.cases import Case
+from verify.cases import Case, Reference
 
 CLAIM = "caches: chunks, decode, rewind, padding"
 
@@ -52,20 +53,34 @@ def test_the_growth_of_the_buffers(case: Case, judge):
     check_cuts(case, judge, "across the growth of the buffers", [500, 8, 1, 1, 1, 1, 1, 1, 16])
 
 
-def check_cuts(case: Case, judge, name: str, cuts: list[int]) -> None:
-    reference = case.reference(sum(cuts))
+def check_cuts(case: Case, judge, name: str, cuts: list[int], batch: int = 1) -> None:
+    """Free-running. A near tie that falls the other way changes all that follows: then the same once more, each choice judged
+    as a set and the reference's put in its place."""
+    reference = case.reference(sum(cuts), batch)
     logits = run_in_chunks(case, reference.tokens, cuts, case.ours.model.make_cache())
-    judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], reference.bound("logits", local=False))
+    bound = reference.bound("logits", local=False)
+    if not compare.values(logits, reference.hf["logits"]).error <= bound.value:
+        logits = under_its_choices(case, judge, name, reference, cuts)
+    judge.values(case.name, f"logits ({name})", logits, reference.hf["logits"], bound)
+
+
+def under_its_choices(case: Case, judge, name: str, reference: Reference, cuts: list[int]) -> np.ndarray:
+    cache, start, logits = case.ours.model.make_cache(), 0, []
+    for cut in cuts:
+        rows = slice(start, start + cut)
+        start += cut
+        given = stages.of_rows(reference.injections, rows, case.args.index_topk)
+        seen = case.ours.forward(reference.tokens[:, rows], cache, given)
+        for stage in stages.in_order(given):
+            judge.choice(f"{stage} ({name})", seen[stage], reference, stage, rows)
+        logits.append(seen["logits"])
+    return np.concatenate(logits, axis=1)
 
 
 @pytest.mark.parametrize("cuts", [[80], [40, 37, 1, 1, 1]], ids=["prefill", "chunks and decode"])
 def test_a_batch_without_padding(case: Case, judge, cuts):
     """Three rows, three selections."""
-    reference = case.reference(case.long, batch=3)
-    logits = run_in_chunks(case, reference.tokens, case.scaled(cuts), case.ours.model.make_cache())
-    judge.values(
-        case.name, "logits (batch of 3)", logits, reference.hf["logits"], reference.bound("logits", local=False)
-    )
+    check_cuts(case, judge, "batch of 3", case.scaled(cuts), batch=3)
 
 
 def test_rewind(case: Case, judge, reference):

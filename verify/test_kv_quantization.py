@@ -6,7 +6,7 @@ import pytest
 
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
 from reference.equations import Equations
-from verify import compare, tolerances
+from verify import compare, stages, tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case, group_size
 
@@ -27,11 +27,7 @@ def packed_run(case: Case, tokens, cuts, bits, start=0, replace=None):
     parts, at = [], 0
     for cut in cuts:
         rows = slice(at, at + cut)
-        given = {stage: choice[:, rows] for stage, choice in (replace or {}).items()}
-        if at + cut <= case.args.index_topk:  # every key is selected
-            given = {stage: choice for stage, choice in given.items() if "indexer" not in stage}
-        # early rows of the reference list masked keys of the future; a chunk cannot see those: any masked key will do
-        given = {s: np.where(c < at + cut, c, at + cut - 1) if "indexer" in s else c for s, c in given.items()}
+        given = stages.of_rows(replace or {}, rows, case.args.index_topk)
         parts.append(case.ours.forward(tokens[:, rows], cache, given))
         at += cut
     whole = [
