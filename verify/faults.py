@@ -167,7 +167,8 @@ def _indexer() -> Iterator[Fault]:
                       "before = self.index_keys.length; self.index_keys.append(mx.zeros_like(keys))"),
                  Edit("cache.LayerCache.append_index_keys", "return self.index_keys.read()[0]",
                       "return mx.concatenate([self.index_keys.read()[0][:, :before], keys], axis=1)")),
-                CACHES, "logits", "decode beyond index_topk", "mlx-lm 664")
+                CACHES, "self_attn.indexer.topk", "decode beyond index_topk", "mlx-lm 664",
+                corrected="logits; since then a chunked run that differs is asked once more, choice by choice")
 
 
 def _index_share() -> Iterator[Fault]:
@@ -184,7 +185,8 @@ def _index_share() -> Iterator[Fault]:
                      "selection = own if selection is None else selection"),), LOGITS, "self_attn.selection", SPARSE)
     yield Fault("schedule-offset-ignored", "IndexShare", "full layers are 0, freq, 2 freq, whatever the offset",
                 (Edit("config._schedule", "max(i - offset + 1, 0) % frequency", "i % frequency"),), CONFIG, "indexer schedule",
-                SPARSE, "transformers 5.6-5.10")
+                SPARSE, "transformers 5.6-5.10",
+                corrected="a checkpoint that does not load came first, until schedules by rule alone were tried")
 
 
 def _rope() -> Iterator[Fault]:
@@ -416,7 +418,8 @@ def _cache() -> Iterator[Fault]:
                 stage="logits", shows="prompt reuse")
     yield fault("growth-loses-a-token", "the first token is lost as a buffer grows",
                 Edit("store.Columns.append", "buffer[:, : self.length] = old", "buffer[:, 1 : self.length] = old[:, 1:]"),
-                claim=CACHES, stage="logits", shows="T > 256")
+                claim=CACHES, stage="self_attn.indexer.topk", shows="T > 256",
+                corrected="logits; since then a chunked run that differs is asked once more, choice by choice")
     yield fault("take-one-further", "the gathered form reads the token after the selected one",
                 Edit("store.LatentStore.take", "return self.plain.take(tokens)[0]",
                      "return self.plain.take(mx.minimum(tokens + 1, self.length - 1))[0]"), claim=ATTENTION,
@@ -502,8 +505,9 @@ def _mtp() -> Iterator[Fault]:
     yield fault("mtp-uses-main-selection", "the first step reuses a selection that is not its own (here: the oldest keys)",
                 Edit(step, run, "reuse = mx.broadcast_to(mx.arange(min(self.self_attn.indexer.topk, cache.length + x.shape[1])), "
                      "(*x.shape[:2], min(self.self_attn.indexer.topk, cache.length + x.shape[1]))) "
-                     f"if reuse is None and self.runs_indexer else reuse; {run}"), stage="mtp step 0 hidden", shows=SPARSE,
-                origin="ROCm/ATOM 1362")
+                     f"if reuse is None and self.runs_indexer else reuse; {run}"), stage="mtp step", shows=SPARSE,
+                origin="ROCm/ATOM 1362",
+                corrected="mtp step 0 hidden; the short prompt is asked first, whose drafts pass index_topk at step 3")
     yield fault("mtp-reuse-skips-key-write", "steps that reuse a selection do not append their indexer key",
                 Edit("block.DecoderLayer.__call__", "if self.runs_indexer:", "if self.runs_indexer and not reuse:"),
                 stage="mtp cache, indexer keys", shows="second draft on", origin="xllm 2339")
