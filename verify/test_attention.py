@@ -65,13 +65,49 @@ def test_gathered_in_blocks(case: Case, judge, monkeypatch):
     judge.values(case.name, f"{stage} (blocks of 9)", blocks[stage], whole[stage], reference.bound(stage, local=True))
 
 
-def test_the_cheapest_form(case: Case, judge):
-    """The cost model picks what its own equation says, and decode beyond index_topk never touches all T."""
-    attention = case.ours.model.layers[0].self_attn
-    a = case.args
-    if a.has_indexer:
-        judge.holds(case.name, "form", attention.cheapest_form(1, 100_000, a.index_topk) == GATHERED, "decode gathers")
-    judge.holds(case.name, "form", attention.cheapest_form(1, 100_000, None) == ABSORBED, "dense decode is absorbed")
+def multiplications(args, queries: int, keys: int, selected: int | None) -> dict[str, int]:
+    """Of one head, where the forms differ. expanded: W_uk and W_uv on every key; otherwise W_uk on each query and W_uv on each
+    sum, with scores and sums as wide as the latent."""
+    nope, rope, value, latent = args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim, args.kv_lora_rank
+    counts = {EXPANDED: keys * latent * (nope + value) + queries * keys * (nope + rope + value)}
+    for form, seen in ((ABSORBED, keys), (GATHERED, selected)):
+        if seen is not None:
+            counts[form] = (
+                queries * latent * (nope + value) + queries * seen * (latent + rope) + queries * seen * latent
+            )
+    return counts
+
+
+@pytest.mark.any_layout
+def test_the_cheapest_form(case: Case, judge, monkeypatch):
+    """The form that runs is the one with the fewest multiplications, and decode beyond index_topk never touches all T."""
+    attention, args, topk = case.ours.model.layers[0].self_attn, case.args, case.topk
+    for queries, keys in ((1, 100_000), (1, topk + 1), (3, 400), (40, 300), (200, 240), (4096, 4096), (7, 2 * topk)):
+        for selected in (None, topk) if args.has_indexer else (None,):
+            counts = multiplications(args, queries, keys, selected)
+            due, found = min(counts, key=counts.__getitem__), attention.cheapest_form(queries, keys, selected)
+            judge.holds(
+                case.name,
+                "form",
+                found == due,
+                f"{due} for {queries} queries, {keys} keys, {selected} selected ({found})",
+            )
+    far = attention.cheapest_form(1, 100_000, topk if args.has_indexer else None)
     judge.holds(
-        case.name, "form", attention.cheapest_form(4096, 4096, None) == EXPANDED, "a long dense prefill is expanded"
+        case.name, "form", far == (GATHERED if args.has_indexer else ABSORBED), "decode is gathered, or else absorbed"
     )
+
+    ran: list[str] = []
+    for form in FORMS:
+        own = getattr(MultiHeadLatentAttention, f"attend_{form}")
+        note = lambda self, *a, form=form, own=own: (ran.append(form), own(self, *a))[1]  # noqa: E731
+        monkeypatch.setattr(MultiHeadLatentAttention, f"attend_{form}", note)
+    model, cache, before = case.ours.model, case.ours.model.make_cache(), 0
+    for length in (topk - 2, 3 * topk, 1, 2):
+        ran.clear()
+        model(mx.array(case.tokens(length)), cache)
+        before += length
+        selected = topk if args.has_indexer and before > topk else None
+        counts = multiplications(args, length, before, selected)
+        due = {min(counts, key=counts.__getitem__)}
+        judge.holds(case.name, "form", set(ran) == due, f"{due} runs for {length} of {before} tokens (ran: {set(ran)})")

@@ -1,0 +1,79 @@
+"""The mutation test's own parts: what it changes, that it puts it back, and how it counts."""
+
+import json
+import time
+
+import pytest
+
+from glm_dsa import moe, rope
+from verify import mutation, seeding
+
+SOURCE = '''
+def f(x: int = 3, *, flag=True):
+    """A text with 2 numbers."""
+    if x < 2 and not flag:
+        x.append(-1)
+    y = x[..., 0] * 2.0 if x is None else x + 1
+    raise ValueError(f"{x + 1} of 7")
+'''
+
+
+def test_every_kind_of_change_is_made_once():
+    made = [change for _, change, _ in mutation.changes(SOURCE)]
+    for change in (
+        "x < 2 -> x <= 2", "2 -> 3", "x < 2 and (not flag) -> x < 2 or not flag", "not flag -> flag", "-1 -> 1", "1 -> 2",
+        "x.append(-1) -> pass", "0 -> 1", "x[..., 0] * 2.0 -> x[..., 0] / 2.0", "2.0 -> 4.0", "x is None -> x is not None",
+        "x + 1 -> x - 1",
+    ):  # fmt: skip
+        assert change in made, made
+    assert any(change.startswith("if x < 2 and (not flag):") for change in made)
+
+
+def test_words_defaults_and_annotations_stay():
+    trees = [mutation.ast.unparse(tree) for *_, tree in mutation.changes(SOURCE)]
+    assert all(
+        "of 7" in text and "A text with 2 numbers." in text and "x: int=3, *, flag=True" in text for text in trees
+    )
+
+
+@pytest.fixture(scope="module")
+def every():
+    return list(mutation.mutants())
+
+
+def test_every_mutant_of_the_definition_can_be_made_and_is_put_back(every):
+    assert len(every) > 1500
+    assert len({m.name for m in every}) == len(every)
+    code = seeding.find("rope.rotate").__code__
+    for mutant in [m for m in every if m.where == "rope.rotate"]:
+        with mutation.applied(mutant):
+            assert rope.rotate.__code__ is not code
+        assert rope.rotate.__code__ is code
+
+
+def test_a_constant_is_changed_wherever_it_was_imported(every):
+    mutant = next(m for m in every if m.where == "moe.SORT_FROM")
+    own = moe.SORT_FROM
+    with mutation.applied(mutant):
+        assert own + 1 == moe.SORT_FROM
+    assert own == moe.SORT_FROM
+
+
+def test_the_score_leaves_out_what_cannot_be_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(mutation, "EQUIVALENT", {("a.f", "1 -> 2"): "no output depends on it"})
+    file = tmp_path / "0.jsonl"
+    fates = [("a.f#0", "1 -> 2", "survived 3 tests"), ("a.f#1", "x -> y", "begun"), ("a.f#1", "x -> y", "noticed by t"),
+             ("a.g#0", "x + 1 -> x - 1", "survived 9 tests"), ("a.g#1", "z", "begun")]  # fmt: skip
+    file.write_text("".join(json.dumps({"mutant": m, "line": 1, "change": c, "fate": f}) + "\n" for m, c, f in fates))
+    text = mutation.score(mutation.noted([file, tmp_path / "none"]))
+    assert text.splitlines()[0] == "4 mutants, 1 of them equivalent; of the others 2 of 3 noticed (66.7%)"
+    assert "  a.g#0 (line 1): x + 1 -> x - 1" in text
+    assert "  a.f#0: 1 -> 2: no output depends on it" in text
+
+
+def test_a_hang_is_cut_short(monkeypatch):
+    monkeypatch.setattr(mutation, "PATIENCE", 1)
+    with mutation.alarm():
+        mutation.signal.alarm(1)
+        with pytest.raises(TimeoutError, match="over 1 s"):
+            time.sleep(5)
