@@ -1,7 +1,7 @@
 """The mutation test of the definition: each operator, constant, comparison and call changed in turn; the gate must notice.
 
 A pytest plugin (`make mutate`). A mutant is one node of one function's syntax tree; the tests that run that function are
-repeated until one fails: first those that noticed earlier mutants of it, then the quickest. Survivors are what nobody would
+repeated until one fails: first those that noticed earlier mutants of it, then the quickest, two of each kind. Survivors are what nobody would
 notice: a check is missing, or the change is equivalent.
 """
 
@@ -166,9 +166,9 @@ def _constant(mutant: Mutant) -> Iterator[None]:
 class Mutation(Court):
     """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended."""
 
-    def __init__(self, config: pytest.Config, out: Path, only: str, share: tuple[int, int]) -> None:
+    def __init__(self, config: pytest.Config, out: Path, only: str, share: tuple[int, int], every: bool) -> None:
         super().__init__(config)
-        self.out, self.only, self.share = out, only, share
+        self.out, self.only, self.share, self.every = out, only, share, every
         self.noticed: Counter[tuple[str, pytest.Item]] = Counter()  # by function ("" for any) and test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -199,8 +199,7 @@ class Mutation(Court):
         """The test that noticed, or "survived" and how many did not."""
         self.fresh_report()
         self.forget_models()
-        is_constant = mutant.where not in functions()
-        affected = [item for item, ran in self.reached.items() if is_constant or mutant.where in ran]
+        affected = self.affected(mutant.where)
         affected.sort(key=lambda item: (-self.noticed[mutant.where, item], -self.noticed["", item], self.seconds[item]))
         try:
             with applied(mutant), alarm():
@@ -214,6 +213,15 @@ class Mutation(Court):
         except TimeoutError:
             return "noticed: it hangs"
         return f"survived {len(affected)} tests"
+
+    def affected(self, where: str) -> list[pytest.Item]:
+        """Of the tests that run a function, the two quickest of each kind: parametrized ones seldom differ here."""
+        is_constant = where not in functions()
+        kinds: dict[Any, list[pytest.Item]] = {}
+        for item in sorted(self.reached, key=self.seconds.__getitem__):
+            if is_constant or where in self.reached[item]:
+                kinds.setdefault(item.function, []).append(item)  # type: ignore[attr-defined]
+        return [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
 
 
 @contextmanager
@@ -235,15 +243,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mutation-out", metavar="FILE", help="where to note each mutant's fate; an earlier run goes on there"
     )
     group.addoption("--mutate", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
+    group.addoption("--mutation-every", action="store_true", help="ask every test that runs what is changed")
     group.addoption("--mutation-share", metavar="I/N", default="0/1", help="every N-th mutant, from the I-th on")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     part, of = map(int, config.getoption("--mutation-share").split("/"))
-    config.pluginmanager.register(
-        Mutation(config, Path(config.getoption("--mutation-out")), config.getoption("--mutate"), (part, of))
-    )
+    out, only = Path(config.getoption("--mutation-out")), config.getoption("--mutate")
+    config.pluginmanager.register(Mutation(config, out, only, (part, of), config.getoption("--mutation-every")))
 
 
 # What takes part: the gate on one case of each family, and the tests of the definition's own files.
@@ -255,11 +263,12 @@ TESTS = (
 PROCESSES = 2
 
 
-def run(out: Path, only: str, share: str) -> None:
+def run(out: Path, only: str, share: str, every: bool) -> None:
     """One share of the mutants. A process that a mutant took with it is followed by another, which goes on after it."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", "-p", "verify.mutation"]
     command += ["--mutation-out", str(out), "--mutate", only, "--mutation-share", share]
     command += ["-k", f"not ({OTHERS})"]
+    command += ["--mutation-every"] if every else []
     before = -1
     while before < (before := len(noted([out]))):
         if subprocess.run(command, cwd=ROOT).returncode == 0:  # noqa: S603
@@ -293,13 +302,14 @@ def main() -> None:
         "--out", metavar="DIR", type=Path, default=Path("mutation"), help="where each mutant's fate is noted"
     )
     parser.add_argument("--only", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
+    parser.add_argument("--every", action="store_true", help="ask every test, not the two quickest of each kind")
     parser.add_argument("--score", action="store_true", help="run nothing: the score of what was noted")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     files = [asked.out / f"{i}.jsonl" for i in range(PROCESSES)]
     if not asked.score:
         with ThreadPoolExecutor(PROCESSES) as pool:
-            list(pool.map(lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}"), range(PROCESSES)))
+            list(pool.map(lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}", asked.every), range(PROCESSES)))
     print(score(noted(files)))
 
 
