@@ -31,6 +31,10 @@ def config_for(config: Mapping[str, Any], with_mtp: bool = False) -> Any:
     """An HF config object; `with_mtp` adds one full, sparse layer behind the last."""
     own = ("quantization_config", "quantization", "dtype")  # the loader's business
     built = AutoConfig.for_model(**{k: copy.deepcopy(v) for k, v in config.items() if k not in own})
+    dense = config.get("first_k_dense_replace")
+    if config["model_type"] == "glm4_moe_lite" and dense is not None and not config.get("mlp_layer_types"):
+        # HF never reads the key here, and has one dense layer; every engine reads it (tests/test_upstream.py)
+        built.mlp_layer_types = ["dense" if i < dense else "sparse" for i in range(built.num_hidden_layers)]
     if with_mtp:
         built.num_hidden_layers += 1
         built.mlp_layer_types = [*built.mlp_layer_types[: built.num_hidden_layers - 1], "sparse"]

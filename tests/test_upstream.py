@@ -7,6 +7,7 @@ import torch
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import dequantize_model
+from transformers import AutoConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.modeling_layers import MtpModel
 
@@ -56,6 +57,15 @@ def test_transformers_refuses_mtp_for_this_architecture():
 def draft_once(model):
     mtp = MtpModel(model, 1)
     return mtp(input_ids=torch.ones(1, 4, dtype=torch.long), previous_hidden_state=torch.ones(1, 4, 64))
+
+
+def test_transformers_never_reads_the_number_of_dense_layers_of_glm4_moe_lite():
+    """reference/hf.py, config_for."""
+    config = checkpoints.glm_4_7(first_k_dense_replace=2)
+    theirs = AutoConfig.for_model(**config).mlp_layer_types
+    assert theirs == ["dense", "sparse", "sparse", "sparse"]
+    ours = ["dense", "dense", "sparse", "sparse"]
+    assert list(glm_dsa.ModelArgs.from_dict(config).mlp_layer_types) == hf.config_for(config).mlp_layer_types == ours
 
 
 def test_mlx_lm_leaves_matrices_per_head_packed():

@@ -1,8 +1,8 @@
 """The mutation test of the definition: each operator, constant, comparison and call changed in turn; the gate must notice.
 
 A pytest plugin (`make mutate`). A mutant is one node of one function's syntax tree; the tests that run that function are
-repeated until one fails: first those that noticed earlier mutants of it, then the quickest, two of each kind. Survivors are what nobody would
-notice: a check is missing, or the change is equivalent.
+repeated until one fails: first those that noticed earlier mutants of it, then the quickest, two of each kind. Survivors are
+what nobody would notice: a check is missing, or the change is equivalent.
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ def _spec(number: int, random: np.random.Generator) -> Spec:
     bias = pick(0.0, 0.0, -1.2)
     if number % 6 == 5:
         overrides["main_rope"] = pick(None, "half-split")
-        # HF's glm4_moe_lite has one dense layer, whatever first_k_dense_replace says; the published config says 1
-        own = {"qk_head_dim": None, "rope_theta": theta, "first_k_dense_replace": 1}
-        config = checkpoints.glm_4_7(**changes | own)
+        config = checkpoints.glm_4_7(**changes | {"qk_head_dim": None, "rope_theta": theta})
         return Spec(f"random-{number}", config, _given(overrides), bias)
     types = ["full", *(pick("full", "shared", "shared") for _ in range(layers - 1))]
     changes |= pick(
