@@ -13,10 +13,19 @@ CLAIM = "attention under an injected selection"
 FORMS = (EXPANDED, ABSORBED, GATHERED)
 
 
+def force(monkeypatch, form):
+    """Every call takes this form; where there is no selection there is nothing to gather."""
+
+    def chosen(self, queries, keys, selected):
+        return ABSORBED if form == GATHERED and selected is None else form
+
+    monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", chosen)
+
+
 def attend(case: Case, reference, layer, monkeypatch, form, cuts):
     """Our attention of one layer on HF's normalized input and HF's selection, in chunks."""
     model, start, seen = case.ours.model, 0, []
-    monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
+    force(monkeypatch, form)
     attention, layer_cache = model.layers[layer].self_attn, model.make_cache()[layer]
     x = reference.hf[f"layers.{layer}.input_layernorm"]
     name = f"layers.{layer}.self_attn.selection"
@@ -43,8 +52,6 @@ def test_forms(case: Case, judge, monkeypatch, form, cuts):
     """At index_topk = 16: 14 tokens are within it, 80 are five times as many. Two rows, each with a selection of its own."""
     cuts = case.scaled(cuts)
     reference = case.reference(sum(cuts), batch=2)
-    if form == GATHERED and not reference.is_sparse:
-        form = ABSORBED  # without a selection there is nothing to gather
     for layer in range(case.args.num_hidden_layers):
         seen = attend(case, reference, layer, monkeypatch, form, cuts)
         for stage, ours in seen.items():
