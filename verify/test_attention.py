@@ -89,7 +89,17 @@ def multiplications(args, queries: int, keys: int, selected: int | None) -> dict
 def test_the_cheapest_form(case: Case, judge, monkeypatch):
     """The form that runs is the one with the fewest multiplications, and decode beyond index_topk never touches all T."""
     attention, args, topk = case.ours.model.layers[0].self_attn, case.args, case.topk
-    for queries, keys in ((1, 100_000), (1, topk + 1), (3, 400), (40, 300), (200, 240), (4096, 4096), (7, 2 * topk)):
+    few = [(topk + n, topk + n) for n in range(1, 2 * topk, 5)]  # there the forms change places
+    for queries, keys in (
+        (1, 100_000),
+        (1, topk + 1),
+        (3, 400),
+        (40, 300),
+        (200, 240),
+        (4096, 4096),
+        (7, 2 * topk),
+        *few,
+    ):
         for selected in (None, topk) if args.has_indexer else (None,):
             counts = multiplications(args, queries, keys, selected)
             due, found = min(counts, key=counts.__getitem__), attention.cheapest_form(queries, keys, selected)
