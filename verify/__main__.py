@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("--faults", metavar="NAMES", help="these only, separated by commas")
     judging.add_argument("--random", metavar="N", type=int, default=50, help="sound checkpoints besides (default 50)")
     judging.add_argument(
+        "--in-order",
+        action="store_true",
+        help="all tests in the gate's order, not the claim that is to notice first (an hour)",
+    )
+    judging.add_argument(
         "--kept", action="store_true", help="run nothing: the table of the run that this version was judged by"
     )
     judging.add_argument("--json", metavar="FILE", help="write the whole record there")
