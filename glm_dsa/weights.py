@@ -107,7 +107,9 @@ def _swiglu(prefix: str, hidden: int, inner: int, component: str) -> Iterator[Te
 
 
 def is_ignorable(args: ModelArgs, name: str) -> bool:
-    """Tensors that some builds carry for nothing: indexers on shared layers, RoPE tables."""
+    """Tensors that some builds carry for nothing: indexers on shared layers, RoPE tables, a head beside a tied embedding."""
+    if name.startswith("lm_head."):
+        return args.tie_word_embeddings
     match = LAYER.fullmatch(name)
     if match is None:
         return False
@@ -162,8 +164,6 @@ def to_modules(args: ModelArgs, tensors: Mapping[str, mx.array]) -> dict[str, mx
     tensors = {name: tensor for name, tensor in tensors.items() if not is_ignorable(args, name)}
     if not args.num_nextn_predict_layers:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_mtp(args, name)}
-    if args.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
     _dequantize_fp8(tensors)
     for layer in range(args.num_hidden_layers + args.num_nextn_predict_layers):
         _stack_experts(args, tensors, f"model.layers.{layer}.mlp")

@@ -1,6 +1,7 @@
 """The catalogue of faults, how they are seeded, and what is kept of the gate's trial."""
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from glm_dsa import indexer
 from verify import __main__ as command
 from verify import conftest as gate
 from verify import faults, judging, options, seeding, stages, table
-from verify.report import FAULT, Comparison
 
 ROOT = Path(__file__).parents[1]
 IN_FIELD = [
@@ -81,6 +81,17 @@ def test_two_faults_at_once_even_in_one_function():
         assert "inf" not in indexer.Indexer.score.__code__.co_names
 
 
+def test_a_setter_can_be_found():
+    assert seeding.find("cache.LayerCache.state.fset").__name__ == "state"
+    assert seeding.find("cache.LayerCache.state.fset") is not seeding.find("cache.LayerCache.state")
+
+
+def test_a_change_of_nothing_that_runs_is_refused():
+    edit = seeding.Edit("cache.LayerCache.to_quantized", "bits: int = 8", "bits: int = 4")
+    with pytest.raises(LookupError, match="outside of what runs"), seeding.edited([edit]):
+        pass
+
+
 @pytest.mark.parametrize("due", ["there is no such text", "axis=-1"])
 def test_words_that_do_not_stand_there_once_are_refused(due):
     edit = seeding.Edit("indexer.Indexer._rotate_first", due, "")
@@ -98,10 +109,11 @@ def test_functions_that_run_are_noted():
 
 def test_a_fault_is_named_by_claim_and_stage():
     fault = faults.named("indexer-no-relu")
-    met = Comparison(fault.claim, "case", "layers.2.self_attn.indexer.scores", FAULT)
-    assert judging.is_named(fault, met)
-    assert not judging.is_named(fault, Comparison("final logits", "case", met.stage, FAULT))
-    assert not judging.is_named(fault, Comparison(fault.claim, "case", "layers.2.self_attn.indexer.topk", FAULT))
+    assert judging.is_named(fault, fault.claim, "layers.2.self_attn.indexer.scores")
+    assert judging.is_named(fault, fault.claim, "self_attn.indexer.scores (chunks)")
+    assert not judging.is_named(fault, fault.claim, "layers.2.self_attn.indexer.scores_of_others")
+    assert not judging.is_named(fault, "final logits", "layers.2.self_attn.indexer.scores")
+    assert not judging.is_named(fault, fault.claim, "layers.2.self_attn.indexer.topk")
 
 
 # -- the commands
@@ -116,13 +128,57 @@ def test_the_catalogue_is_listed(capsys):
     assert capsys.readouterr().err.strip() == (
         "verify: no fault is named 'indexer-esp' (indexer-eps?); `python -m verify faults` lists them"
     )
-    assert command.main(["judge", "--faults", "no-such"]) == 1
-    assert "no fault is named 'no-such'" in capsys.readouterr().err
+    for arguments, line in {
+        "--faults no-such": "no fault is named 'no-such'", "--random 0": "--random 0: 1 or more is due",
+        "--kept --keep": "--kept runs nothing", "--keep --faults indexer-eps": "--keep keeps a record of all faults",
+        "--json no/such/file": "--json no/such/file: no such folder",
+    }.items():  # fmt: skip
+        assert command.main(["judge", *arguments.split()]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"verify: {line}")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"faults": {"faults": {"x": 1}}, "rules": {}, "random": {}}'])
+def test_a_record_that_is_none(tmp_path, text):
+    with pytest.raises(ValueError, match="No such file or directory; python -m verify judge --keep writes it"):
+        table.Judged.read(tmp_path / "none.json")
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ValueError, match=r"odd.json: no record of a judge"):
+        table.Judged.read(tmp_path / "odd.json")
+
+
+def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
+    """One that is caught, and one that cannot show; with every part of it as a process."""
+    names = "experts-gelu,router-softmax"
+    chosen = ["-k", "router or embedding", "-p", "no:cacheprovider"]
+    arguments = [
+        "verify/test_router.py",
+        "-q",
+        "-p",
+        "verify.judging",
+        "--judge-out",
+        str(tmp_path / "out"),
+        "--judge-faults",
+        names,
+    ]
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *chosen], cwd=ROOT, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stdout
+    found = json.loads((tmp_path / "out").read_text())["faults"]
+    assert {name: (f["claim"], f["stage"]) for name, f in found.items()} == {
+        "experts-gelu": ("router and experts", "mlp.experts"),
+        "router-softmax": ("router and experts", "mlp.gate.weights"),
+    }
+    assert all(found[name]["edits"] == faults.digest(faults.named(name)) for name in found)
 
 
 def test_bad_options(given):
     with pytest.raises(LookupError, match="no fault is named 'x'"):
         options.Asked.of(given({"--fault": ["x"]}))
+    with pytest.raises(LookupError, match="stands there 0 times"):
+        options.Asked.of(given({"--fault": ["indexer-eps", "indexer-eps"]}))
     with pytest.raises(ValueError, match="--fault seeds our definition"):
         options.Asked.of(given({"--fault": ["indexer-eps"], "--implementation": "mine.py"}))
     with pytest.raises(ValueError, match="--random -1: how many"):
@@ -150,9 +206,6 @@ def test_every_fault_was_judged_and_named(kept):
         "judge again: make judge, then keep its record"
     )
     assert kept.problems() == []
-    for fault in kept.real:
-        found = Comparison(kept.found[fault.name]["claim"], "", kept.found[fault.name]["stage"], FAULT)
-        assert judging.is_named(fault, found), f"declared otherwise since it was judged: {fault.name}"
     assert kept.random["cases"] >= 50
 
 

@@ -66,7 +66,7 @@ def test_the_score_leaves_out_what_cannot_be_noticed(monkeypatch, tmp_path):
              ("a.g#0", "x + 1 -> x - 1", "survived 9 tests"), ("a.g#1", "z", "begun")]  # fmt: skip
     file.write_text("".join(json.dumps({"mutant": m, "line": 1, "change": c, "fate": f}) + "\n" for m, c, f in fates))
     text = mutation.score(mutation.noted([file, tmp_path / "none"]))
-    assert text.splitlines()[0] == "4 mutants, 1 of them equivalent; of the others 2 of 3 noticed (66.7%)"
+    assert text.splitlines()[0] == "3 mutants, 1 of them equivalent; of the others 1 of 2 noticed (50.0%)"
     assert "  a.g#0 (line 1): x + 1 -> x - 1" in text
     assert "  a.f#0: 1 -> 2: no output depends on it" in text
 

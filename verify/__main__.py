@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _faults(name: str | None) -> int:
     try:
-        print(faults.described(name) if name else faults.listed())
+        print(faults.listed() if name is None else faults.described(name))
     except LookupError as error:
         print(f"verify: {error.args[0]}", file=sys.stderr)
         return 1
@@ -62,26 +62,32 @@ def _faults(name: str | None) -> int:
 def _judge(chosen: argparse.Namespace) -> int:
     from . import judge_command, table
 
-    names = chosen.faults.split(",") if chosen.faults else list(faults.CATALOGUE)
     try:
-        for name in names:
-            faults.named(name)
+        names = faults.chosen(chosen.faults)
+        if chosen.random < 1:
+            raise ValueError(f"--random {chosen.random}: 1 or more is due")
+        if chosen.kept and (chosen.keep or chosen.faults):
+            raise ValueError("--kept runs nothing: no --keep and no --faults beside it")
+        if chosen.keep and len(names) < len(faults.CATALOGUE):
+            raise ValueError("--keep keeps a record of all faults: no --faults beside it")
+        if chosen.json and not Path(chosen.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {chosen.json}: no such folder")
         judged = (
             table.Judged.read() if chosen.kept else judge_command.judge(names, chosen.random, chosen.in_order, _tell)
         )
+        print(judged.text())
+        if chosen.json:
+            Path(chosen.json).write_text(judged.json())
+        if chosen.keep:
+            judged.keep()
     except LookupError as error:
         print(f"verify: {error.args[0]}", file=sys.stderr)
         return 1
-    except judge_command.Failed as error:
+    except (ValueError, OSError, judge_command.Failed) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if chosen.json:
-        Path(chosen.json).write_text(judged.json())
-    if chosen.keep:
-        judged.keep()
-    print(judged.text())
     return 1 if judged.problems() else 0
 
 

@@ -82,7 +82,7 @@ def default_specs() -> list[Spec]:
     grouped = checkpoints.tiny(
         indexer_types=["full", "shared", "full", "shared", "shared"], num_hidden_layers=5, first_k_dense_replace=1,
         n_group=4, topk_group=2, norm_topk_prob=False, attention_bias=True, n_shared_experts=2,
-        rms_norm_eps=0.05, qk_nope_head_dim=32, qk_head_dim=48,
+        rms_norm_eps=0.05, qk_nope_head_dim=32, qk_head_dim=48, tie_word_embeddings=True,
     )  # fmt: skip
     yarn = {"rope_theta": 1000000, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
             "beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip

@@ -115,7 +115,7 @@ def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterat
     if release.refused:
         pytest.skip("it does not load")
     seed, cache = pytestconfig.getoption("--seed"), getattr(pytestconfig, "cache", None)
-    chosen = [pytestconfig.getoption(option) for option in ("keyword", "markexpr")]
+    chosen = [pytestconfig.getoption(option) for option in ("keyword", "markexpr", "--fault")]
     saved = Saved(cache and cache.mkdir("glm-dsa"), [release.identity(seed), chosen])
     if not pytestconfig.getoption("--resume"):
         saved.drop()
@@ -216,6 +216,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Any:
+    """A release is taken on trial under the seeded faults too: its layers are built here."""
+    names = request.config.getoption("--fault") if fixturedef.argname == "trial" else ()
+    with faults.seeded(*names):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     result = yield
     claim = getattr(getattr(item, "module", None), "CLAIM", None)
@@ -224,7 +232,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         outcome = "failed" if result.outcome == "failed" else result.outcome
         out.claims.setdefault(claim, Counter())[outcome] += 1
         if outcome == "failed" and not out.saw_fault(claim):
-            out.add(Comparison(claim, name_of(item), RAISES, FAULT, note=one_line(call)))
+            kind = call.excinfo.typename if call.excinfo else ""
+            out.add(Comparison(claim, name_of(item), f"{RAISES} {kind}".strip(), FAULT, note=one_line(call)))
         out.judged_so_far = len(out.comparisons)
         if outcome == "skipped":
             reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)

@@ -8,6 +8,7 @@ before the gate first meets the fault; where one had to be corrected afterwards,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ def named(name: str) -> Fault:
         near = ", ".join(get_close_matches(name, CATALOGUE, cutoff=0.75))
         raise LookupError(f"no fault is named {name!r}{near and f' ({near}?)'}; `python -m verify faults` lists them")
     return CATALOGUE[name]
+
+
+def chosen(names: str | None) -> list[str]:
+    """Of a list separated by commas, or all. Raises LookupError on unknown names."""
+    return list(CATALOGUE) if names is None else [named(name.strip()).name for name in names.split(",")]
+
+
+def digest(fault: Fault) -> str:
+    """Of what it changes: a verdict on other changes under the same name is none on these."""
+    return hashlib.sha256(repr(fault.edits).encode()).hexdigest()[:12]
 
 
 def listed() -> str:
@@ -446,7 +457,8 @@ def _cache() -> Iterator[Fault]:
                 Edit("cache.LayerCache._first", "start + pads for pads in", "start + max(self.left_padding or [0]) for _ in"),
                 stage="batch", shows="packed from a later token on, unequal rows")
     yield fault("saved-without-its-start", "a saved cache forgets from which token on it is packed",
-                Edit("cache.LayerCache.state", "[q.bits, q.group_size, q.start]", "[q.bits, q.group_size, 0]"), stage="raises",
+                Edit("cache.LayerCache.state", "[q.bits, q.group_size, q.start]", "[q.bits, q.group_size, 0]"),
+                stage="raises CacheError",
                 shows="saved, packed from a later token on")
     yield fault("start-forgotten-in-a-batch", "a merged cache starts at position 0",
                 Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"), stage="batch",
@@ -505,7 +517,7 @@ def _mtp() -> Iterator[Fault]:
     yield fault("mtp-uses-main-selection", "the first step reuses a selection that is not its own (here: the oldest keys)",
                 Edit(step, run, "reuse = mx.broadcast_to(mx.arange(min(self.self_attn.indexer.topk, cache.length + x.shape[1])), "
                      "(*x.shape[:2], min(self.self_attn.indexer.topk, cache.length + x.shape[1]))) "
-                     f"if reuse is None and self.runs_indexer else reuse; {run}"), stage="mtp step", shows=SPARSE,
+                     f"if reuse is None and self.runs_indexer else reuse; {run}"), stage="mtp step 3 hidden", shows=SPARSE,
                 origin="ROCm/ATOM 1362",
                 corrected="mtp step 0 hidden; the short prompt is asked first, whose drafts pass index_topk at step 3")
     yield fault("mtp-reuse-skips-key-write", "steps that reuse a selection do not append their indexer key",

@@ -35,7 +35,11 @@ def judge(names: list[str], random: int, in_order: bool, tell: Callable[[str], N
         }  # fmt: skip
         parts["faults"] += ["--judge-in-order"] if in_order else []
         runs = {name: pool.submit(run, name, command, tell) for name, command in parts.items()}
-        printed = {name: run.result() for name, run in runs.items()}
+        try:
+            printed = {name: run.result() for name, run in runs.items()}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
         record: dict[str, Any] = {"versions": report.versions(), "random": sound(folder / "random", random)}
         for name in ("faults", "rules"):
             if not (folder / name).exists():

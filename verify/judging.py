@@ -11,6 +11,7 @@ import ast
 import importlib
 import json
 import pkgutil
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import glm_dsa
 from . import faults, seeding, stages
 from .cases import Case
 from .faults import Fault
-from .report import FAULT, Comparison, Report
+from .report import FAULT, Report
 
 RAN = "_functions_that_ran"  # the name under which a definition's module holds them
 
@@ -61,9 +62,10 @@ def recorded() -> Iterator[set[str]]:
         yield ran
 
 
-def is_named(fault: Fault, found: Comparison) -> bool:
-    """Caught by the claim, and at the stage, that were declared."""
-    return found.claim == fault.claim and stages.kind(found.stage.removeprefix("model.")).startswith(fault.stage)
+def is_named(fault: Fault, claim: str, stage: str) -> bool:
+    """Caught by the claim, and at the stage, that were declared; what follows the stage's name tells the circumstances."""
+    begins = re.escape(fault.stage) + r"($|[ ,.(])"
+    return claim == fault.claim and re.match(begins, stages.kind(stage.removeprefix("model."))) is not None
 
 
 class Court:
@@ -161,10 +163,10 @@ class Judging(Court):
             if first is not None:
                 return {
                     "claim": first.claim, "stage": first.stage, "case": first.case, "note": first.note,
-                    "bounds": first.share if first.bound else None, "named": is_named(fault, first),
+                    "bounds": first.share if first.bound else None, "edits": faults.digest(fault),
                     "tests_before": number, "seconds": round(time.time() - started, 1),
                 }  # fmt: skip
-        return {"tests": len(affected)}
+        return {"tests": len(affected), "edits": faults.digest(fault)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -178,9 +180,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = config.getoption("--judge-faults")
-    names = chosen.split(",") if chosen else list(faults.CATALOGUE)
-    for name in names:
-        faults.named(name)
+    if not config.getoption("--judge-out"):
+        pytest.exit("--judge-out FILE is due: where to write what was caught", returncode=1)
+    try:
+        names = faults.chosen(config.getoption("--judge-faults"))
+    except LookupError as error:
+        pytest.exit(error.args[0], returncode=1)
     out, in_order = Path(config.getoption("--judge-out")), config.getoption("--judge-in-order")
     config.pluginmanager.register(Judging(config, names, out, in_order))

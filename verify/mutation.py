@@ -36,6 +36,7 @@ OPERATORS: dict[type, type] = {
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = ("errors", "version", "sharding")  # words; and what takes several processes, tried in tests/test_mlx_lm.py
 READERS = ("checkpoint", "config", "keys", "trace", "weights")
+BEGUN = "begun"
 PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
 
 
@@ -184,7 +185,7 @@ class Mutation(Court):
                     continue
                 record = {"mutant": mutant.name, "line": mutant.line, "change": mutant.change}
                 # A mutant that takes the process with it is found begun and not ended.
-                for outcome in ("begun", None):
+                for outcome in (BEGUN, None):
                     outcome = outcome or self.fate(mutant)
                     stream.write(json.dumps({**record, "fate": outcome}) + "\n")
                     stream.flush()
@@ -192,8 +193,20 @@ class Mutation(Court):
         return True
 
     def done(self) -> set[str]:
-        lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
-        return {json.loads(line)["mutant"] for line in lines}
+        """What has an end. What was begun twice and never ended is noticed: the process ends with it."""
+        records = (
+            [json.loads(line) for line in self.out.read_text(encoding="utf-8").splitlines()]
+            if self.out.exists()
+            else []
+        )
+        ended = {record["mutant"] for record in records if record["fate"] != BEGUN}
+        begun = Counter(record["mutant"] for record in records if record["fate"] == BEGUN)
+        fatal = {r["mutant"]: r for r in records if r["mutant"] not in ended and begun[r["mutant"]] > 1}
+        with self.out.open("a", encoding="utf-8") as stream:
+            stream.writelines(
+                json.dumps({**r, "fate": "noticed: the process ends with it"}) + "\n" for r in fatal.values()
+            )
+        return ended | set(fatal)
 
     def fate(self, mutant: Mutant) -> str:
         """The test that noticed, or "survived" and how many did not."""
@@ -284,7 +297,7 @@ def noted(files: list[Path]) -> dict[str, dict[str, Any]]:
 
 def score(fates: Mapping[str, dict[str, Any]]) -> str:
     """How many mutants were noticed, and which were not."""
-    tried = [f for f in fates.values() if not f["fate"].startswith("cannot")]
+    tried = [f for f in fates.values() if not f["fate"].startswith(("cannot", BEGUN))]
     survivors = [f for f in tried if f["fate"].startswith("survived")]
     alike = [f for f in survivors if reason(f)]
     counted = len(tried) - len(alike)

@@ -130,8 +130,8 @@ class Asked:
         """Raises ValueError, LookupError or OSError, in one line, for what cannot be judged."""
         if config.getoption("--seed") < 0:
             raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
-        for name in config.getoption("--fault"):
-            faults.named(name)
+        with faults.seeded(*config.getoption("--fault")):
+            pass  # names that nobody knows, or two changes of the same words
         _set_device(config.getoption("--device"))
         layers = parse_layers(config.getoption("--layers"))
         text, checkpoint = config.getoption("--implementation"), config.getoption("--checkpoint")

@@ -32,7 +32,7 @@ Array = np.ndarray
 PUBLISHED_TOPK = 2048
 TEXT = 20  # tokens said greedily
 SETTINGS = USUAL, HALF, FOUR = "usual prompt", "0.5 index_topk", "4 index_topk"
-CAUGHT, MISSED = "+", "."
+CAUGHT, MISSED, NOT_ASKED = "+", ".", "-"  # not asked: none of its runs, at any prompt, runs what a fault changes
 CASES = ("glm-5.2-interleaved", "grouped-half-split", "glm-5.1-interleaved", "glm-4.7", "trained-interleaved")
 MODULES = ("self_attn.output", "mlp_output", "output", "norm", "logits")
 
@@ -181,6 +181,9 @@ class Subject:
             is_finite = bool(np.isfinite(ours.logits).all())
             yield from ((rule.name, setting[0]) for rule in asked if not (is_finite and rule.passes(ours, ref)))
 
+    def runs(self, changed: Collection[str]) -> bool:
+        return any(ran & set(changed) for ran in self.ran.values())
+
     def note_what_runs(self) -> None:
         """Before the first fault: the definition's functions that each setting runs, building the model included."""
         for setting, case in self.settings.items():
@@ -201,6 +204,8 @@ def of_modules(stages: Mapping[str, Any]) -> dict[str, Array]:
 
 def outcome(subjects: list[Subject], changed: Collection[str] | None = None) -> dict[str, str]:
     """{rule: a sign for each of SETTINGS}: whether it rejects any of the subjects there."""
+    if changed is not None and not any(subject.runs(changed) for subject in subjects):
+        return {rule.name: NOT_ASKED * len(SETTINGS) for rule in RULES}
     rejected: set[tuple[str, str]] = set()
     for subject in subjects:
         rejected |= set(subject.rejects(rejected, changed))

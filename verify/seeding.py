@@ -36,7 +36,8 @@ class Edit:
 def edited(edits: Iterable[Edit]) -> Iterator[None]:
     """The definition with these edits, for everyone in this process who calls it, until the block ends.
 
-    A model that was built before keeps what its constructor did. Raises LookupError where `due` does not stand once.
+    A model that was built before keeps what its constructor did. Raises LookupError where `due` does not stand once, or
+    where nothing that runs is changed.
     """
     changed: dict[FunctionType, str] = {}
     for edit in edits:
@@ -45,7 +46,11 @@ def edited(edits: Iterable[Edit]) -> Iterator[None]:
         if source.count(edit.due) != 1:
             raise LookupError(f"{edit.where}: {edit.due!r} stands there {source.count(edit.due)} times, once is due")
         changed[function] = source.replace(edit.due, edit.wrong)
-    with swapped({function: compiled(ast.parse(source), function) for function, source in changed.items()}):
+    codes = {function: compiled(ast.parse(source), function) for function, source in changed.items()}
+    for function, code in codes.items():
+        if runs_alike(code, compiled(ast.parse(source_of(function)), function)):
+            raise LookupError(f"{function.__qualname__}: the change is outside of what runs (a default, a decorator)")
+    with swapped(codes):
         yield
 
 
@@ -67,7 +72,7 @@ def find(where: str) -> FunctionType:
     module, *names = where.split(".")
     found: Any = importlib.import_module(f"{PACKAGE}.{module}")
     for name in names:
-        found = inspect.getattr_static(found, name)
+        found = found.fset if name == "fset" and isinstance(found, property) else inspect.getattr_static(found, name)
     return unwrapped(found)
 
 
@@ -101,6 +106,15 @@ def compiled(tree: ast.Module, function: FunctionType) -> CodeType:
     if code.co_freevars != function.__code__.co_freevars:
         raise LookupError(f"{function.__qualname__}: closes over other names when it is changed")
     return code
+
+
+def runs_alike(a: CodeType, b: CodeType) -> bool:
+    """Whether two codes do the same, wherever their lines stand."""
+    parts = [(code.co_code, code.co_names, code.co_varnames, len(code.co_consts)) for code in (a, b)]
+    return parts[0] == parts[1] and all(
+        runs_alike(x, y) if isinstance(x, CodeType) and isinstance(y, CodeType) else (type(x), x) == (type(y), y)
+        for x, y in zip(a.co_consts, b.co_consts, strict=True)
+    )
 
 
 def inner(code: CodeType, name: str) -> CodeType:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import faults
-from .rules import CAUGHT, FOUR, HALF, RULES, SETTINGS
+from .judging import is_named
+from .rules import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, RULES, SETTINGS, TEXT
 
 KEPT = Path(__file__).parent / "judged.json"
 README = KEPT.parents[1] / "README.md"
@@ -26,7 +27,17 @@ class Judged:
 
     @classmethod
     def read(cls, path: Path = KEPT) -> Judged:
-        return cls(json.loads(path.read_text()))
+        """Raises ValueError, in one line, where there is no such record."""
+        try:
+            judged = cls(json.loads(path.read_text(encoding="utf-8")))
+            judged.text()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror or error}; python -m verify judge --keep writes it") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: no record of a judge ({type(error).__name__}: {error}); check it out again"
+            ) from None
+        return judged
 
     def keep(self) -> None:
         """Makes this the record that the repository keeps, and its table the README's."""
@@ -43,7 +54,11 @@ class Judged:
         found = self.found[fault.name]
         if not found.get("claim"):
             return "cannot show" if fault.equivalent and not fault.stage else "missed"
-        return "caught and named" if found["named"] else "caught"
+        return "caught and named" if self.is_named(fault) else "caught"
+
+    def is_named(self, fault: faults.Fault) -> bool:
+        found = self.found[fault.name]
+        return bool(found.get("claim")) and is_named(fault, found["claim"], found["stage"])
 
     def catches(self, fault: faults.Fault, rule: str, setting: str) -> bool:
         return self.cell(fault, rule)[SETTINGS.index(setting)] == CAUGHT
@@ -58,10 +73,14 @@ class Judged:
         return sum(bool(self.found[f.name].get("claim")) for f in self.real)
 
     def named(self) -> int:
-        return sum(bool(self.found[f.name].get("named")) for f in self.real)
+        return sum(map(self.is_named, self.real))
 
     def caught_by(self, rule: str, setting: str) -> int:
         return sum(self.catches(fault, rule, setting) for fault in self.real)
+
+    def asked(self, rule: str) -> int:
+        """Faults in what a rule's runs do use: not a prefill and 20 tokens' MTP, packed caches, batches, FP8."""
+        return sum(NOT_ASKED not in self.cell(fault, rule) for fault in self.real)
 
     def alarms(self, rule: str) -> int:
         """Sound runs that a rule rejects, at any prompt."""
@@ -77,15 +96,17 @@ class Judged:
         lines = []
         for fault in self.real:
             found = self.found[fault.name]
-            if not found.get("named"):
+            if not self.is_named(fault):
                 seen = f"met first at {found['stage']} [{found['claim']}]" if found.get("claim") else "not caught"
                 lines.append(f"{fault.name}: {seen}; declared: {fault.stage} [{fault.claim}]")
         for fault in self.equivalent:
             found = self.found[fault.name]
-            if bool(found.get("claim")) != bool(fault.stage) or (fault.stage and not found["named"]):
+            if bool(found.get("claim")) != bool(fault.stage) or (fault.stage and not self.is_named(fault)):
                 lines.append(
                     f"{fault.name}: equivalent, declared to be seen at {fault.stage or 'no stage'}; found: {found}"
                 )
+        others = [f.name for f in (*self.real, *self.equivalent) if self.found[f.name].get("edits") != faults.digest(f)]
+        lines += [f"{name}: judged when it changed something else" for name in others]
         if self.random["false_alarms"]:
             lines.append(f"false alarms: {'; '.join(self.random['false_alarms'])}")
         return lines
@@ -104,6 +125,7 @@ class Judged:
         runs = len(self.rules["clean"])
         return [
             [f"caught, of {count}", "", str(self.caught()), *others],
+            [f"asked, of {count}", "", str(count), *(str(self.asked(rule.name)) for rule in RULES)],
             [f"named, of {count}", "", str(self.named()), *["0"] * len(RULES)],
             [
                 f"false alarms, {runs} sound runs",
@@ -124,14 +146,16 @@ class Judged:
         lines.insert(1, "  ".join("-" * width for width in widths))
         at = 2 + len(self.real)
         lines[at:at] = ["", "equivalent: no output can change"] if self.equivalent else []
-        lines.insert(len(lines) - 3, "")
+        lines.insert(len(lines) - 4, "")
         return "\n".join([*lines, "", *self.legend(), "", *self.verdict()])
 
     def legend(self) -> list[str]:
         lines = [f"({i}) {rule.name}; usual prompt: {rule.usual} tokens" for i, rule in enumerate(RULES, 1)]
+        signs = f"{CAUGHT} caught, {MISSED} missed: at the usual prompt (index_topk 2048), {HALF}, {FOUR}; free-running, float32"
         return [
             *lines,
-            f"+ caught, . missed: at the usual prompt (index_topk 2048), at {HALF}, at {FOUR}; free-running, float32",
+            signs,
+            f"{NOT_ASKED} not asked: a prefill and {TEXT} tokens use nothing of what the fault changes",
         ]
 
     def verdict(self) -> list[str]:
@@ -144,12 +168,14 @@ class Judged:
 
     def markdown(self) -> str:
         """The sums over all faults, and a row for each that was seen in the field."""
-        head = ["rule", "usual prompt", HALF, FOUR, "named", "false alarms"]
-        mine = str(self.caught())
-        rows = [["**this gate**", mine, mine, mine, str(self.named()), str(len(self.random["false_alarms"]))]]
+        head = ["rule", "asked", "usual prompt", HALF, FOUR, "named", "false alarms"]
+        mine, all_of_them = str(self.caught()), str(len(self.real))
+        rows = [
+            ["**this gate**", all_of_them, mine, mine, mine, str(self.named()), str(len(self.random["false_alarms"]))]
+        ]
         for rule in RULES:
             counts = [str(self.caught_by(rule.name, setting)) for setting in SETTINGS]
-            rows.append([rule.name, *counts, "0", str(self.alarms(rule.name))])
+            rows.append([rule.name, str(self.asked(rule.name)), *counts, "0", str(self.alarms(rule.name))])
         field = [f for f in self.real if f.origin != faults.OWN]
         signs = ["fault", "shows", "met first at", *(f"({i})" for i in range(1, len(RULES) + 1))]
         parts = [

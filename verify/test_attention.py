@@ -66,10 +66,12 @@ def test_gathered_in_blocks(case: Case, judge, monkeypatch):
     reference = case.reference(case.long)
     whole = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
     width = case.args.kv_lora_rank + case.args.qk_rope_head_dim
-    monkeypatch.setattr(module, "GATHER_ELEMENTS", 9 * case.args.index_topk * width)
-    blocks = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
     stage = "layers.0.self_attn.heads"
-    judge.values(case.name, f"{stage} (blocks of 9)", blocks[stage], whole[stage], reference.bound(stage, local=True))
+    for queries, elements in ((9, 9 * case.args.index_topk * width), (1, 1)):  # a block is never smaller than a query
+        monkeypatch.setattr(module, "GATHER_ELEMENTS", elements)
+        blocks = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
+        name = f"{stage} (blocks of {queries})"
+        judge.values(case.name, name, blocks[stage], whole[stage], reference.bound(stage, local=True))
 
 
 def multiplications(args, queries: int, keys: int, selected: int | None) -> dict[str, int]:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from glm_dsa import CacheError, KvQuantization, LayerCache
 from glm_dsa.cache import Widths
 from verify import tolerances
-from verify.candidate import to_numpy
+from verify.candidate import Ours, to_numpy
 from verify.cases import TOPK, Case, group_size
 
 CLAIM = "cache operations, any sequence"
@@ -135,7 +135,14 @@ class Contents(RuleBasedStateMachine):
         row = self.rows[row % len(self.rows)]
         if how == "new":
             return self.new()
-        self.rows.append(row.copy(remade(row.cache, how, self.folder)))
+        if how == "state":  # two of one state share nothing
+            state = row.cache.state
+            twin = row.copy(LayerCache.from_state(state))
+            self.grow(twin.cache, [twin], [2])
+            self.rows.append(row.copy(LayerCache.from_state(state)))
+            self.check(twin, "state, gone on from")
+        else:
+            self.rows.append(row.copy(remade(row.cache, how, self.folder)))
         self.check(self.rows[-1], how)
 
     @rule(row=st.integers(0, 3), start=st.sampled_from([0, 5, 20]))
@@ -165,7 +172,7 @@ class Contents(RuleBasedStateMachine):
         for _ in range(decoded):
             self.grow(batch, rows, [1] * len(rows))
         keep = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
-        batch.filter(keep)
+        batch.filter(mx.array(keep) if data.draw(st.booleans()) else keep)
         rows = [rows[i] for i in keep]
         if data.draw(st.booleans()):
             batch.extend(chosen[0].cache)
@@ -419,3 +426,44 @@ def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start
     )
     examples = 6 if case.args.index_topk <= TOPK else 1  # long prompts cost four times as much
     run(lambda: Conversations(case, judge, tmp_path, options), examples, steps=10)
+
+
+PADS, START = [3, 0], 4
+
+
+@pytest.mark.parametrize("how", ["made so", "prepared", "packed later"])
+def test_rows_are_packed_from_their_own_token_on(judge, how):
+    """In a left-padded batch, whichever way the cache learns of pads and packing."""
+    quantization, first = KvQuantization(8, 32, START), 200_000
+    vectors, keys = (np.random.default_rng(0).standard_normal((2, 12, w)).astype(np.float32) for w in (96, 6))
+    cache = LayerCache(Widths(64, 32, 6), None if how == "packed later" else quantization,
+                       None if how == "prepared" else PADS, first)  # fmt: skip
+    if how == "prepared":
+        cache.prepare(left_padding=PADS)
+    for rows in (slice(0, 5), slice(5, 12)):
+        cache.append_index_keys(mx.array(keys[:, rows]))
+        cache.append(mx.array(vectors[:, rows]))
+    if how == "packed later":
+        cache = cache.to_quantized(group_size=32, bits=8, start=START)
+    due = vectors.copy()
+    for row, pads in enumerate(PADS):
+        due[row, pads + START :] = to_numpy(quantization.rounded(mx.array(vectors[row, pads + START :])))
+    judge.values("vectors", f"padded batch, {how}", to_numpy(cache.latents.read()), due, 0.0)
+    after = [first + 12 - pads for pads in PADS]
+    judge.holds("vectors", "offset", cache.offset.tolist() == after, f"the next positions are {after}")
+    is_whole = cache.is_trimmable() and cache.size() == 12 and not cache.empty()
+    judge.holds("vectors", "size", is_whole, "12 columns, which can be trimmed")
+    with pytest.raises(CacheError, match="packed"):
+        cache.to_quantized(group_size=32, bits=4)
+    judge.holds("vectors", "packing", cache.quantization == quantization, "other bits are refused, and change nothing")
+
+
+@pytest.mark.needs("indexer")
+@pytest.mark.any_layout
+def test_a_cache_of_other_conventions_is_refused(case: Case, judge):
+    """Its keys were turned another way."""
+    other = {"interleaved": "half-split", "half-split": "interleaved"}[case.args.indexer_rope]
+    cache = Ours(case.folder, **{**case.spec.overrides, "indexer_rope": other}).model.make_cache()
+    with pytest.raises(CacheError, match="weights or conventions differ"):
+        case.ours.model(mx.array(case.tokens(5)), cache)
+    judge.holds(case.name, "cache", cache[0].empty(), "refused before anything is written")

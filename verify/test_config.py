@@ -144,3 +144,34 @@ def test_a_missing_key_means_what_hf_takes_it_for(judge, base, key):
         "interleave": getattr(built, "rope_interleave", True),
     }
     judge.holds(f"{base} without {key}", "config", ours == theirs, f"as HF fills it in (ours {ours}, HF {theirs})")
+
+
+YARN = {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.7}
+SAID = {  # what a config may say beside zai-org's keys, or instead: (changes, argument, what it then is)
+    "an MLX build's key": ({"indexer_rope_traditional": True, "indexer_rope_interleave": None}, "indexer_rope", "interleaved"),
+    "an MLX build's, false": ({"indexer_rope_traditional": False, "indexer_rope_interleave": None}, "indexer_rope", "half-split"),
+    "an MLX build's key against zai-org's": ({"indexer_rope_traditional": False}, "indexer_rope", "half-split"),
+    "neither": ({"indexer_rope_interleave": None}, "indexer_rope", "half-split"),
+    "zai-org's key, false": ({"indexer_rope_interleave": False}, "indexer_rope", "half-split"),
+    "k_norm's eps": ({"indexer_norm_eps": 1e-5}, "indexer_norm_eps", 1e-5),
+    "the latents' eps": ({"latent_norm_eps": 1e-5}, "latent_norm_eps", 1e-5),
+    "drafts that reuse": ({"index_share_for_mtp_iteration": True}, "mtp_reuses_selection", True),
+    "drafts that do not": ({"index_share_for_mtp_iteration": False}, "mtp_reuses_selection", False),
+    "a first embedding of zero": ({"mtp_zero_first_embedding": True}, "mtp_zero_first_embedding", True),
+    "a pattern against the rule": ({"num_hidden_layers": 4, "index_topk_pattern": "FSSF", "index_topk_freq": 2}, "indexer_types",
+                                   ("full", "shared", "shared", "full")),
+    "types against a pattern": ({"num_hidden_layers": 2, "indexer_types": ["full", "full"], "index_topk_pattern": "FS"},
+                                "indexer_types", ("full", "full")),
+    "types with the MTP layer's": ({"num_hidden_layers": 2, "indexer_types": ["full", "shared", "full"]}, "indexer_types",
+                                   ("full", "shared")),
+    "a scaling in older words": ({"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}},
+                                 "rope_scaling", {"rope_type": "yarn", **YARN}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_a_config_says(judge, said):
+    """Keys of other builds, older words, and which of two that contradict each other counts."""
+    changes, name, due = SAID[said]
+    found = getattr(glm_dsa.ModelArgs.from_dict(checkpoints.tiny(**changes)), name)
+    judge.holds(said, "config", found == due, f"{name} = {due} (found: {found})")

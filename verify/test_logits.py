@@ -1,8 +1,10 @@
 """The whole model from tokens to logits, free-running and under the reference's selections and routing."""
 
+import mlx.core as mx
 import pytest
 
 from verify import compare
+from verify.candidate import to_numpy
 from verify.cases import Case
 from verify.report import MEASURED, Comparison
 
@@ -26,3 +28,11 @@ def test_logits(case: Case, judge, gate, regime, run):
     kl = f"mean {found.kl_mean:.1e}, p95 {found.kl_p95:.1e}, max {found.kl_max:.1e}"
     note = f"KL(ref || ours) in nats: {kl}; top-1 {found.top1:.1%}"
     gate.add(Comparison(CLAIM, case.name, f"distributions, {regime}, {run}", MEASURED, note=note))
+
+
+@pytest.mark.any_layout
+def test_embeddings_in_the_place_of_tokens(case: Case, judge):
+    """`input_embeddings`: the tokens are not looked up."""
+    tokens, model = mx.array(case.tokens(case.long)), case.ours.model
+    handed = model(mx.zeros_like(tokens), input_embeddings=model.model.embed_tokens(tokens))
+    judge.values(case.name, "logits (embeddings handed in)", to_numpy(handed), to_numpy(model(tokens)), 0.0)

@@ -12,7 +12,7 @@ from reference.equations import Equations
 from reference.mtp import Mtp
 from verify import compare, tolerances
 from verify.candidate import Ours, to_numpy
-from verify.cases import Case
+from verify.cases import Case, group_size
 
 CLAIM = "MTP, chained draft steps"
 STEPS = 4
@@ -73,6 +73,8 @@ def check(case: Case, judge, regime, overrides):
     due = oracles.fed[0].shape[1] + STEPS - 1
     judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
     for step in range(STEPS):
+        fed = np.array_equal(to_numpy(drafts[step].tokens), oracles.fed[step])
+        judge.holds(case.name, f"mtp step {step} tokens", fed, "the draft says what it was fed")
         for which, stage in ((1, "hidden"), (0, "logits")):
             mine = to_numpy(getattr(drafts[step], stage))
             judge.values(
@@ -106,9 +108,11 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
 
 
 @pytest.mark.needs("mtp")
-def test_a_left_padded_batch(case: Case, judge):
+@pytest.mark.parametrize("regime", ["short", "long"])
+def test_a_left_padded_batch(case: Case, judge, regime):
     """A row behind pads drafts what it drafts alone."""
-    oracles, model, pads = Oracles(case, case.conventions, case.lengths[-1]), case.ours.model, 7
+    length, model, pads = case.lengths[0 if regime == "short" else -1], case.ours.model, 7
+    oracles = Oracles(case, case.conventions, length)
     padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (oracles.hidden, oracles.fed[0])]
     cache = model.make_mtp_cache(left_padding=[pads, pads])
     drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, STEPS,
@@ -118,3 +122,17 @@ def test_a_left_padded_batch(case: Case, judge):
         judge.values(
             case.name, f"mtp step {step} logits (padded)", logits, oracles.hf[step][0], oracles.bound(case, step, 0)
         )
+
+
+@pytest.mark.any_layout
+@pytest.mark.needs("mtp", "packable")
+def test_a_packed_cache(case: Case, judge):
+    """--kv-bits holds for the MTP layer's cache too: it keeps what packing leaves of a float one."""
+    oracles, model, group = Oracles(case, case.conventions, case.lengths[-1]), case.ours.model, group_size(case.args)
+    plain, packed = model.make_mtp_cache(), model.make_mtp_cache(kv_bits=8, kv_group_size=group)
+    for cache in (plain, packed):
+        model.draft(mx.array(oracles.hidden), mx.array(oracles.fed[0]), cache, 1)
+    due, held = plain.length, packed.latents.packed.length
+    judge.holds(case.name, "mtp cache", held == due, f"{due} tokens are packed (found: {held})")
+    rounded = to_numpy(packed.quantization.rounded(plain.latents.read()))
+    judge.values(case.name, "mtp cache (8 bit)", to_numpy(packed.latents.read()), rounded, 0.0)

@@ -27,6 +27,8 @@ SCALINGS = {
     "yarn, other betas": {**YARN, "beta_fast": 12.0, "beta_slow": 2.0},
     "yarn, not truncated": {**YARN, "truncate": False},
     "yarn, attention factor": {**YARN, "attention_factor": 1.3},
+    "yarn, mscale alone": {**YARN, "mscale": 1.0},
+    "yarn, trained on 131072": {**YARN, "original_max_position_embeddings": 131072},
     "yarn, factor 1": {**YARN, "factor": 1.0},
 }
 

@@ -256,3 +256,34 @@ def test_files_are_not_touched(case: Case, judge):
     glm_dsa.load(case.folder)
     after = {f.name: f.stat().st_mtime_ns for f in case.folder.iterdir()}
     judge.holds(case.name, "folder", before == after, "loading writes nothing")
+
+
+def test_what_16_bit_and_packing_leave_alone(case: Case, judge):
+    """The correction bias stays float32 whatever the model is cast to; a conversion leaves the indexer unpacked."""
+    half = parameters_of(glm_dsa.load(case.folder, dtype=mx.float16, **case.spec.overrides))
+    other = sorted(
+        {str(t.dtype) for n, t in half.items() if ("e_score_correction_bias" in n) != (t.dtype == mx.float32)}
+    )
+    judge.holds(
+        case.name, "dtypes", not other, f"float32 for the correction bias, float16 for the rest (also: {other})"
+    )
+    model = case.ours.model
+    for name in half:
+        judge.holds(
+            case.name,
+            name,
+            model.cast_predicate(name) == ("e_score_correction_bias" not in name),
+            "cast, but for the bias",
+        )
+    packed = [p for p, m in model.named_modules() if ".indexer." in p and model.quant_predicate(p, m)]
+    judge.holds(case.name, "packing", not packed, f"no part of an indexer is packed unless asked for ({packed[:2]})")
+
+
+def test_a_tied_head_that_is_stored_all_the_same(judge, tmp_path):
+    """Some conversions write lm_head.weight beside a tied embedding."""
+    folder = checkpoints.write(tmp_path / "tied", checkpoints.tiny(num_hidden_layers=1, tie_word_embeddings=True))
+    bare = parameters_of(glm_dsa.load(folder))
+    judge.holds("tied", "names", "lm_head.weight" not in bare, "the embedding is the head")
+    head = read_tensors(folder)("model.embed_tokens.weight", torch.bfloat16).clone()
+    checkpoints.add_shard(folder, "model-head.safetensors", {"lm_head.weight": head})
+    judge.holds("tied", "names", same(parameters_of(glm_dsa.load(folder)), bare), "the same with the head stored too")
