@@ -245,10 +245,13 @@ class _Auditor:
                 f"an indexer on shared layers {ranges(layers)} ({len(shared)} tensors): they reuse the selection of the "
                 "full layer below; this definition leaves these tensors unread, others run them",
             )
-        tables = [n for n in surplus if n not in shared and weights.is_ignorable(self.args, n)]
-        if tables:
-            self._say(NOTE, f"{len(tables)} tables of angles (rotary_emb.inv_freq), unread")
-        for line in grouped(n for n in surplus if n not in shared and n not in tables):
+        unread = [n for n in surplus if n not in shared and weights.is_ignorable(self.args, n)]
+        heads = [n for n in unread if n.startswith("lm_head.")]
+        if heads:
+            self._say(NOTE, f"{heads[0]}, unread: config.json ties the head to the embedding")
+        if tables := len(unread) - len(heads):
+            self._say(NOTE, f"{tables} tables of angles (rotary_emb.inv_freq), unread")
+        for line in grouped(n for n in surplus if n not in shared and n not in unread):
             self._say(FAULT, f"not expected: {line}; config.json names no such tensor")
 
     # -- precision
