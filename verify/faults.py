@@ -315,7 +315,7 @@ def _block() -> Iterator[Fault]:
     yield fault("rms-eps-1e-6", "the latents' eps for the layer's norms",
                 Edit("block.DecoderLayer.__init__", "self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)",
                      "self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=1e-6)"), stage="input_layernorm",
-                shows="small variance, or a config with a large eps")
+                shows="slightly; plainly where rms_norm_eps is large")
     yield fault("final-norm-skipped", "the head reads the last layer's output",
                 Edit("model.Backbone.__call__", 'tap(self, "norm", self.norm(x))', 'tap(self, "norm", x)'), stage="norm",
                 claim=LOGITS)
@@ -398,10 +398,10 @@ def _weights() -> Iterator[Fault]:
     yield fault("kv-b-halves-swapped", "kv_b_proj read as [W_uv; W_uk]",
                 Edit(split, "w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)",
                      "w_uv, w_uk = mx.split(weight.reshape(heads), [args.v_head_dim], axis=1)"),
-                stage="layers.0.self_attn.embed_q.weight")
+                stage="self_attn.embed_q.weight")
     yield fault("kv-b-heads-last", "kv_b_proj's rows are read as [width, heads]",
                 Edit(split, "weight.reshape(heads)", "weight.reshape(heads[1], heads[0], heads[2]).swapaxes(0, 1)"),
-                stage="layers.0.self_attn.embed_q.weight")
+                stage="self_attn.embed_q.weight")
     yield fault("experts-in-text-order", "experts are stacked in the order of their names: 0, 1, 10, 11, ..., 2",
                 Edit("weights._stack_experts", "tensors.pop(n) for n in names", "tensors.pop(n) for n in sorted(names)"),
                 stage="mlp.switch_mlp", shows="more than 10 experts")
@@ -461,8 +461,9 @@ def _cache() -> Iterator[Fault]:
                 stage="raises CacheError",
                 shows="saved, packed from a later token on")
     yield fault("start-forgotten-in-a-batch", "a merged cache starts at position 0",
-                Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"), stage="batch",
-                shows="far positions in a batch", corrected="logits; and it was missed, until caches of a batch began far off too")
+                Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"),
+                stage="raises CacheError", shows="far positions in a batch",
+                corrected="logits; it was missed, until caches of a batch began far off too: then rows no longer go together")
 
 
 def _int8() -> Iterator[Fault]:
@@ -599,7 +600,8 @@ def _equivalent() -> Iterator[Fault]:
                 (Edit("model.Model.draft", "rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)",
                       "length = tokens.shape[1]; "
                       "rotation, mask = self.model._rotary(positions(length, cache) + 1), cache.make_mask(length)"),),
-                "", "", equivalent=shift + "; the MTP layer's keys are all its own")
+                MTP, "mtp cache", equivalent=shift + "; the MTP layer's keys are all its own",
+                corrected="nowhere; the keys that are written show it")
     yield Fault("latent-doubled-scale-halved", "MLA", "query latent times 2, softmax scale divided by 2",
                 (Edit("attention.MultiHeadLatentAttention.query_latent", "self.q_a_layernorm(self.q_a_proj(x))",
                       "2 * self.q_a_layernorm(self.q_a_proj(x))"),
