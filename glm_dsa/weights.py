@@ -242,9 +242,12 @@ def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> N
                 absent = next(n for n in names if n not in tensors)
                 raise WeightsError(f"{absent}: missing, though {present[0]} is there; a shard may be missing")
             experts = [tensors.pop(n) for n in names]
-            odd = next((n for n, e in zip(names, experts, strict=True) if e.shape != experts[0].shape), None)
-            if odd is not None:
-                raise WeightsError(f"{odd}: of another shape than {names[0]}, {list(experts[0].shape)}")
+            for n, e in zip(names, experts, strict=True):
+                if (e.shape, e.dtype) != (experts[0].shape, experts[0].dtype):
+                    due = f"{experts[0].dtype} {list(experts[0].shape)}"
+                    raise WeightsError(
+                        f"{n}: {e.dtype} {list(e.shape)}, where {names[0]} is {due}: experts are of one kind"
+                    )
             tensors[f"{mlp}.switch_mlp.{projection}.{part}"] = mx.stack(experts)
 
 

@@ -13,6 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
+import verify.__main__
 from glm_dsa import KvQuantization, LayerCache, Model, Widths
 from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
@@ -70,6 +71,7 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
         *recorder.names,
         *options_of_the_trainer(capsys),
         "--values",
+        *options_of("judge", capsys),
         "--json",
         "--version",
         "--max-kv-size",
@@ -94,6 +96,13 @@ def options_of_the_trainer(capsys) -> set[str]:
         assert options == set(re.findall(r"--[a-z][a-z-]+", " ".join(lines)))
         every |= options
     return every
+
+
+def options_of(command: str, capsys) -> set[str]:
+    """Of a command of `python -m verify`."""
+    with pytest.raises(SystemExit, match="0"):
+        verify.__main__.main([command, "--help"])
+    return set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
 
 
 def commands() -> list[str]:

@@ -197,11 +197,11 @@ SAMPLE = {
     "rope-offset-after-cache": chunks,
     "trim-main-only": rewind,
     "kv-bits-no-op": packed,
-    "saved-without-its-start": contents,
+    "right-padding-stays": contents,
     "mtp-concat-order": drafts,
 }
 OTHERWISE = {
-    "rope-offset-after-cache": "logits (chunks)"
+    "rope-offset-after-cache": "mlp.gate.topk (chunks)"
 }  # by this check; in the gate's order another one meets it first
 
 

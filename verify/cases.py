@@ -82,7 +82,7 @@ def default_specs() -> list[Spec]:
     grouped = checkpoints.tiny(
         indexer_types=["full", "shared", "full", "shared", "shared"], num_hidden_layers=5, first_k_dense_replace=1,
         n_group=4, topk_group=2, norm_topk_prob=False, attention_bias=True, n_shared_experts=2,
-        rms_norm_eps=0.05, qk_nope_head_dim=32, qk_head_dim=48, tie_word_embeddings=True,
+        rms_norm_eps=0.05, qk_nope_head_dim=32, qk_head_dim=48,
     )  # fmt: skip
     yarn = {"rope_theta": 1000000, "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
             "beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
@@ -100,7 +100,10 @@ def default_specs() -> list[Spec]:
         for layout in ("interleaved", "half-split")
     ]
     flash = checkpoints.glm_4_7(**packable | {"qk_head_dim": None})
-    flashes = [Spec("glm-4.7", flash), Spec("glm-4.7-half-split", flash, {"main_rope": "half-split"})]
+    flashes = [
+        Spec("glm-4.7", flash),
+        Spec("glm-4.7-half-split", {**flash, "tie_word_embeddings": True}, {"main_rope": "half-split"}),
+    ]
     return [*specs, *flashes, *trained_specs()]
 
 
