@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -39,6 +40,7 @@ def modules() -> dict[str, Any]:
     return {name: importlib.import_module(f"glm_dsa.{name}") for name in names if name not in ("__main__", "mlx_lm")}
 
 
+@cache
 def functions() -> dict[str, FunctionType]:
     """Every function of the definition: {"indexer.Indexer.score": function}."""
     found: dict[str, FunctionType] = {}
@@ -185,6 +187,6 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         names = faults.chosen(config.getoption("--judge-faults"))
     except LookupError as error:
-        pytest.exit(error.args[0], returncode=1)
+        pytest.exit(str(error), returncode=1)
     out, in_order = Path(config.getoption("--judge-out")), config.getoption("--judge-in-order")
     config.pluginmanager.register(Judging(config, names, out, in_order))

@@ -1,168 +1,34 @@
-"""The mutation test of the definition: each operator, constant and comparison changed in turn, each condition turned round,
-each call that stands alone and each assignment to a part left out; the gate must notice.
+"""The mutation test of the definition: each operator, constant and comparison changed in turn (mutants.py); the gate must
+notice.
 
-A pytest plugin (`make mutate`). A mutant is one node of one function's syntax tree; the tests that run that function are
-repeated until one fails: first those that noticed earlier mutants of it, then the quickest, two of each kind. Survivors are
-what nobody would notice: a check is missing, or the change is equivalent.
+A pytest plugin (`make mutate`). The tests that run what is changed are repeated until one fails, those first that noticed most
+for their time; two of each kind, the quickest. Survivors are what nobody would notice: a check is missing, or the change is
+equivalent.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pytest
 
-from . import seeding
-from .judging import Court, functions, modules
+from .judging import Court, functions
+from .mutants import Mutant, applied, mutants, reason
 
-OPERATORS: dict[type, type] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = ("errors", "version", "sharding")  # words; and what takes several processes, tried in tests/test_mlx_lm.py
-READERS = ("checkpoint", "config", "keys", "trace", "weights")
 BEGUN = "begun"
 PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`where` is "module.Class.method", or "module.CONSTANT"; number: the how manieth change of it."""
-
-    where: str
-    number: int
-    line: int
-    change: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.where}#{self.number}"
-
-
-def mutants() -> Iterator[Mutant]:
-    """The model's own files first; what reads and checks checkpoints after them."""
-    every = {where: f for where, f in functions().items() if where.split(".")[0] not in LEFT_OUT}
-    for is_reader in (False, True):
-        for where, function in every.items():
-            if (where.split(".")[0] in READERS) != is_reader:
-                continue
-            first = function.__code__.co_firstlineno
-            for number, (line, change, _) in enumerate(changes(seeding.source_of(function))):
-                yield Mutant(where, number, first + line - 1, change)
-    for name, module in modules().items():
-        for constant, value in vars(module).items():
-            if constant.isupper() and isinstance(value, int) and f"\n{constant} = " in seeding.text_of(module):
-                yield Mutant(f"{name}.{constant}", 0, 0, f"{value} -> {value + 1}")
-
-
-def changes(source: str) -> Iterator[tuple[int, str, ast.Module]]:
-    """(line, change in words, the changed tree), one for each node that can be changed."""
-    count = sum(1 for _ in _nodes(ast.parse(source)))
-    for number in range(count):
-        tree = ast.parse(source)
-        holder, field, index, node = next(item for i, item in enumerate(_nodes(tree)) if i == number)
-        new = _changed(node)
-        if index is None:
-            setattr(holder, field, new)
-        else:
-            getattr(holder, field)[index] = new
-        before, after = (ast.unparse(ast.fix_missing_locations(n)) for n in (node, new))
-        yield node.lineno, f"{before} -> {after or 'nothing'}", tree
-
-
-def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
-    """(holder, field, index, node) of what can be changed, outside decorators, annotations, defaults and docstrings."""
-    function: Any = tree.body[0]
-    queue: list[ast.AST] = list(function.body)
-    roots = [(function, "body", i, node) for i, node in enumerate(function.body)]
-    for holder, field, index, node in [*roots, *(found for root in queue for found in _inside(root))]:
-        if _changed(node) is not None:
-            yield holder, field, index, node
-
-
-def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
-    for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.JoinedStr, ast.Raise)):
-            continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(child, ast.AST):
-                yield node, field, index, child
-                yield from _inside(child)
-
-
-def _changed(node: Any) -> Any:
-    """Another node for it, or None where there is nothing to change."""
-    match node:
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return ast.copy_location(ast.BinOp(left, OPERATORS[type(op)](), right), node)
-        case ast.BoolOp(op, values):
-            return ast.copy_location(ast.BoolOp(OPERATORS[type(op)](), values), node)
-        case ast.Compare(left, [op], comparators):
-            return ast.copy_location(ast.Compare(left, [OPERATORS[type(op)]()], comparators), node)
-        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
-            return operand
-        case ast.Constant(bool() as value):
-            return ast.copy_location(ast.Constant(not value), node)
-        case ast.Constant(int() | float() as value):
-            return ast.copy_location(ast.Constant(value + 1 if isinstance(value, int) else 2 * value), node)
-        case ast.If(test, body, orelse):
-            return ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), test), body, orelse), node)
-        case ast.IfExp(test, body, orelse):
-            return ast.copy_location(ast.IfExp(ast.UnaryOp(ast.Not(), test), body, orelse), node)
-        case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Assign([ast.Attribute() | ast.Subscript()]):
-            return ast.copy_location(ast.Pass(), node)
-    return None
-
-
-# Changes that no output can show, by what they are a change of: {(function, change): why}; judged by hand.
-EQUIVALENT: dict[tuple[str, str], str] = {}
-
-
-def reason(record: Mapping[str, Any]) -> str:
-    """Why nobody can notice a mutant; empty where somebody should."""
-    return EQUIVALENT.get((record["mutant"].split("#")[0], record["change"]), "")
-
-
-@contextmanager
-def applied(mutant: Mutant) -> Iterator[None]:
-    function = functions().get(mutant.where)
-    with _constant(mutant) if function is None else _code(mutant, function):
-        yield
-
-
-def _code(mutant: Mutant, function: FunctionType) -> AbstractContextManager[None]:
-    *_, tree = next(c for i, c in enumerate(changes(seeding.source_of(function))) if i == mutant.number)
-    return seeding.swapped({function: seeding.compiled(tree, function)})
-
-
-@contextmanager
-def _constant(mutant: Mutant) -> Iterator[None]:
-    home, name = mutant.where.split(".")
-    own = getattr(modules()[home], name)
-    holders = [module for module in modules().values() if getattr(module, name, None) is own]
-    for module in holders:
-        setattr(module, name, own + 1)
-    try:
-        yield
-    finally:
-        for module in holders:
-            setattr(module, name, own)
 
 
 class Mutation(Court):
@@ -214,12 +80,15 @@ class Mutation(Court):
         self.fresh_report()
         self.forget_models()
         affected = self.affected(mutant.where)
-        affected.sort(key=lambda item: (-self.noticed[mutant.where, item], -self.noticed["", item], self.seconds[item]))
+        affected.sort(key=lambda item: self.worth(mutant.where, item), reverse=True)
         try:
             with applied(mutant), alarm():
                 for item in affected:
                     signal.alarm(PATIENCE + int(20 * self.seconds[item]))  # slow is not hung, on a busy machine
-                    if any(report.failed for report in self.run(item)):
+                    started = time.time()
+                    reports = self.run(item)
+                    self.seconds[item] = time.time() - started  # without the references that the first pass built
+                    if any(report.failed for report in reports):
                         self.noticed.update([(mutant.where, item), ("", item)])
                         return f"noticed by {item.nodeid}"
         except LookupError as error:
@@ -227,6 +96,10 @@ class Mutation(Court):
         except TimeoutError:
             return "noticed: it hangs"
         return f"survived {len(affected)} tests"
+
+    def worth(self, where: str, item: pytest.Item) -> float:
+        """What a test noticed of earlier mutants, those of the same function above all, for its time."""
+        return (1 + self.noticed["", item] + 20 * self.noticed[where, item]) / self.seconds[item]
 
     def affected(self, where: str) -> list[pytest.Item]:
         """Of the tests that run a function, the two quickest of each kind: parametrized ones seldom differ here."""

@@ -1,0 +1,151 @@
+"""What the mutation test changes: each operator, constant and comparison of the definition, each condition turned round, each
+call that stands alone and each assignment to a part left out.
+
+A mutant is one node of one function's syntax tree, or one constant of a module.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from . import seeding
+from .judging import functions, modules
+
+OPERATORS: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+LEFT_OUT = ("errors", "version", "sharding")  # words; and what takes several processes, tried in tests/test_mlx_lm.py
+READERS = ("checkpoint", "config", "keys", "trace", "weights")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`where` is "module.Class.method", or "module.CONSTANT"; number: the how manieth change of it."""
+
+    where: str
+    number: int
+    line: int
+    change: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}#{self.number}"
+
+
+def mutants() -> Iterator[Mutant]:
+    """The model's own files first; what reads and checks checkpoints after them."""
+    every = {where: f for where, f in functions().items() if where.split(".")[0] not in LEFT_OUT}
+    for is_reader in (False, True):
+        for where, function in every.items():
+            if (where.split(".")[0] in READERS) != is_reader:
+                continue
+            first = function.__code__.co_firstlineno
+            for number, (line, change) in enumerate(changes(seeding.source_of(function))):
+                yield Mutant(where, number, first + line - 1, change)
+    for name, module in modules().items():
+        for constant, value in vars(module).items():
+            if constant.isupper() and isinstance(value, int) and f"\n{constant} = " in seeding.text_of(module):
+                yield Mutant(f"{name}.{constant}", 0, 0, f"{value} -> {value + 1}")
+
+
+def changes(source: str) -> Iterator[tuple[int, str]]:
+    """(line, change in words), one for each node of a function that can be changed."""
+    for *_, node in _nodes(ast.parse(source)):
+        new = ast.unparse(ast.fix_missing_locations(_changed(node)))
+        yield node.lineno, f"{ast.unparse(node)} -> {new or 'nothing'}"
+
+
+def changed(source: str, number: int) -> ast.Module:
+    """A function's tree with its `number`th change."""
+    tree = ast.parse(source)
+    holder, field, index, node = list(_nodes(tree))[number]
+    if index is None:
+        setattr(holder, field, _changed(node))
+    else:
+        getattr(holder, field)[index] = _changed(node)
+    return tree
+
+
+def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    """(holder, field, index, node) of what can be changed, outside decorators, annotations, defaults and docstrings."""
+    function: Any = tree.body[0]
+    yield from (
+        item for item in _inside(ast.Module(body=function.body, type_ignores=[])) if _changed(item[-1]) is not None
+    )
+
+
+def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.JoinedStr, ast.Raise)):
+            continue
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST):
+                yield node, field, index, child
+                yield from _inside(child)
+
+
+def _changed(node: Any) -> Any:
+    """Another node for it, or None where there is nothing to change."""
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return ast.copy_location(ast.BinOp(left, OPERATORS[type(op)](), right), node)
+        case ast.BoolOp(op, values):
+            return ast.copy_location(ast.BoolOp(OPERATORS[type(op)](), values), node)
+        case ast.Compare(left, [op], comparators):
+            return ast.copy_location(ast.Compare(left, [OPERATORS[type(op)]()], comparators), node)
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+            return operand
+        case ast.Constant(bool() as value):
+            return ast.copy_location(ast.Constant(not value), node)
+        case ast.Constant(int() | float() as value):
+            return ast.copy_location(ast.Constant(value + 1 if isinstance(value, int) else 2 * value), node)
+        case ast.If(test, body, orelse):
+            return ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), test), body, orelse), node)
+        case ast.IfExp(test, body, orelse):
+            return ast.copy_location(ast.IfExp(ast.UnaryOp(ast.Not(), test), body, orelse), node)
+        case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Assign([ast.Attribute() | ast.Subscript()]):
+            return ast.copy_location(ast.Pass(), node)
+    return None
+
+
+# Changes that no output can show, by what they are a change of: {(function, change): why}; judged by hand.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+def reason(record: Mapping[str, Any]) -> str:
+    """Why nobody can notice a mutant; empty where somebody should."""
+    return EQUIVALENT.get((record["mutant"].split("#")[0], record["change"]), "")
+
+
+@contextmanager
+def applied(mutant: Mutant) -> Iterator[None]:
+    function = functions().get(mutant.where)
+    with _constant(mutant) if function is None else _code(mutant, function):
+        yield
+
+
+def _code(mutant: Mutant, function: FunctionType) -> AbstractContextManager[None]:
+    tree = changed(seeding.source_of(function), mutant.number)
+    return seeding.swapped({function: seeding.compiled(tree, function)})
+
+
+@contextmanager
+def _constant(mutant: Mutant) -> Iterator[None]:
+    home, name = mutant.where.split(".")
+    own = getattr(modules()[home], name)
+    holders = [module for module in modules().values() if getattr(module, name, None) is own]
+    for module in holders:
+        setattr(module, name, own + 1)
+    try:
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, own)
