@@ -18,9 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from . import corpus, hf
-from .stored import BLOCK, read_tensors
-
-INDEX = "model.safetensors.index.json"
+from .stored import BLOCK, INDEX, read_tensors
 
 # zai-org's keys, at widths that a CPU runs in a blink. 16 index heads: fewer make exact ties at score 0 (ReLU).
 TINY = {

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from . import checkpoints, hf
+from . import checkpoints, hf, stored
 
 GLM_5_2 = checkpoints.glm_5_2(
     hidden_size=6144, intermediate_size=12288, moe_intermediate_size=2048, kv_lora_rank=512, q_lora_rank=2048,
@@ -116,7 +116,7 @@ def write(folder: Path, layers: int, bits: int, seed: int = 0, **changes: Any) -
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / file, shard, seed)
         index |= dict.fromkeys((p.name for p in shard), file)
-    (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+    (folder / stored.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     said = {"quantization": {"group_size": GROUP, "bits": bits, "mode": "affine"}}
     (folder / "config.json").write_text(json.dumps(config | said, indent=2))
     return folder

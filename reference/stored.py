@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from .packed import Packing, dequantize
 
+INDEX = "model.safetensors.index.json"
 BLOCK = 128  # FP8: rows and columns that share a scale
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
 HALF = re.compile(r"(.*\.self_attn)\.(embed_q|unembed_out)\.weight")
@@ -39,7 +40,7 @@ class read_tensors:
 
     def _shards(self) -> list[Path]:
         """As HF and mlx-lm choose: what the index lists, or else what is called model*; not what may lie beside them."""
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if not index.is_file():
             return sorted(self.folder.glob("model*.safetensors"))
         listed = {self.folder / file for file in json.loads(index.read_text())["weight_map"].values()}

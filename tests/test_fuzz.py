@@ -940,8 +940,12 @@ def broken_memory(monkeypatch):
 
 def broken_write(monkeypatch):
     check = checkpoint.check_values
-    write = lambda stored: (next(iter(stored.values())).file.parent.parent / "outside" / "new").write_text("")  # noqa: E731
-    monkeypatch.setattr("glm_dsa.checkpoint.check_values", lambda stored: (check(stored), write(stored)))
+
+    def write(stored):
+        check(stored)
+        (next(iter(stored.values())).file.parent.parent / "outside" / "new").write_text("")
+
+    monkeypatch.setattr("glm_dsa.checkpoint.check_values", write)
 
 
 def broken_line(monkeypatch):

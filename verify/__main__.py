@@ -54,7 +54,7 @@ def _faults(name: str | None) -> int:
     try:
         print(faults.listed() if name is None else faults.described(name))
     except LookupError as error:
-        print(f"verify: {error.args[0]}", file=sys.stderr)
+        print(f"verify: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -80,10 +80,7 @@ def _judge(chosen: argparse.Namespace) -> int:
             Path(chosen.json).write_text(judged.json())
         if chosen.keep:
             judged.keep()
-    except LookupError as error:
-        print(f"verify: {error.args[0]}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, judge_command.Failed) as error:
+    except (LookupError, ValueError, OSError, judge_command.Failed) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         out = report.Report(Path(target) if target else None)
         out.clear()
     except (ValueError, LookupError, OSError) as error:  # GlmDsaError too
-        pytest.exit(str(error.args[0] if isinstance(error, LookupError) else error), returncode=1)
+        pytest.exit(str(error), returncode=1)
     out.conventions, out.not_verified = asked.conventions(), asked.not_verified(config)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"),

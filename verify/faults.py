@@ -536,7 +536,8 @@ def _mtp() -> Iterator[Fault]:
                 Edit(draft, "hidden = out[:, -1:]", "hidden = hidden[:, -1:]"), stage="mtp step 1 hidden")
     yield fault("mtp-feeds-the-same-token", "each step is fed the first step's token",
                 Edit(draft, "tokens = choose(step, logits[:, -1])[:, None]", "tokens = tokens[:, -1:]"),
-                stage="mtp step 1 hidden")
+                stage="mtp step 1 tokens",
+                corrected="mtp step 1 hidden, until the tokens that a step was fed were compared before it")
     yield fault("mtp-first-embedding-kept", "the embedding at position 0 is kept where it is to be zero",
                 Edit("model.Model._draft_embeddings", "if not self.args.mtp_zero_first_embedding:", "if True:"),
                 stage="mtp step 0 hidden", shows="mtp_zero_first_embedding")

@@ -17,25 +17,12 @@ from .random_specs import random_specs
 from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
-UNASKED: tuple[Any, ...] = (
-    None,
-    False,
-    0,
-    [],
-    "float32",
-    "cpu",
-)  # what the options below are where nobody asks for more
+UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu")  # the options below, where nobody asks for more
 OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings", "--dtype", "--device")
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
-REPEATED = (
-    "--implementation",
-    "--checkpoint",
-    *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
-    "--real-shape",
-    "--fault",
-    "--random",
-)
+REPEATED = ("--implementation", "--checkpoint", *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
+            "--real-shape", "--fault", "--random")  # fmt: skip
 
 
 def add(parser: pytest.Parser) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 
 from reference import hf
 from reference.capture import capture
+from reference.measure import greedy
 
-from . import cases, compare, faults
+from . import cases, compare, cost, faults
 from .candidate import to_numpy
 from .cases import Case
 from .judging import recorded
@@ -39,7 +40,7 @@ MODULES = ("self_attn.output", "mlp_output", "output", "norm", "logits")
 
 @dataclass(frozen=True)
 class Run:
-    """What a rule can look at. logits [1, T, V]; modules: outputs by stage; text: what is said next, greedily."""
+    """What a rule can look at. logits [1, T, V]; modules: outputs by stage; text [20]: what is said next, greedily."""
 
     tokens: Array
     logits: Array
@@ -89,15 +90,9 @@ def top_1_in_top_5(ours: Run, ref: Run) -> bool:
     return bool(((best[0][..., :1] == best[1]).any(-1) & (best[1][..., :1] == best[0]).any(-1)).all())
 
 
-def perplexity(run: Run) -> float:
-    logits = run.logits[:, :-1].astype(np.float64)
-    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    said = np.take_along_axis(logits, run.tokens[:, 1:, None], axis=-1)[..., 0]
-    return float(np.exp((log_sum - said).mean()))
-
-
 def same_perplexity(ours: Run, ref: Run) -> bool:
-    return abs(perplexity(ours) / perplexity(ref) - 1) <= 0.01
+    said = cost.of_logits(ours.logits[0, :-1], ref.logits[0, :-1], ref.tokens[0, 1:])
+    return abs(said.perplexity - 1) <= 0.01
 
 
 def small_kl(ours: Run, ref: Run) -> bool:
@@ -143,10 +138,8 @@ class Subject:
             tokens = case.tokens(setting[1])
             with capture(case.hf) as seen:
                 hf.forward(case.hf, tokens)
-            said = tokens
-            for _ in range(TEXT if is_said(setting) else 0):
-                said = np.append(said, hf.forward(case.hf, said)[:, -1:].numpy().argmax(-1), axis=1)
-            self._refs[setting] = Run(tokens, seen["logits"], of_modules(seen), said[:, setting[1] :])
+            text = greedy(case.hf, tokens[0], TEXT if is_said(setting) else 0)
+            self._refs[setting] = Run(tokens, seen["logits"], of_modules(seen), text)
         return self._refs[setting]
 
     def ours(self, setting: tuple[str, int]) -> Run:
@@ -160,7 +153,7 @@ class Subject:
             said.append(int(mx.argmax(logits[0, -1])))
             logits = model(mx.array([said[-1:]]), cache)
         stages = {stage: to_numpy(value) for stage, value in seen.items()}
-        return Run(tokens, stages["logits"], of_modules(stages), np.array([said], dtype=np.int64))  # type: ignore[arg-type]
+        return Run(tokens, stages["logits"], of_modules(stages), np.array(said, dtype=np.int64))  # type: ignore[arg-type]
 
     def rejects(
         self, known: Collection[tuple[str, str]] = (), changed: Collection[str] | None = None

@@ -126,7 +126,7 @@ class Judged:
         return [
             [f"caught, of {count}", "", str(self.caught()), *others],
             [f"asked, of {count}", "", str(count), *(str(self.asked(rule.name)) for rule in RULES)],
-            [f"named, of {count}", "", str(self.named()), *["0"] * len(RULES)],
+            [f"named, of {count}", "", str(self.named()), *["-"] * len(RULES)],
             [
                 f"false alarms, {runs} sound runs",
                 "",
@@ -175,7 +175,7 @@ class Judged:
         ]
         for rule in RULES:
             counts = [str(self.caught_by(rule.name, setting)) for setting in SETTINGS]
-            rows.append([rule.name, str(self.asked(rule.name)), *counts, "0", str(self.alarms(rule.name))])
+            rows.append([rule.name, str(self.asked(rule.name)), *counts, "-", str(self.alarms(rule.name))])
         field = [f for f in self.real if f.origin != faults.OWN]
         signs = ["fault", "shows", "met first at", *(f"({i})" for i in range(1, len(RULES) + 1))]
         parts = [

@@ -117,10 +117,17 @@ def test_the_cheapest_form(case: Case, judge, monkeypatch):
     )
 
     ran: list[str] = []
+
+    def noting(form, own):
+        def attend(self, *inputs):
+            ran.append(form)
+            return own(self, *inputs)
+
+        return attend
+
     for form in FORMS:
-        own = getattr(MultiHeadLatentAttention, f"attend_{form}")
-        note = lambda self, *a, form=form, own=own: (ran.append(form), own(self, *a))[1]  # noqa: E731
-        monkeypatch.setattr(MultiHeadLatentAttention, f"attend_{form}", note)
+        name = f"attend_{form}"
+        monkeypatch.setattr(MultiHeadLatentAttention, name, noting(form, getattr(MultiHeadLatentAttention, name)))
     model, cache, before = case.ours.model, case.ours.model.make_cache(), 0
     for length in (topk - 2, 3 * topk, 1, 2):
         ran.clear()

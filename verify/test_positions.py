@@ -27,15 +27,14 @@ def test_far_positions(case: Case, judge, start, length):
     positions = start + np.arange(length)[None]
     with capture(case.hf) as seen:
         hf.forward(case.hf, tokens, positions=positions)
-    given = {s: v for s, v in seen.items() if s.endswith(".topk")}
-    equations = case.equations(given)
+    is_sparse = 0 < case.args.index_topk < length
+    equations = case.equations(stages.choices(seen, is_sparse=True))
     equations.forward(tokens, positions)
     errors = tolerances.reference_errors(seen, equations.stages)
 
     explained = (start + length) * 2.0**-21  # an angle p * f is off by an ulp or two of p, times what the layers add
     model, cache = case.ours.model, case.ours.model.make_cache(start=start)
-    is_sparse = 0 < case.args.index_topk < length
-    injected = {s: v for s, v in given.items() if is_sparse or stages.kind(s) == stages.ROUTING}
+    injected = stages.choices(seen, is_sparse)
     with case.ours.captured(injected) as ours:
         model(mx.array(tokens), cache)
     judge.holds(case.name, "cache", cache[0].offset == start + length, f"the next position is {start + length}")
