@@ -60,8 +60,8 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """The name without its RoPE layout."""
-        return self.name.removesuffix("-interleaved").removesuffix("-half-split")
+        """The architecture: the name without its RoPE layout; what was trained is a small GLM-5.2."""
+        return "glm-5.2" if self.texts else self.name.removesuffix("-interleaved").removesuffix("-half-split")
 
     @property
     def has(self) -> set[str]:

@@ -140,7 +140,7 @@ def judge(request: pytest.FixtureRequest, gate: report.Report) -> Judge:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` runs over all checkpoints that have what the test needs: `needs("indexer")`, "shared" (layers), "mtp"; over one
-    of each family where layouts make no difference (`any_layout`)."""
+    of each family where layouts and trained weights make no difference (`any_layout`)."""
     asked = metafunc.config.stash[ASKED]
     if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
         release = asked.release
@@ -154,8 +154,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any(metafunc.definition.iter_markers("any_layout")):
         one = list({s.family: s for s in reversed(specs)}.values())[::-1]
         if len(one) < len(specs):
-            where = "weights, growth, drafts and any cache sequence, under the other RoPE layout of each family"
-            metafunc.config.stash[REPORT].not_verified[where] = "left out for time: layouts make no difference there"
+            where = "formats, growth, padded drafts, cache sequences, packed runs: other RoPE layouts, trained weights"
+            metafunc.config.stash[REPORT].not_verified[where] = "left out for time: neither makes a difference there"
         specs = one
     if not specs:
         why = f"no checkpoint of this run has what it needs: {', '.join(sorted(needs))}"

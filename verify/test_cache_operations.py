@@ -424,7 +424,7 @@ def test_a_model_goes_on_as_after_a_fresh_run(case: Case, judge, tmp_path, start
     options = (
         {} if start is None else {"kv_bits": 8, "kv_group_size": group_size(case.args), "quantized_kv_start": start}
     )
-    examples = 6 if case.args.index_topk <= TOPK else 1  # long prompts cost four times as much
+    examples = 4 if case.args.index_topk <= TOPK else 1  # long prompts cost four times as much
     run(lambda: Conversations(case, judge, tmp_path, options), examples, steps=10)
 
 

@@ -105,6 +105,7 @@ def test_reading_what_was_selected(case: Case, judge, start):
         judge.values(case.name, f"layers.{layer}.cache (from {start})", ours, due, 0.0)
 
 
+@pytest.mark.any_layout
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize(("bits", "start"), [(8, 0), (8, 45), (4, 0)])
 def test_the_run_is_the_equations_on_what_is_read_back(case: Case, judge, bits, start, cuts):

@@ -89,6 +89,7 @@ def check(case: Case, judge, regime, overrides):
         judge.values(case.name, "mtp cache, indexer keys of every step", written, oracles.keys, bound)
 
 
+@pytest.mark.any_layout
 @pytest.mark.needs("mtp")
 @pytest.mark.parametrize("zero_first", [False, True], ids=["first kept", "first zeroed"])
 def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_first):
@@ -107,6 +108,7 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
     judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(case, 0, 0))
 
 
+@pytest.mark.any_layout
 @pytest.mark.needs("mtp")
 @pytest.mark.parametrize("regime", ["short", "long"])
 def test_a_left_padded_batch(case: Case, judge, regime):
