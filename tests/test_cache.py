@@ -5,7 +5,7 @@ import copy
 import mlx.core as mx
 import pytest
 
-from glm_dsa.cache import LayerCache, Widths, cache_bytes, causal_mask
+from glm_dsa.cache import LayerCache, Widths, cache_bytes, causal_mask, check_caches
 from glm_dsa.errors import CacheError
 from glm_dsa.store import STEP, KvQuantization
 
@@ -228,6 +228,18 @@ def test_a_start_that_is_no_token(start):
         LayerCache(WIDTHS, KvQuantization(8, 32, start))
 
 
+@pytest.mark.parametrize("options", [{"start": -1}, {"left_padding": []}, {"left_padding": [2, -1]}], ids=str)
+def test_beginnings_that_are_none(options):
+    with pytest.raises(CacheError, match="neither can be negative or empty"):
+        LayerCache(WIDTHS, **options)
+
+
+def test_beginnings():
+    assert LayerCache(WIDTHS, start=0, left_padding=[0, 3]).offset.tolist() == [0, -3]
+    assert LayerCache(WIDTHS, start=9).offset == 9
+    assert LayerCache(Widths(64, 32, 1)).has_indexer
+
+
 # -- copies and files
 
 
@@ -265,6 +277,17 @@ def test_state_carries_the_padding():
     assert mx.array_equal(again.make_mask(2), cache.make_mask(2))
 
 
+def test_state_carries_what_is_pending():
+    cache = LayerCache(WIDTHS)
+    cache.prepare(right_padding=[0, 2])
+    fill(cache, 5, batch=2)
+    again = LayerCache.from_state(cache.state)
+    for one in (cache, again):
+        one.finalize()
+    assert again.offset.tolist() == [5, 3]
+    assert same(contents(again), contents(cache))
+
+
 def test_what_was_trimmed_is_not_saved():
     cache = filled(30)
     cache.trim(10)
@@ -287,6 +310,18 @@ def test_what_was_trimmed_is_not_saved():
         (lambda s: (*s[:4], [-4], *s[5:]), "damaged"),
         (lambda s: (*s[:5], [0, 0, 0], *s[6:]), "damaged"),
         (lambda s: (*s[:3], [8, 32, 20], *s[4:]), "damaged"),
+        (lambda s: (s[0], 3, *s[2:]), "model 3"),
+        (lambda s: (*s[:6], 1.5, *s[7:]), r"numbers \[1.5, 64"),
+        (lambda s: (*s[:6], True, *s[7:]), r"numbers \[True, 64"),
+        (lambda s: (*s[:6], -1, *s[7:]), r"numbers \[-1, 64"),
+        (lambda s: (*s[:6], 1 << 31, *s[7:]), r"numbers \[2147483648, 64"),
+        (lambda s: (*s[:4], [31], *s[5:]), "padding .31. of 1 rows of 30"),
+        (lambda s: (*s[:4], [0, 0], *s[5:]), "padding .0, 0. of 2 rows|of 1 rows|are due"),
+        (lambda s: (*s[:5], [31], *s[6:]), "padding .31. of 1 rows of 30"),
+        (lambda s: (*s[:8], mx.zeros((1, 30, 24), mx.uint32), *[mx.zeros((1, 30, 3))] * 2, s[11]), "are due"),
+        (lambda s: (*s[:7], s[7].astype(mx.int32), *s[8:]), "tensors of mlx.core.int32"),
+        (lambda s: (*s[:11], s[11].astype(mx.int32)), "tensors of .*int32"),
+        (lambda s: (*s[:2], [64, 32, 0], *s[3:]), "are due"),
     ],
 )
 def test_a_state_of_another_version_or_damaged(damage, message):
@@ -297,6 +332,25 @@ def test_a_state_of_another_version_or_damaged(damage, message):
     with pytest.raises(CacheError, match=message):
         other.state = damage(cache.state)
     assert is_as(other, before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: (*s[:7], s[7][:, :19], *s[8:]), "are due"),  # plain: 20 tokens are
+        (lambda s: (*s[:8], *(part[:, :9] for part in s[8:11]), s[11]), "are due"),  # packed: 10
+        (lambda s: (*s[:8], s[8].astype(mx.int32), *s[9:]), "tensors of .*int32"),
+        (lambda s: (*s[:9], s[9].astype(mx.float16), *s[10:]), "tensors of .*float16"),
+        (lambda s: (*s[:10], s[10].astype(mx.float16), *s[11:]), "tensors of .*float16"),
+        (lambda s: (*s[:10], s[10][..., :2], *s[11:]), "are due"),
+        (lambda s: (*s[:8], s[8][..., :2], *s[9:]), "are due"),
+    ],
+)
+def test_a_packed_state_that_is_damaged(damage, message):
+    state = filled(30, quantization=KvQuantization(8, 32, 20)).state
+    assert LayerCache.from_state(state).offset == 30
+    with pytest.raises(CacheError, match=message):
+        LayerCache.from_state(damage(state))
 
 
 def test_copies_are_independent(quantization):
@@ -404,6 +458,21 @@ def test_caches_of_different_kinds_are_no_batch(other, message):
     assert is_as(cache, before)
 
 
+def test_rows_of_a_batch_that_was_never_padded(quantization):
+    cache = LayerCache(WIDTHS, quantization)
+    fill(cache, 30, batch=3)
+    every = contents(cache)
+    cache.filter([2, 0])
+    assert cache.offset.tolist() == [30, 30]
+    assert same(contents(cache), [part[mx.array([2, 0])] for part in every])
+
+
+def test_an_empty_cache_is_one_row():
+    LayerCache(WIDTHS).filter([0])
+    with pytest.raises(CacheError, match="of a batch of 1"):
+        LayerCache(WIDTHS).filter([1])
+
+
 @pytest.mark.parametrize("rows", [[], [2], [-1], [True, False]])
 def test_rows_that_are_not_there(rows):
     batch = LayerCache.merge([filled(5), filled(3)])
@@ -434,7 +503,10 @@ def test_nothing_else_is_done_while_right_padding_is_pending():
         batch.prepare(left_padding=[1, 0])
     with pytest.raises(CacheError, match=r"padding \[\[1, 0, 0\]\]; this batch has 2 rows"):
         batch.prepare(right_padding=[1, 0, 0])
-    batch.prepare(lengths=[3, 3])  # nothing to pad
+    for nothing in ({"lengths": [3, 3]}, {"right_padding": [0, 0]}):
+        batch.prepare(**nothing)
+        batch.trim(1)
+    assert batch.offset.tolist() == [4, 2]
 
 
 def test_a_cache_that_a_run_left_uneven_joins_no_batch():
@@ -463,6 +535,51 @@ def test_what_does_not_fit_is_not_appended(new, what):
     with pytest.raises(CacheError, match=what):
         cache.append(mx.zeros(shape, dtype))
     assert is_as(cache, before)
+    with pytest.raises(CacheError, match=what.replace("96", "6")):
+        cache.append_index_keys(mx.zeros((*shape[:2], 6 if shape[2] == 96 else 5), dtype))
+    assert is_as(cache, before)
+
+
+DUE = [WIDTHS, Widths(64, 32)]
+
+
+def two(lengths=(5, 5), **options):
+    caches = [LayerCache(widths, **options) for widths in DUE]
+    for cache, tokens in zip(caches, lengths, strict=True):
+        fill(cache, tokens)
+    return caches
+
+
+def uneven():
+    caches = two()
+    caches[0].append_index_keys(mx.zeros((1, 1, 6)))
+    return caches
+
+
+@pytest.mark.parametrize(
+    ("caches", "message"),
+    [
+        (lambda: two()[:1], "1 caches for 2 layers"),
+        (lambda: [two()[0], object()], "layer 1: the cache is a object"),
+        (lambda: two()[::-1], r"layer 0: a cache of Widths\(latent=64, rope=32, index=0\)"),
+        (lambda: two(model="another"), "layer 0: the cache was made by model another, this is a model"),
+        (lambda: [two()[0], two(start=1)[1]], "differ in padding or first position"),
+        (lambda: [two()[0], two(left_padding=[1])[1]], "differ in padding or first position"),
+        (lambda: two((5, 4)), "hold between 4 and 5 tokens"),
+        (uneven, "hold between 5 and 6 tokens"),
+    ],
+)
+def test_caches_that_no_model_could_go_on_from(caches, message):
+    with pytest.raises(CacheError, match=message):
+        check_caches(caches(), DUE, "a model", 1)
+
+
+def test_caches_that_a_model_goes_on_from():
+    for caches in (two(), two(model="a model"), [LayerCache(widths) for widths in DUE]):
+        check_caches(caches, DUE, "a model", 1)
+    with pytest.raises(CacheError, match="layer 0: a cache of 1 rows, for a batch of 2"):
+        check_caches(two(), DUE, "a model", 2)
+    check_caches([LayerCache(widths) for widths in DUE], DUE, "a model", 2)
 
 
 # -- bytes

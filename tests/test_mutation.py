@@ -80,3 +80,17 @@ def test_a_hang_is_cut_short(monkeypatch):
         mutation.signal.alarm(1)
         with pytest.raises(TimeoutError, match="over 1 s"):
             time.sleep(5)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_goes_on_where_another_ended(pytestconfig, tmp_path, again):
+    """What was begun twice in a row took the process with it; what survived is tried once more where that is asked for."""
+    file = tmp_path / "0.jsonl"
+    fates = [("a", "begun"), ("a", "survived 3 tests"), ("b", "begun"), ("b", "noticed by t"), ("c", "begun"), ("c", "begun"),
+             ("d", "begun"), ("d", "survived 9 tests"), ("d", "begun"), ("e", "begun")]  # fmt: skip
+    file.write_text("".join(json.dumps({"mutant": mutant, "fate": fate}) + "\n" for mutant, fate in fates))
+    trial = mutation.Mutation(pytestconfig, file, "", (0, 1), every=False, again=again)
+    ended = {"b", "c"} if again else {"a", "b", "c"}
+    assert trial.done() == ended
+    assert mutation.noted([file])["c"]["fate"] == "noticed: the process ends with it"
+    assert trial.done() == ended  # and once more

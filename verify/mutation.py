@@ -2,8 +2,8 @@
 notice.
 
 A pytest plugin (`make mutate`). The tests that run what is changed are repeated until one fails, those first that noticed most
-for their time; two of each kind, the quickest. Survivors are what nobody would notice: a check is missing, or the change is
-equivalent.
+for their time; of a test that runs over the gate's cases, the two quickest. Survivors are what nobody would notice: a check is
+missing, or the change is equivalent.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from .judging import Court, functions
 from .mutants import Mutant, applied, mutants, reason
 
 ROOT = Path(__file__).parents[1]
-BEGUN = "begun"
+BEGUN, SURVIVED = "begun", "survived"
 PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
 
 
 class Mutation(Court):
-    """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended."""
+    """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended.
+    every: asks all tests that run what is changed; again: those that survived before are tried once more."""
 
-    def __init__(self, config: pytest.Config, out: Path, only: str, share: tuple[int, int], every: bool) -> None:
+    def __init__(
+        self, config: pytest.Config, out: Path, only: str, share: tuple[int, int], every: bool, again: bool
+    ) -> None:
         super().__init__(config)
-        self.out, self.only, self.share, self.every = out, only, share, every
+        self.out, self.only, self.share, self.every, self.again = out, only, share, every, again
         self.noticed: Counter[tuple[str, pytest.Item]] = Counter()  # by function ("" for any) and test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -60,20 +63,19 @@ class Mutation(Court):
         return True
 
     def done(self) -> set[str]:
-        """What has an end. What was begun twice and never ended is noticed: the process ends with it."""
-        records = (
-            [json.loads(line) for line in self.out.read_text(encoding="utf-8").splitlines()]
-            if self.out.exists()
-            else []
-        )
-        ended = {record["mutant"] for record in records if record["fate"] != BEGUN}
-        begun = Counter(record["mutant"] for record in records if record["fate"] == BEGUN)
-        fatal = {r["mutant"]: r for r in records if r["mutant"] not in ended and begun[r["mutant"]] > 1}
+        """What has an end. What was begun twice in a row and never ended is noticed: the process ends with it."""
+        fates: dict[str, str] = {}
+        begun: Counter[str] = Counter()
+        lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
         with self.out.open("a", encoding="utf-8") as stream:
-            stream.writelines(
-                json.dumps({**r, "fate": "noticed: the process ends with it"}) + "\n" for r in fatal.values()
-            )
-        return ended | set(fatal)
+            for record in map(json.loads, lines):
+                name, fate = record["mutant"], record["fate"]
+                begun[name] = begun[name] + 1 if fate == BEGUN else 0
+                if begun[name] > 1:
+                    fate = "noticed: the process ends with it"
+                    stream.write(json.dumps({**record, "fate": fate}) + "\n")
+                fates[name] = fate
+        return {n for n, fate in fates.items() if fate != BEGUN and not (self.again and fate.startswith(SURVIVED))}
 
     def fate(self, mutant: Mutant) -> str:
         """The test that noticed, or "survived" and how many did not."""
@@ -95,19 +97,20 @@ class Mutation(Court):
             return f"cannot be made: {error}"
         except TimeoutError:
             return "noticed: it hangs"
-        return f"survived {len(affected)} tests"
+        return f"{SURVIVED} {len(affected)} tests"
 
     def worth(self, where: str, item: pytest.Item) -> float:
         """What a test noticed of earlier mutants, those of the same function above all, for its time."""
         return (1 + self.noticed["", item] + 20 * self.noticed[where, item]) / self.seconds[item]
 
     def affected(self, where: str) -> list[pytest.Item]:
-        """Of the tests that run a function, the two quickest of each kind: parametrized ones seldom differ here."""
+        """The tests that run a function; of one that runs over cases, on the two that are quickest: they seldom differ here."""
         is_constant = where not in functions()
         kinds: dict[Any, list[pytest.Item]] = {}
         for item in sorted(self.reached, key=self.seconds.__getitem__):
             if is_constant or where in self.reached[item]:
-                kinds.setdefault(item.function, []).append(item)  # type: ignore[attr-defined]
+                is_case = "case" in item.fixturenames  # type: ignore[attr-defined]
+                kinds.setdefault(item.function if is_case else item, []).append(item)  # type: ignore[attr-defined]
         return [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
 
 
@@ -131,6 +134,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--mutate", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
     group.addoption("--mutation-every", action="store_true", help="ask every test that runs what is changed")
+    group.addoption("--mutation-again", action="store_true", help="try once more what survived before")
     group.addoption("--mutation-share", metavar="I/N", default="0/1", help="every N-th mutant, from the I-th on")
 
 
@@ -138,7 +142,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     part, of = map(int, config.getoption("--mutation-share").split("/"))
     out, only = Path(config.getoption("--mutation-out")), config.getoption("--mutate")
-    config.pluginmanager.register(Mutation(config, out, only, (part, of), config.getoption("--mutation-every")))
+    every, again = config.getoption("--mutation-every"), config.getoption("--mutation-again")
+    config.pluginmanager.register(Mutation(config, out, only, (part, of), every, again))
 
 
 # What takes part: the gate on one case of each family, and the tests of the definition's own files.
@@ -150,14 +155,14 @@ TESTS = (
 PROCESSES = 2
 
 
-def run(out: Path, only: str, share: str, every: bool) -> None:
+def run(out: Path, only: str, share: str, every: bool, again: bool) -> None:
     """One share of the mutants. A process that a mutant took with it is followed by another, which goes on after it."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", "-p", "verify.mutation"]
     command += ["--mutation-out", str(out), "--mutate", only, "--mutation-share", share]
     command += ["-k", f"not ({OTHERS})"]
-    command += ["--mutation-every"] if every else []
-    before = -1
-    while before < (before := len(noted([out]))):
+    command += ["--mutation-every"] * every + ["--mutation-again"] * again
+    size = -1
+    while size < (size := out.stat().st_size if out.exists() else 0):
         if subprocess.run(command, cwd=ROOT).returncode == 0:  # noqa: S603
             return
     print(f"share {share}: ended before its time; its own lines say why", file=sys.stderr)
@@ -172,7 +177,7 @@ def noted(files: list[Path]) -> dict[str, dict[str, Any]]:
 def score(fates: Mapping[str, dict[str, Any]]) -> str:
     """How many mutants were noticed, and which were not."""
     tried = [f for f in fates.values() if not f["fate"].startswith(("cannot", BEGUN))]
-    survivors = [f for f in tried if f["fate"].startswith("survived")]
+    survivors = [f for f in tried if f["fate"].startswith(SURVIVED)]
     alike = [f for f in survivors if reason(f)]
     counted = len(tried) - len(alike)
     noticed = len(tried) - len(survivors)
@@ -189,14 +194,21 @@ def main() -> None:
         "--out", metavar="DIR", type=Path, default=Path("mutation"), help="where each mutant's fate is noted"
     )
     parser.add_argument("--only", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
-    parser.add_argument("--every", action="store_true", help="ask every test, not the two quickest of each kind")
+    parser.add_argument("--every", action="store_true", help="ask every test, on all cases")
+    parser.add_argument(
+        "--again", action="store_true", help="try once more what survived an earlier run in that folder"
+    )
     parser.add_argument("--score", action="store_true", help="run nothing: the score of what was noted")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     files = [asked.out / f"{i}.jsonl" for i in range(PROCESSES)]
     if not asked.score:
         with ThreadPoolExecutor(PROCESSES) as pool:
-            list(pool.map(lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}", asked.every), range(PROCESSES)))
+            list(
+                pool.map(
+                    lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}", asked.every, asked.again), range(PROCESSES)
+                )
+            )
     print(score(noted(files)))
 
 
