@@ -9,6 +9,7 @@ missing, or the change is equivalent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from .mutants import Mutant, applied, mutants, reason
 ROOT = Path(__file__).parents[1]
 BEGUN, SURVIVED = "begun", "survived"
 PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
+BUDGET = 60  # seconds for one mutant, by what its tests took last
 
 
 class Mutation(Court):
@@ -82,7 +84,6 @@ class Mutation(Court):
         self.fresh_report()
         self.forget_models()
         affected = self.affected(mutant.where)
-        affected.sort(key=lambda item: self.worth(mutant.where, item), reverse=True)
         try:
             with applied(mutant), alarm():
                 for item in affected:
@@ -104,14 +105,18 @@ class Mutation(Court):
         return (1 + self.noticed["", item] + 20 * self.noticed[where, item]) / self.seconds[item]
 
     def affected(self, where: str) -> list[pytest.Item]:
-        """The tests that run a function; of one that runs over cases, on the two that are quickest: they seldom differ here."""
+        """The tests that run a function, as many as a minute holds, those first that are worth most; of one that runs over
+        cases, on the two that are quickest: they seldom differ here. Or `every` one."""
         is_constant = where not in functions()
         kinds: dict[Any, list[pytest.Item]] = {}
         for item in sorted(self.reached, key=self.seconds.__getitem__):
             if is_constant or where in self.reached[item]:
                 is_case = "case" in item.fixturenames  # type: ignore[attr-defined]
                 kinds.setdefault(item.function if is_case else item, []).append(item)  # type: ignore[attr-defined]
-        return [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
+        chosen = [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
+        chosen.sort(key=lambda item: self.worth(where, item), reverse=True)
+        spent = itertools.accumulate(self.seconds[item] for item in chosen)
+        return [item for item, until in zip(chosen, spent, strict=True) if until <= BUDGET or self.every]
 
 
 @contextmanager
@@ -194,7 +199,7 @@ def main() -> None:
         "--out", metavar="DIR", type=Path, default=Path("mutation"), help="where each mutant's fate is noted"
     )
     parser.add_argument("--only", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
-    parser.add_argument("--every", action="store_true", help="ask every test, on all cases")
+    parser.add_argument("--every", action="store_true", help="ask every test, on all cases, however long it takes")
     parser.add_argument(
         "--again", action="store_true", help="try once more what survived an earlier run in that folder"
     )
