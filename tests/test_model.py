@@ -1,6 +1,7 @@
 """The model's edges: 16 bit, tied embeddings, mlx-lm's own generation, drafts that are accepted."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx_lm.generate import generate_step
 
 import glm_dsa
 from glm_dsa import attention, indexer
+from glm_dsa.errors import CacheError
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
@@ -166,6 +168,43 @@ def test_a_model_without_mtp_cannot_draft():
     model = glm_dsa.Model(glm_dsa.ModelArgs.from_dict(checkpoints.tiny(num_hidden_layers=4)))
     with pytest.raises(ValueError, match="at least 1 draft step"):
         model.draft(mx.zeros((1, 1, 64)), mx.array([[1]]), model.make_mtp_cache(), 0)
+
+
+def test_an_mtp_cache_that_is_not_this_models_is_refused(model):
+    hidden, tokens = model.model(mx.array([[5, 6, 7]])), mx.array([[6, 7, 8]])
+    for cache, message in (
+        (model.make_cache()[3], "layer 0: a cache of Widths"),  # a shared layer's
+        (model.make_mtp_cache(left_padding=[0, 0]), "a cache of 2 rows, for a batch of 1"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            model.draft(hidden, tokens, cache, 1)
+        assert cache.empty()
+
+
+def test_the_fingerprint_tells_models_apart(folder, model):
+    """Of what shapes and turns cached values, and of two norms that stand for the weights; nothing else."""
+    own = model.fingerprint
+    assert re.fullmatch("[0-9a-f]{12}", own)
+    other = glm_dsa.load(folder, dtype=mx.float32)
+    assert other.fingerprint == own == model.make_cache()[0].model
+    seen = {own}
+    for norm in (other.model.norm, other.layers[0].self_attn.kv_a_layernorm):
+        norm.weight = norm.weight * 1.01
+        seen.add(other.fingerprint)
+    for change in ({"indexer_rope": "half-split"}, {"index_topk": 17}):
+        seen.add(glm_dsa.load(folder, dtype=mx.float32, **change).fingerprint)
+    assert len(seen) == 5
+    other = glm_dsa.load(folder, dtype=mx.bfloat16)
+    other.layers[1].self_attn.kv_a_layernorm.weight *= 2
+    assert other.fingerprint == own
+    assert model.model_type == "glm_moe_dsa"  # mlx-lm asks for it
+
+
+def test_a_stage_is_whole_while_somebody_listens(model, small_blocks):
+    tokens = mx.array(np.random.default_rng(1).integers(3, 160, (2, 60)))
+    with glm_dsa.trace.capture(model) as seen:
+        model(tokens)
+    assert seen["layers.0.self_attn.indexer.scores"].shape == (2, 60, 60)
 
 
 def test_partial_mtp_is_refused(folder, tmp_path):

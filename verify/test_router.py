@@ -26,6 +26,7 @@ VARIANTS = {
     "top 1": {"num_experts_per_tok": 1},
     "8 groups of 32, 3 win": {**BIG, "n_group": 8, "topk_group": 3},
     "4 groups, 1 wins": {"n_group": 4, "topk_group": 1},
+    "2 groups, 1 wins": {"n_group": 2, "topk_group": 1},
     "two shared experts": {"n_shared_experts": 2},
 }
 # Biases that leave every biased score negative: a losing group filled with 0 instead of -inf would win.
