@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import torch
 
 from reference import hf
 from reference.capture import capture
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--faults", metavar="NAMES", default=",".join(faults.CATALOGUE), help="separated by commas")
     parser.add_argument("--random", metavar="N", type=int, default=50, help="sound checkpoints of random shape besides")
     asked = parser.parse_args()
+    torch.set_num_threads(1)  # as in conftest.py: on tiny tensors two wait for each other more than they work
     with TemporaryDirectory() as scratch:
         found = judge(asked.faults.split(","), Path(scratch), asked.random, lambda line: print(line, flush=True))
     Path(asked.out).write_text(json.dumps(found, indent=1) + "\n")
