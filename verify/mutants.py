@@ -106,7 +106,7 @@ def _changed(node: Any) -> Any:
         case ast.Constant(bool() as value):
             return ast.copy_location(ast.Constant(not value), node)
         case ast.Constant(int() | float() as value):
-            return ast.copy_location(ast.Constant(value + 1 if isinstance(value, int) else 2 * value), node)
+            return ast.copy_location(ast.Constant(value + 1 if isinstance(value, int) else 2 * value or 1.0), node)
         case ast.If(test, body, orelse):
             return ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), test), body, orelse), node)
         case ast.IfExp(test, body, orelse):

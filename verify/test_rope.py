@@ -30,6 +30,10 @@ SCALINGS = {
     "yarn, mscale alone": {**YARN, "mscale": 1.0},
     "yarn, trained on 131072": {**YARN, "original_max_position_embeddings": 131072},
     "yarn, factor 1": {**YARN, "factor": 1.0},
+    "yarn, factor 1.5": {**YARN, "factor": 1.5},
+    "yarn, ramp from before the first pair": {**YARN, "original_max_position_embeddings": 64},
+    "yarn, ramp to behind the last pair": {**YARN, "original_max_position_embeddings": 131072, "beta_slow": 1e-4},
+    "yarn, ramp of no width": {**YARN, "beta_fast": 8.0, "beta_slow": 8.0, "truncate": False},
 }
 
 
@@ -84,8 +88,9 @@ def test_frequencies(judge, scaling, width):
         abs(ours.magnitude - magnitude) < 1e-6 and abs(true_magnitude - magnitude) < 1e-6,
         f"factor on cos and sin {magnitude:.6g}",
     )
-    turned = ours(mx.array([0])).cos
-    judge.holds(scaling, "magnitude", abs(float(turned[0, 0]) / magnitude - 1) < 1e-6, "and it is applied")
+    for name, applied, plain in zip(("cos", "sin"), ours(mx.array([1])), (np.cos(truth), np.sin(truth)), strict=True):
+        apart = np.abs(to_numpy(applied)[0] - magnitude * plain).max()
+        judge.holds(scaling, "magnitude", apart < 1e-6, f"it is applied to {name}")
     relative = np.abs(to_numpy(ours.frequencies) / truth - 1).max()
     judge.holds(scaling, "frequencies", relative <= 2.0**-23, f"exact to the last bit of float32 ({relative:.1e})")
     hf_relative = np.abs(theirs.double().numpy() / truth - 1).max()
