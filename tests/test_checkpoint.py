@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -264,12 +265,98 @@ def dangling_index(folder):
     return INDEX, "No such file"
 
 
+def edit_index(folder, edit):
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def index_names_another_shard(folder):
+    own = shard_of(folder, NORM).name
+    edit_index(folder, lambda shards: shards.update({NORM: next(s for s in shards.values() if s != own)}))
+    return NORM, "is not in it"
+
+
+def index_forgets(folder):
+    edit_index(folder, lambda shards: shards.pop(NORM))
+    return NORM, "is not listed in"
+
+
+def in_two_shards(folder):
+    other = next(f for f in sorted(folder.glob("*.safetensors")) if f != shard_of(folder, NORM))
+    read = read_tensors(folder)
+    save_file({n: read(n, torch.bfloat16) for n in (NORM, *(n for n, f in read.names.items() if f == other))}, other)
+    return NORM, "each tensor belongs in one shard"
+
+
+def bytes_behind(folder):
+    file = shard_of(folder, NORM)
+    file.write_bytes(file.read_bytes() + b"\0" * 4)
+    return file.name, "4 bytes after the last tensor"
+
+
+def a_gap(folder):
+    file = shard_of(folder, NORM)
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+
+    def edit(header):
+        for name, entry in header.items():
+            if name != "__metadata__":
+                entry["data_offsets"] = [n + 1 for n in entry["data_offsets"]]
+
+    edit_header(file, edit, b"\0" + raw[8 + length :])
+    return file.name, "begins at data byte 1, 0 is due"
+
+
+def more_than_a_tensor_has(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(strides=[1]))
+    return NORM, "more than dtype, shape and data_offsets"
+
+
+def less_than_a_tensor_has(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].pop("shape"))
+    return NORM, "has no dtype, shape and data_offsets"
+
+
+def negative_shape(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(shape=[-8, -8]))
+    return NORM, "does not fill"
+
+
+def a_shape_of_truths(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(shape=[True, 64]))
+    return NORM, "does not fill"
+
+
+def nine_dimensions(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h[NORM].update(shape=[64, *[1] * 8]))
+    return NORM, "does not fill"
+
+
+def metadata_of_numbers(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h.update(__metadata__={"format": 1}))
+    return shard_of(folder, NORM).name, "__metadata__ maps texts to texts"
+
+
+def metadata_no_object(folder):
+    edit_header(shard_of(folder, NORM), lambda h: h.update(__metadata__=["pt"]))
+    return shard_of(folder, NORM).name, "__metadata__ maps texts to texts"
+
+
+def header_no_object(folder):
+    shard_of(folder, NORM).write_bytes(struct.pack("<Q", 2) + b"[]")
+    return shard_of(folder, NORM).name, "the header is no JSON object"
+
+
 FAULTS = [
     truncated, no_safetensors, empty_file, missing_shard, missing_folder, no_weights, no_config, config_no_json, unknown_key,
     wrong_shape, unknown_dtype, overlapping, absurd_shape, index_points_outside, index_names_pickle, index_lies, index_no_json,
     index_no_map, missing_tensor, extra_tensor, nan, unlisted_shard, layers_without_number, control_characters, fifo,
     endless_shard, huge_integer, key_twice, tensor_twice, dtype_no_string, many_dimensions, integers_for_weights,
-    long_shard_name, dangling_index,
+    long_shard_name, dangling_index, index_names_another_shard, index_forgets, in_two_shards, bytes_behind, a_gap,
+    more_than_a_tensor_has, less_than_a_tensor_has, negative_shape, a_shape_of_truths, nine_dimensions, metadata_of_numbers,
+    metadata_no_object, header_no_object,
 ]  # fmt: skip
 
 
@@ -318,6 +405,9 @@ PACKING_FAULTS = {
     "no biases": {f"{Q}.biases": None},
     "7 bits": {f"{Q}.weight": mx.zeros((48, 14), U32)},
     "unknown mode": {f"{Q}.scales": mx.zeros((48, 4), BYTES), f"{Q}.biases": None},
+    "missing": {"model.norm.weight": None},
+    "not expected": {"model.norm.bias": mx.zeros((64,))},
+    "of another shape": {"model.norm.weight": mx.zeros((63,))},
     "integers unpacked": {"model.norm.weight": mx.zeros((64,), U32)},
     "early build, no biases": {f"{EARLY}.weight": mx.zeros((128, 8), U32), f"{EARLY}.scales": mx.zeros((128, 1))},
     "early build, one row": {
@@ -339,7 +429,10 @@ def test_bad_packing_is_one_clear_line(packed, tmp_path, fault, capsys):
     assert main(["inventory", str(folder)]) == 1
     out = capsys.readouterr()
     assert out.err.count("\n") == 1
-    assert next(iter(PACKING_FAULTS[fault])).rpartition(".")[0] in out.err
+    named = next(iter(PACKING_FAULTS[fault])).rpartition(".")[0]
+    assert named in out.err
+    with pytest.raises(glm_dsa.CheckpointError, match=re.escape(named)):
+        glm_dsa.load(folder)
 
 
 def test_a_sound_packed_folder(packed, capsys):
