@@ -4,6 +4,7 @@ import pytest
 
 from glm_dsa import ConfigError, ModelArgs
 from glm_dsa.config import describe_schedule
+from glm_dsa.keys import parse_json, read_json
 from reference import checkpoints
 
 BASE = checkpoints.tiny()
@@ -131,3 +132,155 @@ def test_head_dim_is_not_the_rotary_width():
 def test_args_are_frozen():
     with pytest.raises(AttributeError):
         args().hidden_size = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "is_allowed"),
+    [
+        ({"indexer_norm_eps": 1e-5}, True), ({"indexer_norm_eps": 0}, False), ({"indexer_norm_eps": 1.0}, False),
+        ({"latent_norm_eps": 1.5}, False), ({"latent_norm_eps": "1e-6"}, False), ({"latent_norm_eps": True}, False),
+        ({"index_topk": 1}, True), ({"index_topk": 0}, False), ({"index_topk": True}, False), ({"index_topk": 2.0}, False),
+        ({"main_rope": "half-split"}, True), ({"main_rope": None}, True), ({"main_rope": ""}, False),
+        ({"indexer_types": ("full",) * 8}, True), ({"indexer_types": "full"}, False), ({"indexer_types": ["full"]}, False),
+        ({"indexer_types": ["shared"] * 8}, False), ({"mtp_reuses_selection": 1}, False),
+        ({"mtp_zero_first_embedding": True}, True), ({"mtp_zero_first_embedding": 0}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_overrides(override, is_allowed):
+    if not is_allowed:
+        with pytest.raises(ConfigError):
+            ModelArgs.from_dict(BASE, **override)
+        return
+    (name, due), resolved = next(iter(override.items())), ModelArgs.from_dict(BASE, **override)
+    if due is None:
+        assert resolved == args()
+    else:
+        assert getattr(resolved, name) == due
+        shown = "indexer_schedule" if name == "indexer_types" else name
+        assert value(resolved, shown) == ("all full" if name == "indexer_types" else due, "override")
+
+
+def test_a_topk_of_the_checkpoints_own_is_no_convention():
+    assert "index_topk" not in {c.name for c in args().conventions}
+
+
+# What is meant where zai-org's configs say nothing.
+MEANT = {
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": False, "norm_topk_prob": True, "n_group": 1,
+    "topk_group": 1, "num_nextn_predict_layers": 0, "n_shared_experts": 1, "mtp_zero_first_embedding": False,
+    "routed_scaling_factor": 2.5, "mlp_layer_types": ("dense",) * 3 + ("sparse",) * 5, "indexer_types": ("full",) * 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MEANT)
+def test_what_is_meant_by_silence(key):
+    silent = ModelArgs.from_dict({k: v for k, v in BASE.items() if k != key})
+    assert getattr(silent, key) == MEANT[key]
+    assert silent == args(**{key: None})  # null counts as missing, as in HF
+
+
+def test_what_is_contested_says_why():
+    assert contested(args(), "latent_norm_eps").endswith("rms_norm_eps = 1e-05")
+    assert not contested(args(rms_norm_eps=1e-6), "latent_norm_eps")
+    assert not contested(args(), "main_rope")
+    assert contested(args(rope_interleave=False), "main_rope") == (
+        "HF never reads this key here, and turns interleaved pairs"
+    )
+    flash = {**checkpoints.glm_4_7(), "rope_interleave": False}
+    assert value(ModelArgs.from_dict(flash), "main_rope") == ("half-split", "key rope_interleave")
+    assert not contested(ModelArgs.from_dict(flash), "main_rope")
+    neither = {**BASE, "indexer_rope_traditional": True, "indexer_rope_interleave": False}
+    assert contested(ModelArgs.from_dict(neither), "indexer_rope") == (
+        "indexer_rope_traditional = True but indexer_rope_interleave = False"
+    )
+
+
+def test_what_is_contested_of_drafts():
+    assert contested(args(), "mtp_zero_first_embedding") == "vLLM zeroes the embedding at position 0"
+    assert not contested(args(mtp_zero_first_embedding=True), "mtp_zero_first_embedding")
+    assert not contested(args(num_nextn_predict_layers=0), "mtp_zero_first_embedding")
+    assert not contested(args(), "mtp_reuses_selection")
+    assert "engines differ" in contested(args(index_share_for_mtp_iteration=True), "mtp_reuses_selection")
+    flash = ModelArgs.from_dict(checkpoints.glm_4_7())
+    assert not flash.mtp_reuses_selection
+    assert "mtp_reuses_selection" not in {c.name for c in flash.conventions}
+    assert flash.mtp_owns_embeddings
+    assert not args().mtp_owns_embeddings
+
+
+def test_which_layers_are_what():
+    """Of 8 layers 3 are dense; the MTP layer, number 8, has experts and an indexer of its own."""
+    shared = args(indexer_types=["full", *["shared"] * 7])
+    assert [shared.is_sparse(i) for i in range(9)] == [False] * 3 + [True] * 6
+    assert [shared.runs_indexer(i) for i in range(9)] == [True, *[False] * 7, True]
+    assert not ModelArgs.from_dict(checkpoints.glm_4_7()).runs_indexer(0)
+
+
+def test_json_that_is_not_read(tmp_path):
+    file = tmp_path / "config.json"
+    for text, message in (
+        (f'{{"a": {"1" * 60}}}', "67 bytes; a JSON file of at most 66 bytes"), ("[1]", "list where a JSON object"),
+        ('{"a":1,"a":2}', "the key 'a' comes twice"), ("{", "not valid JSON"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_json(file, 66)
+    file.write_text(f'{{"a": {"1" * 59}}}')
+    assert read_json(file, 66) == {"a": int("1" * 59)}
+    file.write_text('{"a": {"__float__": "Infinity"}, "b": {"__float__": "1"}, "c": {"__float__": "NaN", "d": 1}}')
+    found = read_json(file)
+    assert found["a"] == float("inf")
+    assert (found["b"], found["c"]) == ({"__float__": "1"}, {"__float__": "NaN", "d": 1})
+    with pytest.raises(ConfigError, match=r"nowhere.json: No such file"):
+        read_json(tmp_path / "nowhere.json")
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_json(tmp_path)
+
+
+def test_json_of_too_many_parts():
+    assert parse_json(b'{"a": [[]]}', 3 * 32) == {"a": [[]]}
+    with pytest.raises(ValueError, match="3 objects and lists; at most 2 are due"):
+        parse_json(b'{"a": [[]]}', 3 * 32 - 1)
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(b"[" * 100_000 + b"]" * 100_000, 1 << 25)
+
+
+YARN = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_allowed"),
+    [
+        ({"hidden_size": 1 << 24}, True), ({"hidden_size": (1 << 24) + 1}, False), ({"num_hidden_layers": 257}, False),
+        ({"vocab_size": 1}, True), ({"rms_norm_eps": 1e-30}, True), ({"rms_norm_eps": 9e-31}, False),
+        ({"routed_scaling_factor": 1e9}, True), ({"routed_scaling_factor": 1.1e9}, False),
+        ({"routed_scaling_factor": 10**15}, False), ({"rms_norm_eps": True}, False),
+        ({"rope_parameters": {"rope_theta": 1.0}}, False), ({"rope_parameters": {"rope_theta": 1.5}}, True),
+        ({"rope_parameters": {"rope_theta": 1e9}}, True), ({"rope_parameters": {"rope_theta": 2e9}}, False),
+        ({"rope_parameters": {"rope_theta": 10**16}}, False), ({"rope_parameters": {"rope_theta": True}}, False),
+        ({"rope_theta": 8000000}, True), ({"rope_parameters": {"rope_theta": 1e6, "type": "default"}}, True),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, False),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0}}, True),
+        ({"rope_parameters": YARN}, True), ({"rope_parameters": {**YARN, "factor": 1}}, True),
+        ({"rope_parameters": {**YARN, "factor": 0.5}}, False), ({"rope_parameters": {**YARN, "factor": 2e9}}, False),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": 0.5}}, False),
+        ({"rope_parameters": {**YARN, "beta_fast": 0}}, True), ({"rope_parameters": {**YARN, "beta_fast": -1}}, False),
+        ({"rope_parameters": {**YARN, "mscale": "1"}}, False), ({"rope_parameters": {**YARN, "truncate": 1}}, False),
+        ({"rope_parameters": {**YARN, "truncate": False}}, True), ({"rope_parameters": {**YARN, "low": 1}}, False),
+        ({"qk_head_dim": None}, True), ({"qk_head_dim": 28.0}, False), ({"num_key_value_heads": None}, True),
+        ({"mlp_bias": 0}, False), ({"moe_layer_freq": True}, False), ({"hidden_act": None}, True),
+        ({"n_group": 8, "topk_group": 2}, True), ({"num_experts_per_tok": 16}, True), ({"index_topk_freq": 1}, True),
+        ({"index_skip_topk_offset": 0}, True), ({"index_skip_topk_offset": -1}, False), ({"index_head_dim": 16}, True),
+        ({"indexer_types": ["full"] * 9}, True), ({"indexer_types": ["full"] * 8 + ["shared"]}, False),
+        ({"indexer_types": ["full"] * 10}, False), ({"first_k_dense_replace": -1}, False),
+        ({"num_nextn_predict_layers": 0}, True), ({"num_nextn_predict_layers": -1}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_where_values_end(changes, is_allowed):
+    if is_allowed:
+        args(**changes)
+    else:
+        with pytest.raises(ConfigError):
+            args(**changes)
