@@ -24,7 +24,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PACKED = ("weight", "scales", "biases")  # the parts of a quantized matrix in MLX
 LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.*)", re.DOTALL)
 # Only affine keeps scales in the weights' dtype; each other mode has one (bits, group size) and scales of one byte.
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 

@@ -155,7 +155,7 @@ def pytest_configure(config: pytest.Config) -> None:
 OTHERS = "trained or behaviour or glm-5.2-half-split or glm-5.1- or grouped-half-split or (glm-4.7 and not mtp)"
 TESTS = (
     "verify/",
-    *(f"tests/test_{part}.py" for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "compare")),
+    *(f"tests/test_{part}.py" for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare")),
 )
 PROCESSES = 2
 
