@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import glm_dsa
@@ -187,6 +188,24 @@ def nan(folder):
     return NORM, "NaN"
 
 
+def infinity(folder):
+    file = shard_of(folder, NORM)
+    read = read_tensors(folder)
+    save_file({n: read(n, torch.bfloat16) / (n != NORM) for n, f in read.names.items() if f == file}, file)
+    return NORM, "NaN or infinity"
+
+
+def nan_in_fp8(folder):
+    source = folder.rename(folder.parent / "bf16")
+    checkpoints.write_fp8(source, folder, folder.parent / "plain")
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    tensors[WQ].view(torch.uint8)[3, 5] = 0x7F  # e4m3 has no infinity, and this for NaN
+    save_file(tensors, file)
+    return WQ, "NaN or infinity"
+
+
 def unlisted_shard(folder):
     save_file({"model.layers.9.extra": torch.ones(4)}, folder / "model-99999.safetensors")
     return "model-99999.safetensors", "not listed"
@@ -352,7 +371,8 @@ def header_no_object(folder):
 FAULTS = [
     truncated, no_safetensors, empty_file, missing_shard, missing_folder, no_weights, no_config, config_no_json, unknown_key,
     wrong_shape, unknown_dtype, overlapping, absurd_shape, index_points_outside, index_names_pickle, index_lies, index_no_json,
-    index_no_map, missing_tensor, extra_tensor, nan, unlisted_shard, layers_without_number, control_characters, fifo,
+    index_no_map, missing_tensor, extra_tensor, nan, infinity, nan_in_fp8, unlisted_shard, layers_without_number,
+    control_characters, fifo,
     endless_shard, huge_integer, key_twice, tensor_twice, dtype_no_string, many_dimensions, integers_for_weights,
     long_shard_name, dangling_index, index_names_another_shard, index_forgets, in_two_shards, bytes_behind, a_gap,
     more_than_a_tensor_has, less_than_a_tensor_has, negative_shape, a_shape_of_truths, nine_dimensions, metadata_of_numbers,
@@ -438,6 +458,26 @@ def test_bad_packing_is_one_clear_line(packed, tmp_path, fault, capsys):
 def test_a_sound_packed_folder(packed, capsys):
     assert main(["inventory", str(packed), "--values"]) == 0
     assert "layout: MLX" in capsys.readouterr().out
+
+
+def test_values_are_not_looked_at_where_nobody_asks(folder):
+    nan(folder)
+    assert mx.isnan(glm_dsa.load(folder, check_finite=False).model.norm.weight).any()
+
+
+def test_what_is_packed_keeps_its_dtype(packed):
+    plain, cast = (parameters_of(glm_dsa.load(packed, dtype)) for dtype in (None, mx.float16))
+    assert {p.dtype for n, p in plain.items() if n.endswith((".scales", ".biases"))} == {mx.bfloat16}
+    for name, parameter in cast.items():
+        is_kept = name.rsplit(".", 1)[0] + ".scales" in cast or name.endswith("e_score_correction_bias")
+        assert parameter.dtype == (plain[name].dtype if is_kept else mx.float16), name
+
+
+def test_an_mtp_layer_that_config_json_does_not_name(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "ck"))
+    edit_json(folder / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(glm_dsa.CheckpointError, match=r"model.layers.4.*an MTP layer's, and config.json names none"):
+        glm_dsa.load(folder)
 
 
 def test_as_a_process(folder):

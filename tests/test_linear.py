@@ -92,6 +92,8 @@ def test_a_scale_for_each_expert():
     assert not tree_flatten(packed.trainable_parameters())
     assert mx.array_equal(packed.global_scale, mx.abs(layer.weight).max(axis=(-2, -1)))
     assert packed.global_scale.dtype == mx.float32
+    with pytest.raises(ValueError, match="only supported on the GPU"):  # not left out in silence
+        mx.eval(packed(mx.ones((1, 1, IN)), mx.array([1])))
     again = packed.dequantized()
     for ours, matrix, scale in zip(again.weight, layer.weight, packed.global_scale, strict=True):
         words, scales = mx.quantize(matrix, **packing, global_scale=scale)

@@ -1,5 +1,6 @@
 """The model's edges: 16 bit, tied embeddings, mlx-lm's own generation, drafts that are accepted."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -193,7 +194,10 @@ def test_the_fingerprint_tells_models_apart(folder, model):
         seen.add(other.fingerprint)
     for change in ({"indexer_rope": "half-split"}, {"index_topk": 17}):
         seen.add(glm_dsa.load(folder, dtype=mx.float32, **change).fingerprint)
-    assert len(seen) == 5
+    other.args = dataclasses.replace(other.args, rope_theta=1e4)
+    other.model.norm.weight = other.model.norm.weight + 0  # or it says what it said
+    seen.add(other.fingerprint)
+    assert len(seen) == 6
     other = glm_dsa.load(folder, dtype=mx.bfloat16)
     other.layers[1].self_attn.kv_a_layernorm.weight *= 2
     assert other.fingerprint == own

