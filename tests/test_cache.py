@@ -467,6 +467,20 @@ def test_rows_of_a_batch_that_was_never_padded(quantization):
     assert same(contents(cache), [part[mx.array([2, 0])] for part in every])
 
 
+def test_a_row_that_is_not_packed_yet_beside_one_that_is():
+    """From token 20 on: 22 tokens have two packed, 19 have none."""
+    rows = [filled(tokens, quantization=KvQuantization(8, 32, 20), key=tokens) for tokens in (22, 19)]
+    every = [contents(row) for row in rows]
+    batch = LayerCache.merge(rows)
+    for i, due in enumerate(every):
+        single = batch.extract(i)
+        assert single.offset == (22, 19)[i]
+        assert same(contents(single), due)
+    batch.filter([1])
+    assert batch.offset.tolist() == [19]
+    assert same(contents(batch), every[1])
+
+
 def test_an_empty_cache_is_one_row():
     LayerCache(WIDTHS).filter([0])
     with pytest.raises(CacheError, match="of a batch of 1"):

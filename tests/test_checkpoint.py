@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import glm_dsa
+from glm_dsa import checkpoint
 from glm_dsa.__main__ import main
 from glm_dsa.model import parameters_of
 from reference import checkpoints
@@ -81,7 +82,8 @@ def empty_file(folder):
 def missing_shard(folder):
     file = shard_of(folder, NORM)
     file.unlink()
-    return file.name, "missing, though"
+    first = next(n for n, f in json.loads((folder / INDEX).read_text())["weight_map"].items() if f == file.name)
+    return file.name, f"missing, though {INDEX} puts {first} there"
 
 
 def missing_folder(folder):
@@ -478,6 +480,49 @@ def test_an_mtp_layer_that_config_json_does_not_name(packed, tmp_path):
     edit_json(folder / "config.json", num_nextn_predict_layers=0)
     with pytest.raises(glm_dsa.CheckpointError, match=r"model.layers.4.*an MTP layer's, and config.json names none"):
         glm_dsa.load(folder)
+
+
+def framed(file, text, length=None):
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text)
+    return file
+
+
+def test_the_smallest_header(tmp_path):
+    assert checkpoint.read_header(framed(tmp_path / "x", b"{}")) == {}
+    for text, length, said in (
+        (b"{}", 3, "cut short in its header"), (b"{}", 1, "cut short in its header"), (b"{}", 0, "cut short in its header"),
+        (b" {}", None, "no JSON object"), (b"[]", None, "no JSON object"), (b"{}x", 2, "1 bytes after the last"),
+    ):  # fmt: skip
+        with pytest.raises(glm_dsa.CheckpointError, match=said):
+            checkpoint.read_header(framed(tmp_path / "x", text, length))
+    (tmp_path / "x").write_bytes(b"\2")
+    with pytest.raises(glm_dsa.CheckpointError, match=r"cut short in its header .1 bytes"):
+        checkpoint.read_header(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "fits"),
+    [
+        ([0, (1 << 63) - 1], [7, 7], True), ([0, 1 << 63], [7, 7], False), ([1] * 8, [0, 2], True), ([1] * 9, [0, 2], False),
+        ([], [3, 5], True), ([2], [0, 3], False), ([2], [4, 0], False), ([2, True], [0, 4], False), ([2.0], [0, 4], False),
+        ([2], [0, 4.0], False), ([2], [False, 4], False), (["2"], [0, 4], False), ([2], [0], False), (2, [0, 4], False),
+    ],
+)  # fmt: skip
+def test_where_entries_end(shape, offsets, fits):
+    entry = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+    if fits:
+        stored = checkpoint.stored_as(Path("x"), "t", entry)
+        assert stored == checkpoint.Stored(Path("x"), "BF16", tuple(shape), *offsets)
+        assert stored.nbytes == offsets[1] - offsets[0]
+    else:
+        with pytest.raises(glm_dsa.CheckpointError, match=r"x: t.* the header is damaged"):
+            checkpoint.stored_as(Path("x"), "t", entry)
+
+
+def test_a_text_is_what_utf_8_holds():
+    assert checkpoint.is_text("größe")
+    assert not checkpoint.is_text("\ud800")
+    assert not checkpoint.is_text(3)
 
 
 def test_as_a_process(folder):

@@ -4,7 +4,7 @@ import pytest
 
 from glm_dsa import ConfigError, ModelArgs
 from glm_dsa.config import describe_schedule
-from glm_dsa.keys import parse_json, read_json
+from glm_dsa.keys import is_number, parse_json, read_json
 from reference import checkpoints
 
 BASE = checkpoints.tiny()
@@ -206,6 +206,7 @@ def test_what_is_contested_of_drafts():
     assert not flash.mtp_reuses_selection
     assert "mtp_reuses_selection" not in {c.name for c in flash.conventions}
     assert flash.mtp_owns_embeddings
+    assert value(flash, "mtp_hidden") == ("after the shared-head norm", "default")
     assert not args().mtp_owns_embeddings
 
 
@@ -214,14 +215,16 @@ def test_which_layers_are_what():
     shared = args(indexer_types=["full", *["shared"] * 7])
     assert [shared.is_sparse(i) for i in range(9)] == [False] * 3 + [True] * 6
     assert [shared.runs_indexer(i) for i in range(9)] == [True, *[False] * 7, True]
-    assert not ModelArgs.from_dict(checkpoints.glm_4_7()).runs_indexer(0)
+    flash = ModelArgs.from_dict(checkpoints.glm_4_7())
+    assert not flash.runs_indexer(0)
+    assert (flash.index_topk, flash.index_n_heads, flash.index_head_dim, flash.indexer_types) == (0, 0, 0, ())
 
 
 def test_json_that_is_not_read(tmp_path):
     file = tmp_path / "config.json"
     for text, message in (
         (f'{{"a": {"1" * 60}}}', "67 bytes; a JSON file of at most 66 bytes"), ("[1]", "list where a JSON object"),
-        ('{"a":1,"a":2}', "the key 'a' comes twice"), ("{", "not valid JSON"),
+        ('{"b":1,"a":1,"a":2}', "the key 'a' comes twice"), ("{", "not valid JSON"),
     ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -236,6 +239,18 @@ def test_json_that_is_not_read(tmp_path):
         read_json(tmp_path / "nowhere.json")
     with pytest.raises(ConfigError, match="no regular file"):
         read_json(tmp_path)
+
+
+def test_a_convention_in_words():
+    known = {str(c) for c in args().conventions}
+    assert "indexer_norm_eps = 1e-06 (default)" in known
+    assert "mtp_zero_first_embedding = False (default); CONTESTED: vLLM zeroes the embedding at position 0" in known
+
+
+def test_numbers_that_fit():
+    assert is_number(10**15)
+    assert not is_number(10**15 + 1)
+    assert is_number(1e300)
 
 
 def test_json_of_too_many_parts():
@@ -269,6 +284,9 @@ YARN = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_pos
         ({"rope_parameters": {**YARN, "mscale": "1"}}, False), ({"rope_parameters": {**YARN, "truncate": 1}}, False),
         ({"rope_parameters": {**YARN, "truncate": False}}, True), ({"rope_parameters": {**YARN, "low": 1}}, False),
         ({"qk_head_dim": None}, True), ({"qk_head_dim": 28.0}, False), ({"num_key_value_heads": None}, True),
+        ({"n_routed_experts": 1024}, True), ({"n_routed_experts": 1025}, False),
+        ({"n_routed_experts": 1, "num_experts_per_tok": 1}, True), ({"num_experts": 16}, True), ({"num_experts": 15}, False),
+        ({"n_routed_experts": 2, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}, False),
         ({"mlp_bias": 0}, False), ({"moe_layer_freq": True}, False), ({"hidden_act": None}, True),
         ({"n_group": 8, "topk_group": 2}, True), ({"num_experts_per_tok": 16}, True), ({"index_topk_freq": 1}, True),
         ({"index_skip_topk_offset": 0}, True), ({"index_skip_topk_offset": -1}, False), ({"index_head_dim": 16}, True),

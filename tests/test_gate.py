@@ -123,6 +123,24 @@ def test_bad_options_are_one_line(refusals, options):
     assert "Traceback" not in out
 
 
+def test_what_a_file_judges(given):
+    """A file that is named is collected, whatever the options: it must say itself that it has nothing to judge."""
+    release, others = Path(gate.__file__).parent / "test_release.py", Path(gate.__file__).parent / "test_rope.py"
+    theirs = Path(gate.__file__).parent / "test_implementation_cache.py"
+    plain, on_code = given({}), given({"--implementation": "x"})
+    assert gate.left_out(release, plain) == "judges a release: add --checkpoint DIR_OR_REPO"
+    assert not gate.left_out(release, given({"--checkpoint": "x"}))
+    assert not gate.left_out(others, plain)
+    assert not gate.left_out(theirs, on_code)
+    assert gate.left_out(others, on_code).startswith("--implementation is judged by test_implementation*.py")
+    assert gate.left_out(theirs, plain).startswith("--implementation is judged by test_implementation*.py")
+    assert not gate.left_out(Path("tests/test_rope.py"), on_code)
+
+
+def test_a_fault_named_twice_is_seeded_once(given):
+    options.Asked.of(given({"--fault": ["indexer-eps", "indexer-eps"]}))
+
+
 def test_bad_options_that_need_no_process(given):
     with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
         options.parse_layers("0-99999999999")

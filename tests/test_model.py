@@ -70,11 +70,11 @@ def test_mlx_lm_generates_what_the_uncached_run_says(model):
     assert tokens == greedy(model, prompt, 60)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of a few queries, as long prompts have at full width."""
-    monkeypatch.setattr(indexer, "SCORE_ELEMENTS", 5 * 16 * 60)
-    monkeypatch.setattr(attention, "GATHER_ELEMENTS", 7 * 16 * 48)
+@pytest.fixture(params=[1, 6], ids=["many blocks", "two blocks"])
+def small_blocks(monkeypatch, request):
+    """Blocks of a few queries, as long prompts have at full width; or two for 60 of them."""
+    monkeypatch.setattr(indexer, "SCORE_ELEMENTS", request.param * 5 * 16 * 60)
+    monkeypatch.setattr(attention, "GATHER_ELEMENTS", request.param * 7 * 16 * 48)
 
 
 def test_gradients_and_compilation_pass_through_blocks(model, small_blocks):
@@ -109,8 +109,9 @@ def test_gradient_checkpoints_take_a_selection(model):
     assert float(mx.abs(gradients["self_attn"]["q_b_proj"]["weight"]).max()) > 0
 
 
-def test_blocks_change_nothing(model, small_blocks, monkeypatch):
-    tokens = mx.array(np.random.default_rng(1).integers(3, 160, (2, 60)))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_change_nothing(model, small_blocks, monkeypatch, rows):
+    tokens = mx.array(np.random.default_rng(1).integers(3, 160, (rows, 60)))
     blocks = np.array(model(tokens))
     monkeypatch.undo()
     assert np.allclose(blocks, np.array(model(tokens)), atol=1e-4)

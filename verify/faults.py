@@ -48,8 +48,9 @@ class Fault:
 
 @contextmanager
 def seeded(*names: str) -> Iterator[None]:
-    """The definition with these faults, until the block ends; build models inside it. Raises LookupError on unknown names."""
-    with edited(edit for name in names for edit in named(name).edits):
+    """The definition with these faults, each once, until the block ends; build models inside it. Raises LookupError on
+    unknown names."""
+    with edited(edit for name in dict.fromkeys(names) for edit in named(name).edits):
         yield
 
 

@@ -151,7 +151,19 @@ EQUIVALENT = {
     ("store.Columns.append", "self.buffers[0].shape[1] < end -> self.buffers[0].shape[1] <= end"): "grows a token early",
     ("store.LatentStore.append", "before < end -> before <= end"): EMPTY,
     ("store.LatentStore.append", "before + values.shape[1] > begin -> before + values.shape[1] >= begin"): EMPTY,
+    ("store.Columns.between", "end > begin -> end >= begin"): EMPTY,
+    ("store.Columns.placed", "length <= 0 -> length < 0"): EMPTY,
+    ("store.Columns.placed", "not self.length or length <= 0 -> not self.length and length <= 0"): EMPTY,
+    ("store.LatentStore.take", "self.plain.length - 1 -> self.plain.length + 1"): "what lies behind is packed, and taken there",
+    ("store.LatentStore.rows", "1 -> 2"): "the same column for every row, written out once more or less",
+    ("store.LatentStore.stacked", "0 -> 1"): "where no row is packed yet there is nothing to place",
+    ("rope.rope_frequencies", "0.001 -> 0.002"): "no pair lies between",
     ("checkpoint.load", "mx.eval(parameter) -> pass"): "evaluated when it is first used",
+    ("checkpoint.assemble", "model.eval() -> pass"): "nothing here is random",
+    ("checkpoint.read_header", "0 -> 1"): "too short either way",
+    ("trace.capture", "mx.eval([v for v in stages.values() if v is not None]) -> pass"): "evaluated when it is first read",
+    ("weights.is_ignorable", "layer < args.num_hidden_layers -> layer <= args.num_hidden_layers"): "the MTP layer runs its own",
+    ("weights.packing_of", "32 -> 33"): "rounded down, the same bits; whether they fit is asked afterwards",
 }  # fmt: skip
 
 

@@ -117,7 +117,6 @@ class Asked:
         """Raises ValueError, LookupError or OSError, in one line, for what cannot be judged."""
         if config.getoption("--seed") < 0:
             raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
-        config.option.fault = list(dict.fromkeys(config.getoption("--fault")))  # one that is named twice is seeded once
         with faults.seeded(*config.getoption("--fault")):
             pass  # names that nobody knows, or two changes of the same words
         _set_device(config.getoption("--device"))
