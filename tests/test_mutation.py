@@ -88,7 +88,9 @@ def test_a_run_goes_on_where_another_ended(pytestconfig, tmp_path, again):
     file = tmp_path / "0.jsonl"
     fates = [("a", "begun"), ("a", "survived 3 tests"), ("b", "begun"), ("b", "noticed by t"), ("c", "begun"), ("c", "begun"),
              ("d", "begun"), ("d", "survived 9 tests"), ("d", "begun"), ("e", "begun")]  # fmt: skip
-    file.write_text("".join(json.dumps({"mutant": mutant, "fate": fate}) + "\n" for mutant, fate in fates))
+    file.write_text(
+        "".join(json.dumps({"mutant": mutant, "change": "1 -> 2", "fate": fate}) + "\n" for mutant, fate in fates)
+    )
     trial = mutation.Mutation(pytestconfig, file, "", (0, 1), every=False, again=again)
     ended = {"b", "c"} if again else {"a", "b", "c"}
     assert trial.done() == ended

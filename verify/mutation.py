@@ -35,7 +35,7 @@ BUDGET = 60  # seconds for one mutant, by what its tests took last
 
 class Mutation(Court):
     """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended.
-    every: asks all tests that run what is changed; again: those that survived before are tried once more."""
+    every: asks all tests that run what is changed; again: those that survived before, and should not have, are tried once more."""
 
     def __init__(
         self, config: pytest.Config, out: Path, only: str, share: tuple[int, int], every: bool, again: bool
@@ -66,7 +66,7 @@ class Mutation(Court):
 
     def done(self) -> set[str]:
         """What has an end. What was begun twice in a row and never ended is noticed: the process ends with it."""
-        fates: dict[str, str] = {}
+        ended: set[str] = set()
         begun: Counter[str] = Counter()
         lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
         with self.out.open("a", encoding="utf-8") as stream:
@@ -76,8 +76,9 @@ class Mutation(Court):
                 if begun[name] > 1:
                     fate = "noticed: the process ends with it"
                     stream.write(json.dumps({**record, "fate": fate}) + "\n")
-                fates[name] = fate
-        return {n for n, fate in fates.items() if fate != BEGUN and not (self.again and fate.startswith(SURVIVED))}
+                once_more = self.again and fate.startswith(SURVIVED) and not reason(record)
+                (ended.discard if fate == BEGUN or once_more else ended.add)(name)
+        return ended
 
     def fate(self, mutant: Mutant) -> str:
         """The test that noticed, or "survived" and how many did not."""
@@ -139,7 +140,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--mutate", metavar="WHERE", default="", help="what begins so, e.g. indexer.Indexer.score")
     group.addoption("--mutation-every", action="store_true", help="ask every test that runs what is changed")
-    group.addoption("--mutation-again", action="store_true", help="try once more what survived before")
+    group.addoption(
+        "--mutation-again", action="store_true", help="try once more what survived before, equivalent changes aside"
+    )
     group.addoption("--mutation-share", metavar="I/N", default="0/1", help="every N-th mutant, from the I-th on")
 
 
