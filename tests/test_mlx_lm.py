@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import re
 import shutil
 import socket
 import subprocess
@@ -619,6 +620,7 @@ SHARDED = """
 import sys
 import mlx.core as mx
 import glm_dsa.mlx_lm
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import sharded_load
 glm_dsa.mlx_lm.register()
@@ -626,11 +628,13 @@ group = mx.distributed.init(backend="ring")
 model, tokenizer = sharded_load(sys.argv[1], tensor_group=group)
 prompt = mx.array(tokenizer.encode(sys.argv[2]))
 print(group.size(), [t for t, _ in generate_step(prompt, model, max_tokens=30, prefill_step_size=50)])
+print("held:", sum(value.size for name, value in tree_flatten(model.parameters()) if ".layers." in name))
 """
 
 
 def test_two_processes_share_the_work(loaded, folder, tmp_path):
-    """mlx.launch, with mlx-lm's own sharded loading: the same text, beyond index_topk."""
+    """mlx.launch, with mlx-lm's own sharded loading: the same text, beyond index_topk, from little more than half of the
+    layers in each (routers, indexers and latent projections are in both)."""
     model, tokenizer = loaded
     (tmp_path / "script.py").write_text(SHARDED)
     launch = [Path(sys.executable).parent / "mlx.launch", "-n", "2", "--backend", "ring", "--python", sys.executable]
@@ -640,6 +644,10 @@ def test_two_processes_share_the_work(loaded, folder, tmp_path):
     )  # fmt: skip
     alone = [t for t, _ in generate_step(mx.array(tokenizer.encode(TEXT)), model, max_tokens=30)]
     assert done.stdout.count(f"2 {alone}") == 2, done.stdout + done.stderr
+    whole = sum(value.size for name, value in tree_flatten(model.parameters()) if ".layers." in name)
+    held = [int(number) for number in re.findall(r"held: (\d+)", done.stdout)]
+    assert len(held) == 2
+    assert all(whole / 2 < part < 0.65 * whole for part in held), (held, whole)
 
 
 def test_what_cannot_be_divided_is_left_whole():

