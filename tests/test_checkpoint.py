@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import glm_dsa
 from glm_dsa import checkpoint
 from glm_dsa.__main__ import main
+from glm_dsa.errors import printable
 from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.stored import read_tensors
@@ -517,6 +518,12 @@ def test_where_entries_end(shape, offsets, fits):
     else:
         with pytest.raises(glm_dsa.CheckpointError, match=r"x: t.* the header is damaged"):
             checkpoint.stored_as(Path("x"), "t", entry)
+
+
+def test_a_line_is_bounded():
+    assert printable("x" * 2000) == "x" * 2000
+    assert printable("x" * 2001) == "x" * 2000 + " ..."
+    assert printable("a\n\x1b\ud800é") == "a\\n\\x1b\\ud800é"
 
 
 def test_a_text_is_what_utf_8_holds():

@@ -169,6 +169,9 @@ EQUIVALENT = {
     ("checkpoint.read_header", "0 -> 1"): "too short either way",
     ("trace.capture", "mx.eval([v for v in stages.values() if v is not None]) -> pass"): "evaluated when it is first read",
     ("weights.is_ignorable", "layer < args.num_hidden_layers -> layer <= args.num_hidden_layers"): "the MTP layer runs its own",
+    ("cache.LayerCache._check_whole", "0 -> 1"): "columns of no arrays have no length",
+    ("weights._split_kv_b", "0 -> 1"): "whichever part the others are held to",
+    ("weights._stack_experts", "0 -> 1"): "whichever expert the others are held to",
     ("weights.packing_of", "32 -> 33"): "rounded down, the same bits; whether they fit is asked afterwards",
 }  # fmt: skip
 
