@@ -300,6 +300,8 @@ def test_what_was_trimmed_is_not_saved():
         (lambda s: (), "another version"),
         (lambda s: ("glm-dsa cache 0", *s[1:]), "saved as 'glm-dsa cache 0', 'glm-dsa cache 1' is due"),
         (lambda s: (mx.zeros(3), mx.zeros(3)), "something else"),
+        (lambda s: (mx.zeros(3), "a text"), "something else"),
+        (lambda s: ("glm-dsa cache 0",), "saved as 'glm-dsa cache 0'"),
         (lambda s: s[:-1], "damaged"),
         (lambda s: (*s[:2], None, *s[3:]), "damaged"),
         (lambda s: (*s[:3], [8, 7, 0], *s[4:]), "damaged"),

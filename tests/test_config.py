@@ -182,6 +182,7 @@ def test_what_is_meant_by_silence(key):
 
 def test_what_is_contested_says_why():
     assert contested(args(), "latent_norm_eps").endswith("rms_norm_eps = 1e-05")
+    assert contested(args(rms_norm_eps=None), "latent_norm_eps").endswith("rms_norm_eps = 1e-05")
     assert not contested(args(rms_norm_eps=1e-6), "latent_norm_eps")
     assert not contested(args(), "main_rope")
     assert contested(args(rope_interleave=False), "main_rope") == (
@@ -217,6 +218,7 @@ def test_which_layers_are_what():
     assert [shared.runs_indexer(i) for i in range(9)] == [True, *[False] * 7, True]
     flash = ModelArgs.from_dict(checkpoints.glm_4_7())
     assert not flash.runs_indexer(0)
+    assert flash.indexer_norm_eps == 1e-6
     assert (flash.index_topk, flash.index_n_heads, flash.index_head_dim, flash.indexer_types) == (0, 0, 0, ())
 
 

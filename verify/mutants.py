@@ -162,6 +162,7 @@ EQUIVALENT = {
     ("store.Columns.placed", "not self.length or length <= 0 -> not self.length and length <= 0"): EMPTY,
     ("store.LatentStore.take", "self.plain.length - 1 -> self.plain.length + 1"): "what lies behind is packed, and taken there",
     ("store.LatentStore.rows", "1 -> 2"): "the same column for every row, written out once more or less",
+    ("store.LatentStore.rows", "0 -> 1"): "a row that is not packed yet has no packed columns to place",
     ("store.LatentStore.stacked", "0 -> 1"): "where no row is packed yet there is nothing to place",
     ("rope.rope_frequencies", "0.001 -> 0.002"): "no pair lies between",
     ("checkpoint.load", "mx.eval(parameter) -> pass"): "evaluated when it is first used",
