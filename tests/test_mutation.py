@@ -96,3 +96,7 @@ def test_a_run_goes_on_where_another_ended(pytestconfig, tmp_path, again):
     assert trial.done() == ended
     assert mutation.noted([file])["c"]["fate"] == "noticed: the process ends with it"
     assert trial.done() == ended  # and once more
+
+
+def test_what_is_called_equivalent_is_there(every):
+    assert set(mutants.EQUIVALENT) <= {(mutant.where, mutant.change) for mutant in every}
