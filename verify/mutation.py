@@ -112,8 +112,8 @@ class Mutation(Court):
         kinds: dict[Any, list[pytest.Item]] = {}
         for item in sorted(self.reached, key=self.seconds.__getitem__):
             if is_constant or where in self.reached[item]:
-                is_case = "case" in item.fixturenames  # type: ignore[attr-defined]
-                kinds.setdefault(item.function if is_case else item, []).append(item)  # type: ignore[attr-defined]
+                others = getattr(item, "callspec", None) and {**item.callspec.params, "case": None}  # type: ignore[attr-defined]
+                kinds.setdefault((item.function, repr(others)), []).append(item)  # type: ignore[attr-defined]
         chosen = [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
         chosen.sort(key=lambda item: self.worth(where, item), reverse=True)
         spent = itertools.accumulate(self.seconds[item] for item in chosen)
