@@ -533,16 +533,13 @@ def test_a_text_is_what_utf_8_holds():
 
 
 def test_as_a_process(folder):
-    """No traceback reaches the user, and the exit status is 1."""
+    """No traceback reaches the user, and the exit status is 1. (The gate as a process: tests/test_fuzz.py.)"""
     truncated(folder)
-    for command in (
-        ["-m", "glm_dsa", "inventory", str(folder)],
-        ["-m", "pytest", "verify/", "--checkpoint", str(folder)],
-    ):
-        run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 1
-        assert "cut short" in run.stdout + run.stderr
-        assert "Traceback" not in run.stdout + run.stderr
+    command = [sys.executable, "-m", "glm_dsa", "inventory", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "cut short" in run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
 
 
 def test_a_sound_folder(sound, capsys):
@@ -555,7 +552,7 @@ def test_a_sound_folder(sound, capsys):
     assert "names and shapes: as they should be" in capsys.readouterr().out
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(st.data())
 def test_damaged_bytes_never_end_in_a_traceback(sound, tmp_path_factory, data):
     """Any few bytes of header, index or config changed: an error of ours, or (where the change is harmless) a success."""

@@ -50,7 +50,7 @@ TINY = checkpoints.glm_5_2(
     num_hidden_layers=3, first_k_dense_replace=1, index_skip_topk_offset=2, n_routed_experts=4, num_experts_per_tok=2,
     vocab_size=300, index_n_heads=4,
 )  # fmt: skip
-STRUCTURED = {"config": 60, "index": 40, "header": 110, "folder": 35, "state": 100, "prompt cache": 60, "saved": 50}
+STRUCTURED = {"config": 50, "index": 30, "header": 85, "folder": 25, "state": 80, "prompt cache": 45, "saved": 40}
 RAW = {"folder": 50, "prompt cache": 15, "saved": 20, "kept": 15, "tokenizer": 25}
 
 

@@ -201,7 +201,7 @@ def test_indexers_that_never_learned_have_no_layout(kept):
     def changed(change):
         return functools.cache(lambda name: change(name, read(name)) if ".indexer." in name else read(name))
 
-    for seed in range(5):
+    for seed in range(3):
         random = np.random.default_rng(seed)
         shuffled = changed(lambda _, tensor, random=random: random.permutation(tensor.ravel()).reshape(tensor.shape))
         assert layout.evidence(layout.captured_mass(config, shuffled, texts, layers=3)).layout is None
