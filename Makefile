@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
 # And beside them:
-#   make judge    the gate itself on trial, 20 minutes      make mutate   each line of the definition changed in turn, hours
+#   make judge    the gate itself on trial, 22 minutes      make mutate   each line of the definition changed in turn, hours
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv

@@ -26,14 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     auditing.add_argument("--json", action="store_true", help="for machines")
     judging = commands.add_parser(
         "judge",
-        help="every fault of the catalogue against the gate, and against the rules that others release by (20 minutes)",
+        help="every fault of the catalogue against the gate, and against the rules that others release by (22 minutes on two cores)",
     )
     judging.add_argument("--faults", metavar="NAMES", help="these only, separated by commas")
     judging.add_argument("--random", metavar="N", type=int, help=f"sound checkpoints besides (default {RANDOM})")
     judging.add_argument(
         "--in-order",
         action="store_true",
-        help="all tests in the gate's order, not the claim that is to notice first (an hour)",
+        help="all tests in the gate's order, not the claim that is to notice first (longer)",
     )
     judging.add_argument(
         "--kept", action="store_true", help="run nothing: the table of the run that this version was judged by"
