@@ -8,11 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from reference import checkpoints
-from reference.stored import read_tensors
 from verify import cases, options
 from verify import conftest as gate
 from verify.report import AGREES, FAULT, Comparison, Report
@@ -159,7 +156,7 @@ def test_a_checkpoint_of_ones_own(tmp_path, given):
         "--layers",
         "0-1",
         "-k",
-        "release and not cache",
+        "release and (rope or router or layers or logits)",
     ]
     status, out = run("verify/", "--checkpoint", str(folder), *arguments)
     assert status == 0, out
@@ -180,21 +177,6 @@ def test_a_checkpoint_of_ones_own(tmp_path, given):
     assert footer["verdict"] in last
     assert {c["verdict"] for c in comparisons} == {"agrees", "measured"}
     assert not [c for c in comparisons if c["stage"].startswith(("layers.2.", "layers.3."))]
-
-
-def test_a_wrong_checkpoint_fails(tmp_path):
-    """Weights that were trained interleaved, in a config that says half-split, are not the gate's to doubt; NaN are."""
-    folder = checkpoints.write(tmp_path / "nan", checkpoints.glm_5_2(num_hidden_layers=4))
-    name = "model.layers.1.self_attn.o_proj.weight"
-    file = read_tensors(folder).names[name]
-    read = read_tensors(folder)
-    tensors = {n: read(n, torch.bfloat16) for n, f in read.names.items() if f == file}
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, file)
-    status, out = run("verify/", "--checkpoint", str(folder))
-    assert status == 1
-    assert f"{name} holds NaN or infinity" in out
-    assert "Traceback" not in out
 
 
 def test_a_kept_checkpoint_that_is_not_as_its_card_says_stops_the_gate(tmp_path):
