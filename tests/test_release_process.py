@@ -17,7 +17,7 @@ import tokenizers
 import glm_dsa
 from glm_dsa.model import parameters_of
 from reference import checkpoints
-from verify import options
+from verify import audit, options
 
 ROOT = Path(__file__).parents[1]
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
@@ -88,19 +88,18 @@ def test_without_the_original_the_report_says_what_nobody_can_tell(release, sour
         assert "the gate's other claims" in lines
 
 
-def test_what_does_not_load_is_a_verdict(release, tmp_path):
+def test_what_does_not_load_is_refused_with_its_reason(release, tmp_path, given):
+    """As a process: tests/test_fuzz.py."""
     folder = shutil.copytree(release, tmp_path / "router")
     tensors = dict(mx.load(str(folder / "model.safetensors")))
     w = tensors.pop("model.layers.2.mlp.gate.weight")
     for part, array in zip(("weight", "scales", "biases"), mx.quantize(w, 64, 4), strict=True):
         tensors[f"model.layers.2.mlp.gate.{part}"] = array
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    status, said = run("--checkpoint", folder, "-q")
-    assert status == 1
-    assert "router: 4 bit" in said
-    assert "policy keeps it unquantized" in said
-    assert "Traceback" not in said
-    assert "ERROR" not in said
+    asked = options.Asked.of(given({"--checkpoint": str(folder)}))
+    assert asked.release.refused
+    faults = [f.what for f in audit.audit(asked.release.headers).findings if f.severity == audit.FAULT]
+    assert any("router: 4 bit" in what and "policy keeps it unquantized" in what for what in faults), faults
 
 
 def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path):
