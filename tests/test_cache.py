@@ -318,7 +318,7 @@ def test_what_was_trimmed_is_not_saved():
         (lambda s: (*s[:6], -1, *s[7:]), r"numbers \[-1, 64"),
         (lambda s: (*s[:6], 1 << 31, *s[7:]), r"numbers \[2147483648, 64"),
         (lambda s: (*s[:4], [31], *s[5:]), "padding .31. of 1 rows of 30"),
-        (lambda s: (*s[:4], [0, 0], *s[5:]), "padding .0, 0. of 2 rows|of 1 rows|are due"),
+        (lambda s: (*s[:4], [0, 0], *s[5:]), "are due"),
         (lambda s: (*s[:5], [31], *s[6:]), "padding .31. of 1 rows of 30"),
         (lambda s: (*s[:8], mx.zeros((1, 30, 24), mx.uint32), *[mx.zeros((1, 30, 3))] * 2, s[11]), "are due"),
         (lambda s: (*s[:7], s[7].astype(mx.int32), *s[8:]), "tensors of mlx.core.int32"),

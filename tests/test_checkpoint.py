@@ -54,6 +54,12 @@ def edit_header(file, edit, data=None):
     file.write_bytes(struct.pack("<Q", len(packed)) + packed + (raw[8 + length :] if data is None else data))
 
 
+def edit_index(folder, edit):
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -137,23 +143,17 @@ def absurd_shape(folder):
 
 
 def index_points_outside(folder):
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][NORM] = "../../etc/model.safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
+    edit_index(folder, lambda shards: shards.update({NORM: "../../etc/model.safetensors"}))
     return "'../../etc/model.safetensors'", "inside the folder"
 
 
 def index_names_pickle(folder):
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][NORM] = "pytorch_model.bin"
-    (folder / INDEX).write_text(json.dumps(index))
+    edit_index(folder, lambda shards: shards.update({NORM: "pytorch_model.bin"}))
     return "'pytorch_model.bin'", ".safetensors"
 
 
 def index_lies(folder):
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"]["model.layers.0.ghost"] = shard_of(folder, NORM).name
-    (folder / INDEX).write_text(json.dumps(index))
+    edit_index(folder, lambda shards: shards.update({"model.layers.0.ghost": shard_of(folder, NORM).name}))
     return "model.layers.0.ghost", "is not in it"
 
 
@@ -275,9 +275,7 @@ def integers_for_weights(folder):
 
 
 def long_shard_name(folder):
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][NORM] = "x" * 5000 + ".safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
+    edit_index(folder, lambda shards: shards.update({NORM: "x" * 5000 + ".safetensors"}))
     return str(folder), "File name too long"
 
 
@@ -285,12 +283,6 @@ def dangling_index(folder):
     (folder / INDEX).unlink()
     (folder / INDEX).symlink_to("nowhere")
     return INDEX, "No such file"
-
-
-def edit_index(folder, edit):
-    index = json.loads((folder / INDEX).read_text())
-    edit(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
 
 
 def index_names_another_shard(folder):

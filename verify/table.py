@@ -9,7 +9,7 @@ from typing import Any
 
 from . import faults
 from .judging import is_named
-from .rules import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, RULES, SETTINGS, TEXT
+from .rules import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, PUBLISHED_TOPK, RULES, SETTINGS, TEXT
 
 KEPT = Path(__file__).parent / "judged.json"
 README = KEPT.parents[1] / "README.md"
@@ -151,11 +151,11 @@ class Judged:
 
     def legend(self) -> list[str]:
         lines = [f"({i}) {rule.name}; usual prompt: {rule.usual} tokens" for i, rule in enumerate(RULES, 1)]
-        signs = f"{CAUGHT} caught, {MISSED} missed: at the usual prompt (index_topk 2048), {HALF}, {FOUR}; free-running, float32"
+        prompts = f"at the usual prompt (index_topk {PUBLISHED_TOPK}), {HALF}, {FOUR}; free-running, float32"
         return [
             *lines,
-            signs,
-            f"{NOT_ASKED} not asked: a prefill and {TEXT} tokens use nothing of what the fault changes",
+            f"{CAUGHT!r} caught, {MISSED!r} missed: {prompts}",
+            f"{NOT_ASKED!r} not asked: a prefill and {TEXT} tokens use nothing of what the fault changes",
         ]
 
     def verdict(self) -> list[str]:
