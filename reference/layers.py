@@ -50,6 +50,7 @@ class Layers:
             self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
         hf.apply(self.model, conventions)
+        self.empty = list(self.model.model.layers)
         sparse = [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "experts")]
         self.experts_class = type(sparse[0].experts) if sparse else torch.nn.Module
 
@@ -68,22 +69,25 @@ class Layers:
         own = f"model.layers.{self.config['num_hidden_layers']}.embed_tokens.weight"
         return self.embed(tokens, own if own in self.read else EMBEDDING)
 
-    @contextmanager
-    def loaded(self, layer: int, answer: Answer) -> Iterator[torch.nn.Module]:
-        """The model, with this one layer's weights in memory; `answer` stands in the place of its experts."""
-        empty = self.model.model.layers[layer]
-        module, prefix = copy.deepcopy(empty), f"model.layers.{layer}."
+    def assembled(self, layer: int, answer: Answer) -> torch.nn.Module:
+        """A layer with its weights; `answer` stands in the place of its experts."""
+        module, prefix = copy.deepcopy(self.empty[layer]), f"model.layers.{layer}."
         if hasattr(module.mlp, "experts"):
             module.mlp.experts = Experts(answer)
         names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
         kept = torch.float32, self.dtype  # the correction bias is not cast
         tensors = {n: self.read(prefix + n, kept[not n.endswith("e_score_correction_bias")]) for n in names}
         module.load_state_dict(tensors, strict=True, assign=True)
-        self.model.model.layers[layer] = module
+        return module
+
+    @contextmanager
+    def loaded(self, layer: int, answer: Answer) -> Iterator[torch.nn.Module]:
+        """The model, with this one layer's weights in memory."""
+        self.model.model.layers[layer] = self.assembled(layer, answer)
         try:
             yield self.model
         finally:
-            self.model.model.layers[layer] = empty
+            self.model.model.layers[layer] = self.empty[layer]
 
     @torch.no_grad()
     def run(
@@ -118,8 +122,9 @@ class Layers:
         return Chunk(self.experts_class, self.model.config, first, gate_up, down)
 
     @torch.no_grad()
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        norm = copy.deepcopy(self.model.model.norm)
+    def norm(self, x: torch.Tensor, empty: torch.nn.Module | None = None) -> torch.Tensor:
+        """The final norm; `empty`: the module to fill, where another stands in its place in the model."""
+        norm = copy.deepcopy(empty or self.model.model.norm)
         norm.load_state_dict({"weight": self.read("model.norm.weight", self.dtype)}, assign=True)
         return norm(x)
 

@@ -1,4 +1,4 @@
-"""`python -m verify audit | judge | faults`: what stands beside the gate itself."""
+"""`python -m verify audit | drift | judge | faults`: what stands beside the gate itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from glm_dsa.errors import GlmDsaError
 
 from . import audit, faults, release
+from .drift import command as drift_command
 
 RANDOM = 50  # sound checkpoints beside the faults
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         "release", metavar="DIR_OR_REPO", help="a checkpoint's folder, or a repository's name on the hub"
     )
     auditing.add_argument("--json", action="store_true", help="for machines")
+    drift_command.add(commands)
     judging = commands.add_parser(
         "judge",
         help="every fault of the catalogue against the gate, and against the rules that others release by (22 minutes)",
@@ -49,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _faults(chosen.name)
     if chosen.command == "judge":
         return _judge(chosen)
+    if chosen.command == "drift":
+        return drift_command.run(chosen)
     return _audit(chosen)
 
 

@@ -110,10 +110,15 @@ class Distributions:
 
 def distributions(ours: Array, ref: Array) -> Distributions:
     """Logits [.., V] -> how far apart the distributions are."""
-    p, q = _log_softmax(np.asarray(ref, np.float64)), _log_softmax(np.asarray(ours, np.float64))
-    kl = np.maximum((np.exp(p) * (p - q)).sum(-1).reshape(-1), 0)
+    kl = kl_by_position(ours, ref).reshape(-1)
     same = (np.argmax(ours, -1) == np.argmax(ref, -1)).mean()
     return Distributions(float(kl.mean()), float(np.percentile(kl, 95)), float(kl.max()), float(same))
+
+
+def kl_by_position(ours: Array, ref: Array) -> Array:
+    """Logits [.., V] -> KL(ref || ours), in nats, [..]."""
+    p, q = _log_softmax(np.asarray(ref, np.float64)), _log_softmax(np.asarray(ours, np.float64))
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
 
 
 def _log_softmax(x: Array) -> Array:

@@ -43,20 +43,22 @@ class Implementation:
     args: type
 
     @classmethod
-    def of(cls, text: str) -> Implementation:
-        """Imports it. Raises ValueError, in one line, where there is nothing to judge."""
+    def of(cls, text: str, option: str = "--implementation ") -> Implementation:
+        """Imports it. Raises ValueError, in one line that begins with `option`, where there is nothing to judge."""
         source, _, name = text.partition(":")
         is_file = source.endswith(".py")
         try:
             import mlx_lm.utils  # noqa: F401
         except ModuleNotFoundError:
-            raise ValueError("--implementation needs mlx-lm, which loads the model: pip install mlx-lm") from None
+            raise ValueError(
+                f"{option}{printable(text)}: mlx-lm is due, which loads the model: pip install mlx-lm"
+            ) from None
         if not source:
             raise ValueError(
-                "--implementation: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
+                f"{option.strip() or 'implementation'}: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
             )
         if is_file and not Path(source).is_file():
-            raise ValueError(f"--implementation {printable(text)}: no such file")
+            raise ValueError(f"{option}{printable(text)}: no such file")
         try:
             with others_code():
                 module = _import_file(Path(source)) if is_file else importlib.import_module(source)
@@ -64,19 +66,27 @@ class Implementation:
             why = error.__cause__
             if isinstance(why, ModuleNotFoundError) and not is_file and f"{source}.".startswith(f"{why.name}."):
                 raise ValueError(
-                    f"--implementation {printable(text)}: no module of that name; MODULE or FILE.py is due, with :Class "
+                    f"{option}{printable(text)}: no module of that name; MODULE or FILE.py is due, with :Class "
                     "behind it where the class is not Model"
                 ) from None
-            raise ValueError(f"--implementation {printable(text)}: its import raises {error}") from None
+            raise ValueError(f"{option}{printable(text)}: its import raises {error}") from None
         for due in (name or "Model", "ModelArgs"):
             if not isinstance(getattr(module, due, None), type):
-                raise ValueError(f"--implementation {printable(text)}: it has no class {due}")
+                raise ValueError(f"{option}{printable(text)}: it has no class {due}")
         if not callable(getattr(module.ModelArgs, "from_dict", None)):
-            raise ValueError(f"--implementation {printable(text)}: its ModelArgs has no from_dict")
+            raise ValueError(f"{option}{printable(text)}: its ModelArgs has no from_dict")
         return cls(text, getattr(module, name or "Model"), module.ModelArgs)
 
-    def load(self, folder: Path, changes: Mapping[str, Any], shared: Iterable[int]) -> Any:
-        """Its model on a checkpoint, in float32. `changes`: config keys to replace; `shared`: layers without an indexer.
+    def load(
+        self,
+        folder: Path,
+        changes: Mapping[str, Any],
+        shared: Iterable[int],
+        dtype: mx.Dtype = mx.float32,
+        lazy: bool = False,
+    ) -> Any:
+        """Its model on a checkpoint, in `dtype`. `changes`: config keys to replace; `shared`: layers without an indexer.
+        `lazy`: weights are read as they are used.
 
         Raises `Failed` with the cause.
         """
@@ -85,10 +95,11 @@ class Implementation:
         try:
             with others_code():
                 model, _ = load_model(
-                    folder, model_config=dict(changes), get_model_classes=lambda config: (self.model, self.args)
+                    folder, lazy, model_config=dict(changes), get_model_classes=lambda config: (self.model, self.args)
                 )
-                model.set_dtype(mx.float32)
-                mx.eval(model.parameters())
+                model.set_dtype(dtype)
+                if not lazy:
+                    mx.eval(model.parameters())
         except Failed as error:
             raise Failed(_why_not_loaded(error, set(shared))) from None
         return model

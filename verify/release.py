@@ -33,44 +33,44 @@ class Release:
         return any(name.endswith(".scales") for name in self.tensors)
 
 
-def headers_of(target: str) -> Release:
-    """A checkpoint folder, or a repository's name. Raises `CheckpointError` in one line."""
+def headers_of(target: str, revision: str | None = None) -> Release:
+    """A checkpoint folder, or a repository's name (and its revision). Raises `CheckpointError` in one line."""
     if target and Path(target).is_dir():
         return _of_folder(target, Path(target))
     if Path(target).exists() or not REPOSITORY.fullmatch(target):
         raise CheckpointError(
             f"{target or repr(target)}: no such folder, and no name of a repository; a checkpoint's folder or OWNER/NAME is due"
         )
-    cached = _in_cache(target)
-    return _of_folder(target, cached) if cached is not None else _of_repository(target)
+    cached = _in_cache(target, revision)
+    return _of_folder(target, cached) if cached is not None else _of_repository(target, revision)
 
 
 def _of_folder(origin: str, folder: Path) -> Release:
     return Release(origin, folder, read_json(folder / CONFIG), read_headers(folder))
 
 
-def _in_cache(repository: str) -> Path | None:
+def _in_cache(repository: str, revision: str | None) -> Path | None:
     """The snapshot of a repository that was downloaded before, if all of its weights are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         read_headers(folder)
     except (LocalEntryNotFoundError, CheckpointError):
         return None
     return folder
 
 
-def _of_repository(repository: str) -> Release:
+def _of_repository(repository: str, revision: str | None) -> Release:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
     logging.set_verbosity_error()  # it would tell of each attempt
     try:
-        config = read_json(Path(hf_hub_download(repository, CONFIG)))
-        files = HfApi().get_safetensors_metadata(repository).files_metadata
+        config = read_json(Path(hf_hub_download(repository, CONFIG, revision=revision)))
+        files = HfApi().get_safetensors_metadata(repository, revision=revision).files_metadata
     except CheckpointError:
         raise
     except Exception as error:  # requests', httpx's and the hub's own: no common base

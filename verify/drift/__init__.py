@@ -1,0 +1,58 @@
+"""Where two models drift apart, and why: `python -m verify drift`, and the same from Python.
+
+from verify import drift
+
+found = drift.compare("./release", against="./original", prompt_file="prompt.txt")
+print(found.summary())
+found.write(Path("report"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from ..cases import TRAINED
+from .bits import predicate
+from .recording import Recording
+from .result import Drift
+from .session import Session, Wanted, prompt_of
+from .sides import Side, sides_of
+
+__all__ = ["Drift", "Recording", "Side", "compare", "predicate", "sides_of"]
+
+
+def compare(
+    candidate: str | Side,
+    against: str | Side | None = None,
+    *,
+    prompt_file: str | Path | None = None,
+    text: str | None = None,
+    tokens: Sequence[int] | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    layers: Iterable[int] | None = None,
+    stages: str | None = None,
+    thorough: bool = False,
+    suggest_bits: float | None = None,
+    without: Sequence[str] = (),
+    keep: Callable[[dict[str, Recording]], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Drift:
+    """Runs both sides on one prompt and says where they part, and why.
+
+    candidate, against: as on the command line ("./release", "hf@./release", "mlx_lm.models.glm_moe_dsa@./release",
+    "./release,kv_bits=8"), or `Side`s; without `against`, HF on the candidate's own weights. The prompt: a file, a text, or
+    token ids; `length` of its tokens. layers, stages: what is reported. without: faults of the catalogue that are not
+    suspected. keep: is handed the recordings of all runs, by name, while they are there. Raises ValueError, GlmDsaError or Failed in one line.
+    """
+    if isinstance(candidate, Side) and (isinstance(against, Side)):
+        sides = candidate, against
+    elif isinstance(candidate, str) and (against is None or isinstance(against, str)):
+        sides = sides_of(candidate, against, str(TRAINED / "interleaved"))
+    else:
+        raise ValueError("candidate and against: two texts, or two Sides")
+    file = None if prompt_file is None else Path(prompt_file)
+    prompt = prompt_of(sides, file, text, tokens, length, seed)
+    wanted = Wanted(None if layers is None else frozenset(layers), stages)
+    return Session(*sides, prompt, wanted, thorough, suggest_bits, without, tell, keep).run()

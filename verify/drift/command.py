@@ -1,0 +1,137 @@
+"""`python -m verify drift`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from glm_dsa.errors import GlmDsaError, printable
+
+from .. import stages
+from ..implementation import Failed
+from ..tolerances import ReferencesDisagree
+from . import compare
+from .recording import Recording
+from .result import Drift
+
+EPILOG = """\
+a side is a checkpoint, an implementation, or both: ./release, OWNER/NAME, hf, equations, mlx_lm.models.glm_moe_dsa,
+FILE.py, mlx_lm.models.glm_moe_dsa@./release; options behind it: ./release,kv_bits=8 (kv_group_size, dtype, device,
+revision, and conventions: indexer_rope, indexer_norm_eps, latent_norm_eps, main_rope, index_topk, ...).
+exit status: 0 where every stage agrees, 1 where not (or nothing could be compared)."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "drift",
+        help="two models side by side: where they part first, and why",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("candidate", metavar="CANDIDATE", help="a checkpoint, an implementation, or both")
+    parser.add_argument("--against", metavar="REFERENCE", help="likewise (default: HF on the candidate's weights)")
+    parser.add_argument("--prompt-file", metavar="F", type=Path, help="text to run on (default: random tokens)")
+    parser.add_argument("--tokens", metavar="N", type=int, help="the prompt's length (default: 4 index_topk)")
+    parser.add_argument("--seed", type=int, default=0, help="of random tokens (default 0)")
+    parser.add_argument("--layers", metavar="LIST", help="report these layers only, e.g. 3,7-9")
+    parser.add_argument("--stages", metavar="PATTERN", help="report these stages only, e.g. 'self_attn.indexer.*'")
+    parser.add_argument(
+        "--suggest-bits", metavar="BITS", type=float, help="write a recipe of so many bits a weight: recipe.json"
+    )
+    parser.add_argument(
+        "--thorough", action="store_true", help="run models of more than 1 GiB too as often as small ones (20 times)"
+    )
+    parser.add_argument(
+        "--watch", metavar="STAGE", action="append", default=[], help="write this stage's arrays as .npz"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write report.html, report.json and report.jsonl there")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    try:
+        _check(chosen)
+        with _Progress() as tell:
+            found = compare(
+                chosen.candidate, chosen.against, prompt_file=chosen.prompt_file, length=chosen.tokens, seed=chosen.seed,
+                layers=_layers(chosen.layers), stages=chosen.stages, thorough=chosen.thorough,
+                suggest_bits=chosen.suggest_bits, keep=_watch(chosen.watch, chosen.out or Path()), tell=tell,
+            )  # fmt: skip
+        found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+        _write(found, chosen)
+    except (ValueError, LookupError, OSError, GlmDsaError, Failed, ReferencesDisagree) as error:
+        print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if found.agrees else 1
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    """What cannot be, before anything runs."""
+    if chosen.seed < 0:
+        raise ValueError(f"--seed {chosen.seed}: 0 or more is due")
+    if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
+        raise ValueError(f"--out {chosen.out}: a file is there; the name of a folder is due")
+    for stage in chosen.watch:
+        kind = stages.kind(stage)
+        if kind not in (*stages.IN_LAYER, "embed", "norm", "logits"):
+            raise ValueError(
+                f"--watch {stage}: no such stage; one of layers.N.{', layers.N.'.join(stages.IN_LAYER[:3])}, ... is due"
+            )
+    if chosen.suggest_bits is not None and not 2 <= chosen.suggest_bits <= 16:
+        raise ValueError(f"--suggest-bits {chosen.suggest_bits:g}: 2 to 16 bits are due")
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """ "3,7-9" -> [3, 7, 8, 9]. Raises ValueError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ValueError(f"--layers {text}: numbers and ranges are due, e.g. 3,7-9")
+    parts = [part.partition("-") for part in text.split(",")]
+    return sorted({n for first, _, last in parts for n in range(int(first), int(last or first) + 1)})
+
+
+def _write(found: Drift, chosen: argparse.Namespace) -> None:
+    folder = chosen.out or Path()
+    if found.sensitivity is not None and found.sensitivity.recipe is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.sensitivity.recipe.write(folder / "recipe.json")
+    print(found.summary())
+    if chosen.out is not None:
+        print("\n" + "\n".join(str(file) for file in found.write(chosen.out)))
+
+
+def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], None] | None:
+    """Writes the arrays of these stages, of the reference and the candidate, while their recordings are there."""
+    if not wanted:
+        return None
+
+    def keep(recordings: dict[str, Recording]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"reference": "reference", "local": "candidate local", "own": "candidate own"}
+        for stage in wanted:
+            arrays = {n: a for n, r in names.items() if (a := recordings[r].get(stage)) is not None}
+            if not arrays:
+                raise ValueError(f"--watch {stage}: neither side shows it")
+            np.savez(folder / f"{stage}.npz", **arrays)
+
+    return keep
+
+
+class _Progress:
+    """Which run is under way, on a terminal's last line."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        self.bar = tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}  {elapsed}", leave=False, file=sys.stderr)
+        return lambda line: self.bar.set_description_str(printable(line)[:100], refresh=True)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()

@@ -1,0 +1,242 @@
+"""Two recordings held against each other, stage by stage, each within what its arithmetic explains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from glm_dsa import ModelArgs
+from reference.equations import Weights
+
+from .. import compare, stages, tolerances
+from ..judge import biased_scores
+from ..report import AGREES, FAULT, MEASURED
+from .recording import Recording
+
+Array = np.ndarray
+LOCAL, OWN = "local", "own"
+CHOICES = (*stages.SELECTIONS, stages.ROUTING)
+SCORES = "self_attn.indexer.scores"
+
+# What each stage of a layer is computed from. A stage that differs while nothing before it does is where something is wrong.
+PARENTS: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("eh_proj",),
+    "self_attn.q_latent": ("input_layernorm",),
+    "self_attn.indexer.k": ("input_layernorm",),
+    "self_attn.indexer.q": ("self_attn.q_latent",),
+    "self_attn.indexer.weights": ("input_layernorm",),
+    "self_attn.indexer.scores": ("self_attn.indexer.k", "self_attn.indexer.q", "self_attn.indexer.weights"),
+    "self_attn.indexer.topk": ("self_attn.indexer.scores",),
+    "self_attn.selection": ("self_attn.indexer.topk",),
+    "self_attn.q_rope": ("self_attn.q_latent",),
+    "self_attn.kv_latent": ("input_layernorm",),
+    "self_attn.k_rope": ("input_layernorm",),
+    "self_attn.heads": ("self_attn.q_rope", "self_attn.k_rope", "self_attn.kv_latent", "self_attn.selection"),
+    "self_attn.output": ("self_attn.heads",),
+    "post_attention_layernorm": ("self_attn.output",),
+    "mlp.gate.logits": ("post_attention_layernorm",),
+    "mlp.gate.topk": ("mlp.gate.logits",),
+    "mlp.gate.weights": ("mlp.gate.logits",),
+    "mlp.experts": ("post_attention_layernorm", "mlp.gate.weights"),
+    "mlp.shared_experts": ("post_attention_layernorm",),
+    "mlp.output": ("mlp.experts", "mlp.shared_experts"),
+    "mlp_output": ("post_attention_layernorm", "mlp.output"),
+    "output": ("mlp_output", "self_attn.output"),
+    "shared_head": ("output",),
+}
+# Under the choices that a layer is handed, its own do not reach what follows.
+PASSED_ON_ONLY_ALONE = ("self_attn.indexer.topk", "mlp.gate.topk")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One stage of the candidate beside the reference's. run: LOCAL (on the reference's input) or OWN (from the tokens on).
+    error: in units of the reference's rms; of choices, the share of queries that differ by more than a tie."""
+
+    stage: str
+    run: str
+    verdict: str
+    error: float
+    bound: float
+    ties: int = 0
+    where: str = ""
+
+    @property
+    def layer(self) -> int | None:
+        return stages.layer_of(self.stage)
+
+    @property
+    def kind(self) -> str:
+        return stages.kind(self.stage)
+
+    @property
+    def share(self) -> float:
+        return self.error / self.bound if self.bound else (0.0 if self.verdict != FAULT else np.inf)
+
+
+class Yardstick:
+    """What arithmetic alone explains at each stage of a reference.
+
+    hf: HF's modules in the precision that is judged, on the reference's inputs and under its choices; truth: the equations,
+    the same. As in the gate: 4 times what the one errs against the other, and how much less exact mlx is.
+    """
+
+    def __init__(self, args: ModelArgs, read: Weights, hf: Recording, truth: Recording, half: bool) -> None:
+        """read: the reference's weights, by HF's names. half: whether 16 bit is judged."""
+        self.args, self.read, self.truth, self.half = args, read, truth, half
+        self.errors: dict[str, float] = {}
+        worst: dict[str, float] = {}
+        for stage in truth:
+            kind, true, theirs = stages.kind(stage), truth[stage], hf.get(stage)
+            if kind in CHOICES or true is None or theirs is None:
+                continue
+            if kind == stages.ROUTING_WEIGHTS:
+                rows = same_rows(hf[stages_routing(stage)], truth[stages_routing(stage)])
+                true, theirs = true[rows], theirs[rows]
+            worst[kind] = max(worst.get(kind, 0.0), compare.values(theirs, true).error)
+            self.errors[stage] = worst[kind]
+
+    @cached_property
+    def longest(self) -> int:
+        embedded = self.truth["embed"]
+        assert embedded is not None
+        return max(tolerances.longest(self.args), len(embedded))
+
+    @property
+    def is_sparse(self) -> bool:
+        embedded = self.truth["embed"]
+        assert embedded is not None
+        return 0 < self.args.index_topk < len(embedded)
+
+    def bound(self, stage: str) -> tolerances.Bound:
+        """Raises `tolerances.ReferencesDisagree` where HF and the equations differ by more than rounding."""
+        true, kind = self.truth[stage], stages.kind(stage)
+        assert true is not None
+        if self.half:
+            return tolerances.bound_16(self.errors[stage], true, self.longest, packed=False)
+        norm = true.shape[-1] if kind in stages.NORMS else 0
+        return tolerances.bound(
+            self.errors[stage], true, self.longest, kind == stages.ROUTING_WEIGHTS, norm, tolerances.EXPLAINED_AT_MOST
+        )
+
+    def scored(self, stage: str) -> tuple[Array, int, float] | None:
+        """(what a choice is made by [S, T or E], how many, how far that may be off); None where it is not known."""
+        layer = stages.layer_of(stage)
+        assert layer is not None
+        if stages.kind(stage) == stages.ROUTING:
+            logits = self.truth[f"layers.{layer}.mlp.gate.logits"]
+            assert logits is not None
+            bias = self.read(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+            noise = self.bound(f"layers.{layer}.mlp.gate.logits").absolute(logits) / 4  # sigmoid' <= 1/4
+            scores = biased_scores(logits, bias, self.args.n_group, self.args.topk_group)
+            return scores, self.args.num_experts_per_tok, noise
+        full = max((i for i in range(layer + 1) if self.args.runs_indexer(i)), default=0)
+        own = f"layers.{full}.{SCORES}"
+        scores = self.truth.get(own)  # type: ignore[assignment]
+        if scores is None:
+            return None
+        return scores, self.args.index_topk, self.bound(own).absolute(scores)
+
+
+def stages_routing(stage: str) -> str:
+    """Of a stage of routing weights, that of the experts chosen."""
+    return stage.removesuffix("weights") + "topk"
+
+
+def same_rows(ours: Array | None, ref: Array | None) -> Array:
+    """bool [S]: where two choices [S, K] are the same sets."""
+    assert ours is not None
+    assert ref is not None
+    if ours.shape != ref.shape:
+        return np.zeros(len(ref), bool)
+    return (np.sort(ours, -1) == np.sort(ref, -1)).all(-1)
+
+
+def compared(
+    run: str, ours: Recording, reference: Recording, yard: Yardstick, judged: bool = True
+) -> Iterator[Compared]:
+    """Every stage that both show, in order. judged: whether an error beyond its bound is a fault, or only measured."""
+    for stage in reference:
+        if stage in ours and (stage in yard.errors or stages.kind(stage) in CHOICES):
+            yield one(run, stage, ours, reference, yard, judged)
+
+
+def one(run: str, stage: str, ours: Recording, reference: Recording, yard: Yardstick, judged: bool = True) -> Compared:
+    kind, mine, ref = stages.kind(stage), ours[stage], reference[stage]
+    bad = FAULT if judged else MEASURED
+    if kind in CHOICES:
+        return _choice(run, stage, mine, ref, yard, bad)
+    if kind == stages.ROUTING_WEIGHTS:
+        routing = stages_routing(stage)
+        if ours.get(routing) is not None and reference.get(routing) is not None:
+            rows = same_rows(ours[routing], reference[routing])
+            if not rows.any():
+                return Compared(stage, run, MEASURED, 0.0, 0.0, where="no token goes to the same experts")
+            assert mine is not None
+            assert ref is not None
+            mine, ref = mine[rows], ref[rows]
+    if mine is None or ref is None:
+        return Compared(stage, run, bad, np.inf, yard.bound(stage).value, where="one of both has no such value")
+    bound, found = yard.bound(stage).value, compare.values(mine, ref)
+    agrees = found.error <= bound
+    return Compared(stage, run, AGREES if agrees else bad, found.error, bound, where=found.problem or found.where)
+
+
+def _choice(run: str, stage: str, mine: Array | None, ref: Array | None, yard: Yardstick, bad: str) -> Compared:
+    """Choices as sets; a tie is none."""
+    scored = yard.scored(stage)
+    if scored is None or ref is None:  # every key is selected
+        differs = (mine is None) != (ref is None) and yard.is_sparse
+        return Compared(stage, run, bad if differs else AGREES, float(differs), 0.0)
+    scores, topk, noise = scored
+    found = compare.selections(None if mine is None else mine[None], ref[None], scores[None], topk, noise)
+    error = found.faults / max(found.queries, 1)
+    return Compared(stage, run, bad if found.faults else AGREES, error, 0.0, found.ties, found.first)
+
+
+def roots(found: list[Compared]) -> list[Compared]:
+    """Of local comparisons, the faults that no other fault of the same layer explains."""
+    at_fault = {c.stage for c in found if c.verdict == FAULT}
+    seen = {c.stage for c in found}
+    return [c for c in found if c.verdict == FAULT and not _explained(c.stage, at_fault, seen)]
+
+
+def _explained(stage: str, at_fault: set[str], seen: set[str]) -> bool:
+    layer = stages.layer_of(stage)
+    if layer is None:
+        return False
+    for kind in PARENTS.get(stages.kind(stage), ()):
+        parent = f"layers.{layer}.{kind}"
+        if kind in PASSED_ON_ONLY_ALONE:
+            continue
+        if parent in at_fault or (parent not in seen and _explained(parent, at_fault, seen)):
+            return True
+    return False
+
+
+# Which component is to blame, by the kinds of stages that are wrong by themselves; the first that fits.
+INDEXER_PARTS = tuple(f"self_attn.indexer.{part}" for part in ("k", "q", "weights", "scores", "topk"))
+COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embedding", ("embed",)),
+    ("rope", ("self_attn.q_rope", "self_attn.k_rope", "self_attn.indexer.k", "self_attn.indexer.q")),
+    ("indexer", INDEXER_PARTS),
+    ("IndexShare", ("self_attn.selection",)),
+    ("MLA", tuple(f"self_attn.{part}" for part in ("q_latent", "q_rope", "kv_latent", "k_rope", "heads", "output"))),
+    ("router", ("mlp.gate.logits", "mlp.gate.topk", "mlp.gate.weights")),
+    ("MoE", ("mlp.experts", "mlp.shared_experts", "mlp.output", "mlp_output")),
+    ("decoder layer", ("input_layernorm", "post_attention_layernorm", "output")),
+    ("MTP", ("eh_proj", "shared_head")),
+    ("head", ("norm", "logits")),
+)
+
+
+def component(kinds: set[str]) -> str:
+    """Of stages that are wrong by themselves. RoPE: where queries and keys of attention and indexer are, and only they."""
+    rope = set(COMPONENTS[1][1])
+    if {"self_attn.q_rope", "self_attn.k_rope"} <= kinds <= rope:
+        return "rope"
+    names = [name for name, own in COMPONENTS if name != "rope" and kinds & set(own)]
+    return " and ".join(names) or "unknown"

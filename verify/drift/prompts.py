@@ -1,0 +1,108 @@
+"""What a comparison runs on: token ids, and the words that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_dsa import ModelArgs
+from glm_dsa.errors import printable
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """tokens int [1, S]; every: all ids of the text, of which these are the first; word: an id as text."""
+
+    tokens: Array
+    source: str
+    every: Array
+    word: Callable[[Any], str] = field(default=lambda token: f"#{int(token)}")
+    note: str = ""
+
+    @classmethod
+    def of(cls, ids: Array, source: str, folders: Sequence[Path], vocabulary: int, note: str = "") -> Prompt:
+        if ids.ndim != 1 or len(ids) < 2:
+            raise ValueError(f"{source}: at least 2 token ids in a row are due")
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ValueError(f"{source}: token {int(ids.max())} is beyond the vocabulary of {vocabulary}")
+        return cls(ids[None].astype(np.int64), source, ids, _words(folders), note)
+
+
+def encoded(
+    file: Path | None,
+    text: str | None,
+    length: int | None,
+    folders: Sequence[Path],
+    args: ModelArgs,
+    source: str = "a text",
+) -> Prompt:
+    """A text by the tokenizer of one of these checkpoints. Raises ValueError in one line."""
+    if file is not None:
+        source = printable(str(file))
+        if not file.is_file():
+            raise ValueError(f"--prompt-file {source}: no such file")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompt-file {source}: UTF-8 is due") from None
+        except OSError as error:
+            raise ValueError(f"--prompt-file {source}: {error.strerror}") from None
+    tokenizer = _tokenizer(folders)
+    if tokenizer is None:
+        raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
+    assert text is not None
+    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    from ..on_trial import default_length
+
+    wanted = min(len(ids), length or max(default_length(args, 1), 0))
+    if length is not None and len(ids) < length:
+        raise ValueError(f"{source}: {len(ids)} tokens, {length} are asked for")
+    found = Prompt.of(ids[:wanted], source, folders, args.vocab_size)
+    return Prompt(found.tokens, source, ids, found.word, found.note)
+
+
+def pieces(prompt: Prompt, topk: int, most: int, times: int) -> Array | None:
+    """Different stretches of the prompt's text, int [most or fewer, times * topk]; None where there are too few."""
+    from reference.layout import TEXTS
+
+    size = times * topk
+    count = min(most, len(prompt.every) // size)
+    if prompt.note or count < TEXTS:  # random tokens tell nothing
+        return None
+    starts = np.linspace(0, len(prompt.every) - size, count).astype(int)
+    found = np.stack([prompt.every[s : s + size] for s in starts])
+    return np.unique(found, axis=0) if len(np.unique(found, axis=0)) >= TEXTS else None
+
+
+def _tokenizer(folders: Sequence[Path]) -> Any:
+    from tokenizers import Tokenizer
+
+    for folder in folders:
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            try:
+                return Tokenizer.from_file(str(file))
+            except Exception as error:  # tokenizers raises nothing more precise
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{printable(str(file))}: no tokenizer: {printable(reason)}") from None
+    return None
+
+
+def _words(folders: Sequence[Path]) -> Callable[[Any], str]:
+    tokenizer = _tokenizer(folders)
+
+    @cache
+    def word(token: int) -> str:
+        if tokenizer is None:
+            return f"#{token}"
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else str(tokenizer.id_to_token(token) or f"#{token}")
+
+    return lambda token: word(int(token))

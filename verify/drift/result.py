@@ -1,0 +1,323 @@
+"""What a comparison found: plain objects, a compact summary, report.json and report.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_dsa.errors import printable
+
+from .. import report, stages
+from ..report import FAULT
+from .bits import Sensitivity
+from .comparing import LOCAL, Compared
+from .repair import Repair
+from .suspects import Cause, Diagnosis
+
+Array = np.ndarray
+AROUND = 3  # stages shown before and after the first divergence
+
+HOW = {
+    "divergence": "Each layer of the candidate was given the reference's input, and went on under the reference's selections "
+    "and experts, so that each error is the layer's own. Errors are the largest difference over the rms of the reference's "
+    "values. A bound is 4 times what HF errs against the float64 equations on the same inputs, times how much less exact the "
+    "bare MLX primitives are than torch's. Choices are compared as sets; keys within the score noise of the boundary are ties.",
+    "causes": "Conventions were switched, and the catalogued mistakes made, in this project's own definition, on the reference's "
+    "weights and inputs, until it gave what the candidate gives. A cause is named only where it reproduces the stages that "
+    "differ, in every layer, and breaks nothing that is sound. Exact: the worst remaining difference, in bounds.",
+    "heat map": "Error over bound, as its decimal logarithm: above 0 is beyond the bound. Local: each layer on the reference's "
+    "input. Own: the candidate from the tokens on, held against the same bounds.",
+    "growth": "The relative error (2-norm) of each layer's output: local on the reference's input, under choices of its own; own "
+    "from the tokens on. Gain: "
+    "own error behind a layer over own error before it.",
+    "choices": "The share of the reference's selected keys, and of its experts, that the candidate chooses too; masked keys are "
+    "left out.",
+    "tokens": "KL(reference || candidate) of the next token's distribution at each position, in nats, over the full vocabulary.",
+    "sensitivity": "Each component, and each group of layers, was given the reference's unpacked weights, all else as packed; "
+    "recovered is the share of the mean KL that went away. Bytes are those stored, scales and biases included.",
+    "mass": "The share of dense attention that the indexer's selection catches under each RoPE layout, by the equations. The "
+    "layout of the training catches clearly more.",
+}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Relative errors of a layer's output."""
+
+    layer: int
+    local: float
+    own: float
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Shares of the reference's choices that the candidate makes too; None where there is nothing to choose."""
+
+    layer: int
+    selection: float | None
+    selection_own: float | None
+    routing: float | None
+    routing_own: float | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """kl in nats, of what follows this token."""
+
+    position: int
+    token: int
+    text: str
+    kl: float
+    same_top1: bool
+    ref_next: str
+    own_next: str
+
+
+@dataclass
+class Drift:
+    """All that was found; `summary` in words, `report` for machines."""
+
+    candidate: Any
+    reference: Any
+    length: int
+    prompt: str
+    same_weights: bool
+    comparisons: list[Compared] = field(default_factory=list)
+    divergence: Compared | None = None
+    diagnosis: Diagnosis | None = None
+    growth: list[Growth] = field(default_factory=list)
+    choices: list[Choices] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    distributions: dict[str, float] = field(default_factory=dict)
+    repair: Repair | None = None
+    sensitivity: Sensitivity | None = None
+    mass: Any = None  # reference.layout.Evidence
+    mass_by_layer: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    own_weights: Drift | None = None  # the candidate beside HF on its own weights, where those are other ones
+    seconds: float = 0.0
+    command: str = ""
+    date: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    # -- what to say first
+
+    @property
+    def agrees(self) -> bool:
+        return self.divergence is None and self.same_weights
+
+    @property
+    def causes(self) -> list[Cause]:
+        return [] if self.diagnosis is None else self.diagnosis.causes
+
+    def findings(self) -> list[dict[str, Any]]:
+        """The top findings first: {kind, title, lines}."""
+        out: list[dict[str, Any]] = []
+
+        def add(kind: str, title: str, *lines: str) -> None:
+            out.append({"kind": kind, "title": printable(title), "lines": [printable(line) for line in lines if line]})
+
+        kl = self.distributions
+        told = (
+            f"KL mean {kl['kl_mean']:.3g}, max {kl['kl_max']:.3g} nats; top-1 {kl['top1']:.1%} the same" if kl else ""
+        )
+        if self.divergence is not None and self.same_weights:
+            add("divergence", f"First divergence: {self.divergence.stage}", _error(self.divergence), told)
+        elif self.same_weights:
+            worst = max(
+                (c for c in self.comparisons if c.bound and c.run == LOCAL), key=lambda c: c.share, default=None
+            )
+            least = f"worst: {worst.stage}, {worst.share:.2g} of its bound" if worst else ""
+            add("note", "No divergence: every stage agrees within its bound", least, told)
+        else:
+            add("note", "The weights differ", told)
+            if self.own_weights is not None:
+                self._add_own(add)
+        for cause in self.causes:
+            alike = f"the same on this prompt: {', '.join(cause.alike)}" if cause.alike else ""
+            where = f"in layers {stages.compact(cause.layers)}" if cause.layers else ""
+            exact = "to the bit" if cause.exact == 0 else f"to {cause.exact:.2g} of the bound"
+            add("cause", f"Cause: {cause.suspect.name}", cause.suspect.text,
+                f"making it here reproduces {', '.join(cause.stages)} {where}, {exact}", alike)  # fmt: skip
+        self._add_unknown(add)
+        if (
+            self.mass is not None
+            and self.mass.has_learned
+            and self.mass.layout not in (None, self.labels.get("layout"))
+        ):
+            add("cause", f"The weights tell of {self.mass.layout} indexer RoPE, where the candidate runs {self.labels['layout']}",
+                "; ".join(f"{k} catches {v} of the attention" for k, v in self.mass.mass.items()) + f"; chance "
+                f"{self.mass.chance:.3f}")  # fmt: skip
+        elif self.mass is not None and any("indexer_rope" in c.suspect.name for c in self.causes):
+            add("note", "Captured attention mass", "; ".join(f"{k} {v}" for k, v in self.mass.mass.items()))
+        if self.growth:
+            self._add_growth(add)
+        if self.repair is not None and self.repair.best is not None:
+            add("cost", f"{self.repair.best.explained:.1%} of the KL: {self.repair.best.what}", *self.repair.lines())
+        if self.sensitivity is not None:
+            add("cost", self.sensitivity.title(), *self.sensitivity.lines())
+        for note in self.notes:
+            add("note", note)
+        return out
+
+    def _add_own(self, add: Any) -> None:
+        own = self.own_weights
+        assert own is not None
+        if own.divergence is None:
+            add("note", "The code is not to blame: on its own weights the candidate agrees with HF at every stage")
+            return
+        add(
+            "divergence",
+            f"On its own weights the candidate differs from HF: {own.divergence.stage}",
+            _error(own.divergence),
+        )
+        for cause in own.causes:
+            add("cause", f"Cause: {cause.suspect.name}", cause.suspect.text)
+        own._add_unknown(add)
+
+    def _add_unknown(self, add: Any) -> None:
+        if self.diagnosis is None or not self.diagnosis.unknown:
+            return
+        left = self.diagnosis.unknown
+        also = " besides" if self.causes else ""
+        kinds = ", ".join(dict.fromkeys(c.kind for c in left))
+        add("cause", f"Cause{also} unknown; component: {self.diagnosis.component}",
+            f"wrong by themselves: {kinds} ({stages.layers_of(c.stage for c in left) or 'outside of the layers'})",
+            f"none of {self.diagnosis.tried} conventions and catalogued mistakes reproduces it")  # fmt: skip
+
+    def _add_growth(self, add: Any) -> None:
+        enters = max(self.growth, key=lambda g: g.local)
+        gains = [g for g in self.growth if g.gain is not None]
+        amplified = max(gains, key=lambda g: g.gain or 0.0, default=None)
+        lines = [f"most enters in layer {enters.layer}: {enters.local:.2g} of its output, on the reference's input"]
+        if amplified is not None:
+            lines.append(f"strongest gain: layer {amplified.layer}, {amplified.gain:.2f} times what came in")
+        add("growth", f"Error at the end: {self.growth[-1].own:.2g} of the hidden state", *lines)
+
+    def summary(self) -> str:
+        lines = [f"candidate  {self.candidate.runs}", f"reference  {self.reference.runs}",
+                 f"prompt     {self.prompt}, {self.length} tokens", ""]  # fmt: skip
+        for finding in self.findings():
+            lines += [finding["title"], *(f"  {line}" for line in finding["lines"])]
+        if self.divergence is not None and self.same_weights:
+            lines += ["", "stages around it (local)"]
+            lines += [f"  {c.stage:<44} {c.error:>9.2e}  bound {c.bound:>9.2e}  {c.verdict}" for c in self.around()]
+        if self.sensitivity is not None:
+            lines += ["", *self.sensitivity.table()]
+        lines += [f"not looked at: {what}: {why}" for what, why in self.reasons.items()]
+        return "\n".join(printable(line) for line in lines)
+
+    def around(self) -> list[Compared]:
+        local = [c for c in self.comparisons if c.run == LOCAL]
+        at = next(
+            (i for i, c in enumerate(local) if self.divergence is not None and c.stage == self.divergence.stage), 0
+        )
+        return local[max(0, at - AROUND) : at + AROUND + 1]
+
+    # -- for machines
+
+    def report(self) -> dict[str, Any]:
+        kinds = {c.kind for c in self.comparisons}
+        order = ["embed", *(k for k in stages.IN_LAYER), "norm", "logits"]
+        divergence = None
+        if self.divergence is not None:
+            around = [{**_plain(c), "note": c.where} for c in self.around()]
+            divergence = {**_plain(self.divergence), "where": self.divergence.where, "around": around}
+        return _finite({
+            "format": 1, "command": self.command, "seconds": round(self.seconds, 1), "date": self.date,
+            "versions": report.versions(),
+            "candidate": _side(self.candidate), "reference": _side(self.reference),
+            "prompt": {"source": self.prompt, "length": self.length, "index_topk": self.candidate.args.index_topk},
+            "agrees": self.agrees, "same_weights": self.same_weights,
+            "layers": self.labels.get("layers", []), "stages": [k for k in order if k in kinds],
+            "findings": self.findings(), "divergence": divergence, "causes": self._causes(),
+            "unknown": [_plain(c) for c in (self.diagnosis.unknown if self.diagnosis else [])],
+            "component": self.diagnosis.component if self.diagnosis else "",
+            "comparisons": [{**_plain(c), "note": c.where if c.verdict == FAULT else ""} for c in self.comparisons],
+            "growth": [asdict(g) for g in self.growth], "choices": [asdict(c) for c in self.choices],
+            "tokens": [asdict(t) for t in self.tokens], "distributions": self.distributions,
+            "repair": None if self.repair is None else self.repair.as_dict(),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.as_dict(),
+            "mass": self.mass_by_layer or None, "reasons": self.reasons, "how": HOW,
+            "own_weights": None if self.own_weights is None else self.own_weights.report(),
+        })  # fmt: skip
+
+    def _causes(self) -> list[dict[str, Any]]:
+        found = [
+            {"how": c.suspect.how, "name": c.suspect.name, "text": c.suspect.text, "exact": c.exact, "explains": None,
+             "stages": list(c.stages), "layers": stages.compact(c.layers), "alike": list(c.alike)}
+            for c in self.causes
+        ]  # fmt: skip
+        if self.repair is not None and self.repair.best is not None:
+            best = self.repair.best
+            found.append({"how": "component", "name": best.what, "text": "its outputs replaced by the reference's",
+                          "exact": None, "explains": best.explained, "stages": list(best.kinds),
+                          "layers": stages.compact(best.layers), "alike": []})  # fmt: skip
+        return found
+
+    def write(self, folder: Path) -> list[Path]:
+        """report.json, report.jsonl (header, a record a comparison, footer) and report.html; each whole, or not there."""
+        from .page import render
+
+        told = self.report()
+        head = {k: told[k] for k in ("format", "command", "date", "versions", "candidate", "reference", "prompt")}
+        records = [{"type": "header", **head}]
+        records += [{"type": "comparison", **c} for c in told["comparisons"]]
+        records += [{"type": "token", **t} for t in told["tokens"]]
+        records += [
+            {"type": "footer", "agrees": told["agrees"], "findings": told["findings"], "seconds": told["seconds"]}
+        ]
+        texts = {
+            "report.json": json.dumps(told, allow_nan=False) + "\n",
+            "report.jsonl": "".join(json.dumps(r, allow_nan=False) + "\n" for r in records),
+            "report.html": render(told),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            part = folder / f".{name}.{os.getpid()}.part"
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, folder / name)
+        return [folder / name for name in texts]
+
+
+def _error(c: Compared) -> str:
+    if not c.bound:
+        return f"{c.error:.1%} of the queries choose otherwise; first: {c.where}"
+    return f"error {c.error:.3g}, {c.share:.3g} times its bound of {c.bound:.2g}; worst {c.where}"
+
+
+def _plain(c: Compared) -> dict[str, Any]:
+    return {"layer": c.layer, "stage": c.kind, "run": c.run, "error": c.error, "bound": c.bound, "verdict": c.verdict,
+            "ties": c.ties}  # fmt: skip
+
+
+def _side(side: Any) -> dict[str, Any]:
+    return {"text": side.text, "runs": side.runs, "conventions": [str(c) for c in side.args.conventions]}
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: infinities and NaN as strings, text without lone surrogates."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else f"{float(value)}")
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    return value
+
+
+def shares(items: Iterable[float | None]) -> list[float]:
+    return [item for item in items if item is not None]

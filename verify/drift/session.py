@@ -1,0 +1,402 @@
+"""The course of a comparison: what is run, in which order, and what is left out of a model too large for it."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from glm_dsa.errors import CheckpointError, GlmDsaError, printable
+from reference import layout
+from reference.stored import read_tensors
+
+from .. import compare, cost, stages, tolerances
+from ..cases import TRAINED, check_kept, probes
+from ..implementation import Failed
+from ..on_trial import SHAPES, default_length
+from ..report import FAULT
+from . import bits
+from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
+from .prompts import Prompt, encoded, pieces
+from .recording import HIDDEN, Hearing, Recording, is_given
+from .repair import repair
+from .result import Choices, Drift, Growth, Token
+from .runners import runner_of
+from .sides import EQUATIONS, HF, Side
+from .suspects import Diagnosis, Lineup
+
+Array = np.ndarray
+LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large vocabularies, evenly spread positions
+PIECES, PIECE = 8, 4  # texts by which the layout is told; their length, in index_topk
+TOO_LARGE = "larger than 1 GiB: --thorough runs the model some 20 times more for it"
+LAYOUT_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is reported: layers, and stages by pattern (`self_attn.indexer.*`). None: all."""
+
+    layers: frozenset[int] | None = None
+    stages: str | None = None
+
+    def __call__(self, stage: str) -> bool:
+        layer = stages.layer_of(stage)
+        in_layers = self.layers is None or layer is None or layer in self.layers
+        return in_layers and (self.stages is None or fnmatchcase(stages.kind(stage), self.stages)
+                              or fnmatchcase(stage, self.stages))  # fmt: skip
+
+
+@dataclass
+class Session:
+    """`thorough`: a large model too is run again for counterfactuals beyond the likely ones, repair and sensitivity."""
+
+    candidate: Side
+    reference: Side
+    prompt: Prompt
+    wanted: Wanted = field(default_factory=Wanted)
+    thorough: bool = False
+    suggest: float | None = None
+    without: Sequence[str] = ()  # faults that are not to be suspected
+    tell: Callable[[str], None] = lambda _: None
+    keep: Callable[[dict[str, Recording]], None] | None = None
+    recordings: dict[str, Recording] = field(default_factory=dict)
+
+    def run(self) -> Drift:
+        """Raises ValueError, GlmDsaError and Failed, each in one line, for what cannot be compared."""
+        begun = time.monotonic()
+        _check_shapes(self.candidate, self.reference)
+        with ExitStack() as stack:
+            self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drift-")))
+            found = self._run()
+            if self.keep is not None:
+                self.keep(self.recordings)
+        found.seconds = time.monotonic() - begun
+        found.date = datetime.date.today().isoformat()
+        return found
+
+    @property
+    def in_full(self) -> bool:
+        return self.thorough or (self.candidate.is_small and self.reference.is_small)
+
+    def _run(self) -> Drift:
+        args, tokens = self.reference.args, self.prompt.tokens
+        self.at = _spread(tokens.shape[1], args.vocab_size)
+        same = same_weights(self.candidate, self.reference)
+        found = Drift(self.candidate, self.reference, tokens.shape[1], self.prompt.source, same)
+        found.labels = {"layers": _layers(args), "layout": self.candidate.args.indexer_rope}
+        if self.prompt.note:
+            found.notes.append(self.prompt.note)
+        reference = self._recorded("reference", self.reference)
+        yard = self._yardstick(self.reference, reference, self.candidate)
+        self._check_reference(reference, yard, found)
+        local, own = self._candidate(reference)
+        found.comparisons = [c for c in [*compared(LOCAL, local, reference, yard, same),
+                                         *compared(OWN, own, reference, yard, False)] if self.wanted(c.stage)]  # fmt: skip
+        every = [c for c in found.comparisons if c.run == LOCAL]
+        found.divergence = next((c for c in every if c.verdict == FAULT), None)
+        self._figures(found, reference, own)
+        if same:
+            found.diagnosis = self._diagnosed(self.reference, (reference, local), yard, every)
+        else:
+            self._of_own_weights(found)
+        self._explain(found, (reference, local, own))
+        if not same:
+            self._sensitivity(found, reference)
+        self._mass(found)
+        return found
+
+    # -- runs
+
+    def _recorded(
+        self, name: str, side: Side, beside: Recording | None = None, given: Callable[[str], bool] | None = None
+    ) -> Recording:
+        """A run of its own, or beside another: what is `given` is the other's (by default input and choices)."""
+        self.tell(f"{name}: {side.runs}")
+        large = not (self.candidate.is_small and self.reference.is_small)
+        into = Recording(self.scratch / name.replace(" ", "-") if large else None)
+        given = given or (lambda stage: beside is not None and is_given(stage, self.is_sparse))
+        with on_device(side.device):
+            runner_of(side).run(self.prompt.tokens, self.at, Hearing(into, beside, given))
+        self.recordings[name] = into
+        return into
+
+    @property
+    def is_sparse(self) -> bool:
+        return 0 < self.reference.args.index_topk < self.prompt.tokens.shape[1]
+
+    def _candidate(self, reference: Recording, name: str = "candidate") -> tuple[Recording, Recording]:
+        """(on the reference's inputs, on its own)."""
+        local = self._recorded(f"{name} local", self.candidate, reference)
+        if name != "candidate":
+            return local, local
+        return local, self._recorded(f"{name} own", self.candidate)
+
+    def _yardstick(self, side: Side, reference: Recording, candidate: Side) -> Yardstick:
+        """What arithmetic explains, in the coarser precision of both sides."""
+        dtype = next((s.dtype for s in (candidate, side) if s.dtype in ("bfloat16", "float16")), "float32")
+        truth = self._recorded(
+            f"truth of {side.checkpoint.replace('/', '_')}", side.on(EQUATIONS, overrides=side.overrides), reference
+        )
+        oracle = side.on(HF, overrides=side.overrides)
+        is_it = side.implementation == HF and side.dtype == "float32" == dtype
+        hf = reference if is_it else self._recorded(
+            f"HF in {dtype} beside it", _with(oracle, dtype=dtype), reference)  # fmt: skip
+        return Yardstick(side.args, read_tensors(side.folder), hf, truth, dtype != "float32")
+
+    def _check_reference(self, reference: Recording, yard: Yardstick, found: Drift) -> None:
+        """A reference that is none."""
+        if self.reference.implementation in (HF, EQUATIONS):
+            return
+        wrong = next((c for c in compared(LOCAL, reference, yard.truth, yard) if c.verdict == FAULT), None)
+        if wrong is not None:
+            found.notes.append(
+                f"the reference itself differs from the equations at {wrong.stage}: hold it to hf@ first"
+            )
+
+    # -- what it says
+
+    def _figures(self, found: Drift, reference: Recording, own: Recording) -> None:
+        """Growth and choices: each layer on the reference's input, under choices of its own, beside the candidate alone."""
+        args, sparse = self.reference.args, self.is_sparse
+        local = self._recorded(
+            "candidate, layer by layer", self.candidate, reference, lambda s: stages.kind(s) in HIDDEN
+        )
+        before: float | None = None
+        for layer in range(args.num_hidden_layers):
+            stage = f"layers.{layer}.output"
+            if stage not in own:
+                continue
+            errors = [_relative(r[stage], reference[stage]) for r in (local, own)]
+            gain = errors[1] / before if before else None
+            before = errors[1]
+            found.growth.append(Growth(layer, errors[0], errors[1], gain))
+        allowed = np.tril(np.ones((self.prompt.tokens.shape[1],) * 2, bool))
+        for layer in range(args.num_hidden_layers):
+            parts: list[float | None] = []
+            for kind, only in (("self_attn.indexer.topk", allowed), (stages.ROUTING, None)):
+                stage = f"layers.{layer}.{kind}"
+                parts += [_same(r.get(stage), reference.get(stage), only, sparse) for r in (local, own)]
+            found.choices.append(Choices(layer, parts[0], parts[1], parts[2], parts[3]))
+        self._tokens(found, reference.get("logits"), own.get("logits"))
+
+    def _tokens(self, found: Drift, due: Array | None, mine: Array | None) -> None:
+        if due is None or mine is None or due.shape != mine.shape or not np.isfinite(mine).all():
+            found.reasons["tokens"] = "the candidate gives no logits of the whole prompt that are finite"
+            return
+        ids = self.prompt.tokens[0]
+        kl = compare.kl_by_position(mine, due)
+        follows = [i for i, at in enumerate(self.at) if at + 1 < len(ids)]
+        d = compare.distributions(mine, due)
+        said = cost.of_logits(mine[follows], due[follows], ids[self.at[follows] + 1])
+        found.distributions = {
+            "kl_mean": d.kl_mean, "kl_p95": d.kl_p95, "kl_max": d.kl_max, "top1": d.top1,
+            "reference_perplexity": said.original_perplexity, "candidate_perplexity": said.release_perplexity,
+        }  # fmt: skip
+        best = np.argmax(due, -1), np.argmax(mine, -1)
+        for i, position in enumerate(self.at):
+            word = self.prompt.word
+            found.tokens.append(Token(int(position), int(ids[position]), word(ids[position]), float(kl[i]),
+                                      bool(best[0][i] == best[1][i]), word(best[0][i]), word(best[1][i])))  # fmt: skip
+
+    def _diagnosed(
+        self, side: Side, recordings: tuple[Recording, Recording], yard: Yardstick, every: list[Compared]
+    ) -> Diagnosis | None:
+        if not roots(every):
+            return None
+        lineup = Lineup(side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, self.tell)
+        return lineup.diagnose(every)
+
+    def _of_own_weights(self, found: Drift) -> None:
+        """Other weights: is the code right on them?"""
+        side = self.candidate.on(HF, overrides=self.candidate.overrides)
+        if self.candidate.implementation == HF:
+            return
+        reference = self._recorded("HF on the candidate's weights", side)
+        yard = self._yardstick(side, reference, self.candidate)
+        local, _ = self._candidate(reference, "candidate on its own weights")
+        own = Drift(self.candidate, side, found.length, found.prompt, True, labels=found.labels)
+        own.comparisons = [c for c in compared(LOCAL, local, reference, yard) if self.wanted(c.stage)]
+        own.divergence = next((c for c in own.comparisons if c.verdict == FAULT), None)
+        own.diagnosis = self._diagnosed(side, (reference, local), yard, own.comparisons)
+        found.own_weights = own
+
+    def _explain(self, found: Drift, recordings: tuple[Recording, Recording, Recording]) -> None:
+        is_packed = self.candidate.release.is_packed and not self.reference.release.is_packed
+        if (found.divergence is None and found.same_weights) or (is_packed and not found.same_weights):
+            return  # nothing to explain; or `_sensitivity` tells more
+        if not self.in_full:
+            found.reasons["repair"] = TOO_LARGE
+            return
+        try:
+            with on_device(self.candidate.device):
+                found.repair = repair(runner_of(self.candidate), self.prompt.tokens, self.at, recordings, self.tell)
+        except (Failed, RuntimeError, ValueError) as error:
+            found.reasons["repair"] = f"the candidate does not go on with the reference's outputs: {error}"
+
+    def _sensitivity(self, found: Drift, reference: Recording) -> None:
+        packed, original = self.candidate.release.is_packed, self.reference.release.is_packed
+        if not packed or original:
+            found.reasons["sensitivity"] = "for a packed candidate beside a reference that is not"
+        elif not self.in_full:
+            found.reasons["sensitivity"] = TOO_LARGE
+        else:
+            due = reference["logits"]
+            assert due is not None
+            found.sensitivity = bits.measure(self.candidate, self.reference, self.prompt.tokens, due, self.tell)
+        if self.suggest is not None:
+            if found.sensitivity is None:
+                raise ValueError(f"--suggest-bits: {found.reasons.get('sensitivity', 'nothing is packed')}")
+            build = bits.Build(self.candidate, self.reference)
+            found.sensitivity.recipe = bits.recipe(found.sensitivity, build, self.suggest)
+
+    def _mass(self, found: Drift) -> None:
+        """What the candidate's weights tell of the layout that its indexers were trained under."""
+        side, args = self.candidate, self.candidate.args
+        if not args.has_indexer:
+            return
+        texts = pieces(self.prompt, args.index_topk, PIECES, PIECE)
+        if texts is None:
+            found.reasons["mass"] = f"needs a text of at least {layout.TEXTS} times {PIECE} index_topk tokens"
+            return
+        if not side.is_small and not self.thorough:
+            found.reasons["mass"] = TOO_LARGE
+            return
+        self.tell("attention mass of both RoPE layouts")
+        read = read_tensors(side.folder)
+        config = dict(side.release.config) | side.changes
+        layers = min(LAYOUT_LAYERS, args.num_hidden_layers)
+        try:
+            mass = layout.captured_mass(config, read, texts, side.conventions, layers)
+        except (ValueError, MemoryError) as error:
+            found.reasons["mass"] = str(error)
+            return
+        found.mass = layout.evidence(mass)
+        found.mass_by_layer = [
+            {"layer": i, "interleaved": float(mass["interleaved"][i].mean()),
+             "half_split": float(mass["half-split"][i].mean()), "chance": float(mass[layout.CHANCE][i].mean())}
+            for i in range(layers)
+        ]  # fmt: skip
+
+
+# -- helpers
+
+
+class on_device:
+    """mlx's default device, for a while. Raises ValueError where it is not there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.before = mx.default_device()
+        if self.name == "gpu":
+            try:
+                mx.eval(mx.zeros(1, stream=mx.gpu))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"device=gpu: mlx finds none here ({str(error).splitlines()[0]})") from None
+        mx.set_default_device(mx.gpu if self.name == "gpu" else mx.cpu)
+
+    def __exit__(self, *error: object) -> None:
+        mx.set_default_device(self.before)
+
+
+def same_weights(one: Side, other: Side) -> bool:
+    """The same folder, or every tensor of the same name, dtype, shape and content: of large ones their ends."""
+    if one.same_weights(other):
+        return True
+    a, b = one.release.tensors, other.release.tensors
+    if a.keys() != b.keys() or any((a[n].dtype, a[n].shape) != (b[n].dtype, b[n].shape) for n in a):
+        return False
+    return all(_ends(a[name]) == _ends(b[name]) for name in a)
+
+
+def _ends(stored: Any, most: int = 1 << 16) -> bytes:
+    with stored.file.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(header + stored.begin)
+        first = stream.read(min(most, stored.nbytes))
+        stream.seek(header + max(stored.begin, stored.end - most))
+        return first + stream.read(min(most, stored.nbytes))
+
+
+def _check_shapes(candidate: Side, reference: Side) -> None:
+    for key in SHAPES:
+        mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
+        if mine != theirs:
+            raise ValueError(
+                f"{printable(candidate.text)} and {printable(reference.text)}: {key} = {printable(str(mine))[:60]} and "
+                f"{printable(str(theirs))[:60]}; two of one model are due"
+            )
+
+
+def _spread(length: int, vocabulary: int) -> Array:
+    most = max(2, LOGITS // (4 * vocabulary))
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
+
+
+def _layers(args: Any) -> list[dict[str, Any]]:
+    count = args.num_hidden_layers + args.num_nextn_predict_layers
+    indexers = ["none" if not args.has_indexer else "full" if args.runs_indexer(i) else "shared" for i in range(count)]
+    return [
+        {"layer": i, "indexer": indexers[i], "mlp": "sparse" if args.is_sparse(i) else "dense",
+         "mtp": i >= args.num_hidden_layers}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def _with(side: Side, **options: Any) -> Side:
+    from dataclasses import replace
+
+    return replace(side, options={**side.options, **options})
+
+
+def _relative(ours: Array | None, ref: Array | None) -> float:
+    assert ref is not None
+    return np.inf if ours is None else cost.relative(ours, ref)
+
+
+def _same(ours: Array | None, ref: Array | None, allowed: Array | None, sparse: bool) -> float | None:
+    if allowed is not None and not sparse:
+        return None
+    return None if ours is None or ref is None else cost.same(ours, ref, allowed)
+
+
+def prompt_of(
+    sides: Iterable[Side],
+    file: Path | None,
+    text: str | None,
+    tokens: Sequence[int] | None,
+    length: int | None,
+    seed: int,
+) -> Prompt:
+    """From a file, a text, token ids, or (without any) the texts of the kept checkpoints, or random tokens. Raises
+    ValueError in one line."""
+    candidate, reference = sides
+    args = reference.args
+    if length is not None and length < 2:
+        raise ValueError(f"--tokens {length}: at least 2 are due")
+    folders = [s.folder for s in (reference, candidate)]
+    if tokens is not None:
+        ids = np.asarray(tokens, dtype=np.int64)[:length]
+        return Prompt.of(ids, "token ids", folders, args.vocab_size)
+    if file is not None or text is not None:
+        return encoded(file, text, length, folders, args)
+    wanted = length or default_length(args, 1)
+    if any(f.resolve().parent == TRAINED.resolve() for f in folders):
+        check_kept(folders[0] if folders[0].resolve().parent == TRAINED.resolve() else folders[1])
+        return encoded(None, "\n".join(probes()["texts"]), wanted, folders, args, "the kept texts")
+    ids = np.random.default_rng(seed).integers(3, args.vocab_size, wanted)
+    note = "the prompt is of random tokens: --prompt-file gives figures that mean something"
+    return Prompt.of(ids, f"random tokens, seed {seed}", folders, args.vocab_size, note)
+
+
+__all__ = ["CheckpointError", "GlmDsaError", "Session", "Wanted", "prompt_of", "same_weights", "tolerances"]
