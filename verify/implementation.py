@@ -55,7 +55,7 @@ class Implementation:
             ) from None
         if not source:
             raise ValueError(
-                f"{option.strip() or 'implementation'}: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
+                f"{option or 'implementation'}: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
             )
         if is_file and not Path(source).is_file():
             raise ValueError(f"{option}{printable(text)}: no such file")

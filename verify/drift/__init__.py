@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..cases import TRAINED
-from .bits import predicate
+from .bits import convert_arguments
 from .recording import Recording
 from .result import Drift
 from .session import Session, Wanted, prompt_of
 from .sides import Side, sides_of
 
-__all__ = ["Drift", "Recording", "Side", "compare", "predicate", "sides_of"]
+__all__ = ["Drift", "Recording", "Side", "compare", "convert_arguments", "sides_of"]
 
 
 def compare(
@@ -44,7 +44,8 @@ def compare(
     candidate, against: as on the command line ("./release", "hf@./release", "mlx_lm.models.glm_moe_dsa@./release",
     "./release,kv_bits=8"), or `Side`s; without `against`, HF on the candidate's own weights. The prompt: a file, a text, or
     token ids; `length` of its tokens. layers, stages: what is reported. without: faults of the catalogue that are not
-    suspected. keep: is handed the recordings of all runs, by name, while they are there. Raises ValueError, GlmDsaError or Failed in one line.
+    suspected. keep: is handed the recordings of all runs, by name, while they are there. Raises ValueError, GlmDsaError
+    or Failed, in one line.
     """
     if isinstance(candidate, Side) and (isinstance(against, Side)):
         sides = candidate, against

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def component_of(path: str) -> str | None:
 @dataclass(frozen=True)
 class Row:
     """A component (in all layers) or a group of layers (`component` says so). bits: stored, scales and biases included, a
-    weight. kl: the mean, in nats, when it is given its weights back; recovered: the share of the build's KL that went away."""
+    weight. kl: the mean, in nats, when it is given its weights back; recovered: the share of the build's KL that went away;
+    alone: the KL where nothing else is packed, in which no other's errors meet its own: the ranking is by that."""
 
     component: str
     layers: str
@@ -65,17 +66,14 @@ class Row:
     bytes: int
     kl: float
     recovered: float
+    alone: float
     added_bytes: int
     modules: tuple[str, ...] = ()
 
     @property
     def per_mb(self) -> float:
-        """KL bought by a megabyte."""
-        return self.recovered_kl / (self.added_bytes / 1e6) if self.added_bytes else 0.0
-
-    @property
-    def recovered_kl(self) -> float:
-        return self.kl * self.recovered / (1 - self.recovered) if self.recovered < 1 else self.kl
+        """KL that its weights buy, by a megabyte."""
+        return self.alone / (self.added_bytes / 1e6) if self.added_bytes else 0.0
 
 
 @dataclass
@@ -89,7 +87,10 @@ class Recipe:
     predicted: float = 0.0  # of the build's KL, as a share
 
     def write(self, file: Path) -> None:
-        whole = {"group_size": GROUPS[0], "bits": 4, "mode": "affine", **self.modules}
+        packed = [m for m in self.modules.values() if isinstance(m, dict)]
+        sizes, all_bits = [m["group_size"] for m in packed], [m["bits"] for m in packed]
+        usual = max(set(all_bits), key=all_bits.count)
+        whole = {"group_size": min(sizes), "bits": usual, "mode": "affine", **self.modules}
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         part.write_text(json.dumps(whole, indent=1) + "\n")
         os.replace(part, file)
@@ -107,27 +108,28 @@ class Sensitivity:
     recipe: Recipe | None = None
 
     def title(self) -> str:
-        best = max((r for r in self.rows if r.modules), key=lambda r: r.recovered, default=None)
-        most = f": most of it from {best.component}, {best.recovered:.0%}" if best else ""
+        best = max((r for r in self.rows if r.modules), key=lambda r: r.alone, default=None)
+        most = f": most of it by {best.component}, {best.alone:.2g} alone" if best else ""
         return f"Quantization to {self.bits:.3f} bits costs KL {self.kl:.3g}{most}"
 
     def lines(self) -> list[str]:
         out = [f"next bit: {self.next}"] if self.next else []
         if self.recipe is not None:
-            out.append(f"recipe of {self.recipe.bits:.3f} bits (asked: {self.recipe.asked:g}) in {self.recipe.file or 'the report'}, "
-                       f"expected KL {self.recipe.predicted:.3g} times this build's")  # fmt: skip
+            where = self.recipe.file or "the report"
+            out.append(f"recipe of {self.recipe.bits:.3f} bits (asked: {self.recipe.asked:g}) in {where}, expected KL "
+                       f"{self.recipe.predicted:.3g} times this build's")  # fmt: skip
         return out
 
     def table(self) -> list[str]:
-        out = [
-            f"{'restored':<30} {'layers':<10} {'bits':>6} {'KL left':>9} {'recovered':>9} {'added MB':>9} {'KL a MB':>9}"
-        ]
+        out = [("restored", "layers", "bits", "KL left", "recovered", "KL alone", "added MB", "KL a MB")]
         out += [
-            f"{r.component:<30} {r.layers:<10} {r.bits:>6.2f} {r.kl:>9.3g} {r.recovered:>9.1%} {r.added_bytes / 1e6:>9.3f} "
-            f"{r.per_mb:>9.2g}"
-            for r in sorted(self.rows, key=lambda r: -r.recovered)
-        ]
-        return out
+            (r.component, r.layers, f"{r.bits:.2f}", f"{r.kl:.3g}", f"{r.recovered:.1%}", f"{r.alone:.2g}",
+             f"{r.added_bytes / 1e6:.3g}", f"{r.per_mb:.2g}")
+            for r in sorted(self.rows, key=lambda r: -r.alone)
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in out) for i in range(len(out[0]))]
+        places = [str.ljust if i < 2 else str.rjust for i in range(len(widths))]
+        return ["  ".join(p(c, w) for p, c, w in zip(places, row, widths, strict=True)).rstrip() for row in out]
 
     def as_dict(self) -> dict[str, Any]:
         rows = [{**asdict(r), "modules": len(r.modules), "per_mb": r.per_mb} for r in self.rows]
@@ -161,6 +163,13 @@ class Build:
         """[S, V], with the modules of these paths unpacked."""
         with exchanged(self.model, self.whole, restored):
             logits = self.model(mx.array(tokens))
+            mx.eval(logits)
+            return np.array(logits[0].astype(mx.float32))
+
+    def alone(self, tokens: Array, packed: Iterable[str]) -> Array:
+        """[S, V], of the original, with the modules of these paths packed."""
+        with exchanged(self.whole, self.model, packed):
+            logits = self.whole(mx.array(tokens))
             mx.eval(logits)
             return np.array(logits[0].astype(mx.float32))
 
@@ -230,11 +239,11 @@ def measure(
     rows = []
     for name, layers, paths in groups(build):
         tell(f"restored: {name} {layers}".strip())
-        left = compare.distributions(build.logits(tokens, paths), due).kl_mean
+        left, alone = (compare.distributions(run(tokens, paths), due).kl_mean for run in (build.logits, build.alone))
         sizes = [build.size(path) for path in paths]
         weights, stored = sum(w for w, _ in sizes), sum(b for _, b in sizes)
         modules = tuple(paths) if name != "layers" else ()
-        rows.append(Row(name, layers, weights, 8 * stored / weights, stored, left, 1 - left / kl if kl else 0.0,
+        rows.append(Row(name, layers, weights, 8 * stored / weights, stored, left, 1 - left / kl if kl else 0.0, alone,
                         FULL_BYTES * weights - stored, modules))  # fmt: skip
     found = Sensitivity(kl, rows, build.bits())
     found.next = next_bit(found, build)
@@ -268,14 +277,14 @@ def _shares(found: Sensitivity, build: Build) -> dict[str, float]:
     for row in found.rows:
         if not row.modules and row.component == "layers":
             for layer in _layers(row.layers):
-                layered[layer] = max(row.recovered, 1e-4) / len(_layers(row.layers))
+                layered[layer] = row.alone / len(_layers(row.layers))
     mean = sum(layered.values()) / len(layered) if layered else 1.0
     shares: dict[str, float] = {}
     for row in found.rows:
         if row.modules:
             counts = {p: layered.get(layer_of(p) if layer_of(p) is not None else -1, mean) for p in row.modules}  # type: ignore[arg-type]
             whole = sum(counts.values())
-            shares |= {p: max(row.recovered, 1e-4) * c / whole for p, c in counts.items()}
+            shares |= {p: row.alone * c / whole for p, c in counts.items()}
     return shares
 
 
@@ -293,21 +302,22 @@ def packed_bytes(shape: Sequence[int], bits: int, group: int) -> int:
     return weights * bits // 8 + weights // group * 4
 
 
-def group_of(width: int) -> int | None:
-    return next((g for g in GROUPS if width % g == 0), None)
+def group_of(width: int) -> int:
+    """The largest group that divides a row. (What is packed at all has one.)"""
+    return next(g for g in GROUPS if width % g == 0)
 
 
 def next_bit(found: Sensitivity, build: Build) -> str:
     """The component whose next step buys most KL for its bytes."""
     best, said = 0.0, ""
     for row in found.rows:
-        if not row.modules or row.recovered <= 0:
+        if not row.modules:
             continue
         module = _at(build.model, row.modules[0])
         own = getattr(module, "bits", 16)
         step = next((s for s in STEPS if s > own), None)
         added = row.parameters * ((step or 16) - own) / 8
-        bought = row.recovered * found.kl * (1 - 4.0 ** (own - (step or 16))) / (added / 1e6)
+        bought = row.alone * (1 - 4.0 ** (own - (step or 16))) / (added / 1e6)
         if bought > best:
             best, said = (
                 bought,
@@ -322,29 +332,23 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     shares = _shares(found, build)
     every = [p for p, m in plain.items() if not m.children()]
     weights = sum(a.size for p in every for a in plain[p].values() if isinstance(a, mx.array))
-    chosen: dict[str, int] = {}
-    fixed = 0
-    for path in every:
-        module = plain[path]
-        fits = "weight" in module and group_of(module.weight.shape[-1]) and component_of(path) not in UNPACKED
-        if fits and component_of(path) is not None and path in packed:
-            chosen[path] = STEPS[0]
-        else:
-            fixed += _stored_bytes(module)
+    layers = build.args.num_hidden_layers
+    # The MTP layer keeps its bits: no KL of the main model tells of its drafts.
+    chosen = {p: STEPS[0] for p in build.paths if component_of(p) not in UNPACKED and (layer_of(p) or 0) < layers}
+    fixed = sum(_stored_bytes(packed[p]) for p in every if p not in chosen)
     sizes = {
-        p: [packed_bytes(plain[p].weight.shape, b, group_of(plain[p].weight.shape[-1]) or 64) for b in STEPS]
-        for p in chosen
+        p: [packed_bytes(plain[p].weight.shape, b, group_of(plain[p].weight.shape[-1])) for b in STEPS] for p in chosen
     }
     spent, most = fixed + sum(s[0] for s in sizes.values()), budget * weights / 8
     if spent > most:
         raise ValueError(
             f"--suggest-bits {budget:g}: all that can be packed in {STEPS[0]} bits takes {8 * spent / weights:.3f} already "
-            "(the indexer, the router and norms are not packed)"
+            "(what the build has unpacked stays so, and its MTP layer as it is)"
         )
     own = {p: getattr(packed[p], "bits", 16) for p in chosen}
 
     def kl(path: str, bits: int) -> float:
-        return shares.get(path, 1e-4) * 4.0 ** (own[path] - bits)
+        return shares.get(path, 0.0) * 4.0 ** (own[path] - bits)
 
     while True:
         offers = []
@@ -361,20 +365,27 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     modules: dict[str, dict[str, Any] | bool] = {
         p: {"group_size": group_of(plain[p].weight.shape[-1]), "bits": b, "mode": "affine"} for p, b in chosen.items()
     }
-    modules |= {p: False for p in every if p not in chosen and hasattr(plain[p], "to_quantized")}
+    for path in (p for p in every if p not in chosen and hasattr(plain[p], "to_quantized")):
+        own_packing = {k: getattr(packed[path], k, None) for k in ("group_size", "bits", "mode")}
+        modules[path] = own_packing if path in build.paths else False
     before = sum(kl(p, own[p]) for p in chosen)
     return Recipe(budget, 8 * spent / weights, modules, predicted=sum(kl(p, b) for p, b in chosen.items()) / before)
 
 
-def predicate(file: str | Path) -> Callable[..., bool | dict[str, Any]]:
-    """A recipe's file as mlx-lm's convert takes it: `convert(..., quantize=True, quant_predicate=predicate("recipe.json"))`."""
-    modules: Mapping[str, Any] = json.loads(Path(file).read_text())
+def convert_arguments(file: str | Path) -> dict[str, Any]:
+    """A recipe's file as mlx-lm's convert takes it: `mlx_lm.convert("hf", "mlx", **convert_arguments("recipe.json"))`.
+
+    (It asks for the recipe's smallest group: mlx-lm leaves alone whatever the group that it is told does not divide.)
+    """
+    recipe: dict[str, Any] = json.loads(Path(file).read_text())
 
     def of_module(path: str, module: Any, *_: Any) -> bool | dict[str, Any]:
-        said = modules.get(path, False)
+        said = recipe.get(path, False)
         return dict(said) if isinstance(said, dict) else bool(said)
 
-    return of_module
-
-
-__all__ = ["Build", "Recipe", "Row", "Sensitivity", "field", "measure", "predicate", "recipe"]
+    return {
+        "quantize": True,
+        "q_group_size": recipe["group_size"],
+        "q_bits": recipe["bits"],
+        "quant_predicate": of_module,
+    }

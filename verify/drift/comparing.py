@@ -94,7 +94,7 @@ class Yardstick:
             if kind in CHOICES or true is None or theirs is None:
                 continue
             if kind == stages.ROUTING_WEIGHTS:
-                rows = same_rows(hf[stages_routing(stage)], truth[stages_routing(stage)])
+                rows = same_experts(theirs, true)
                 true, theirs = true[rows], theirs[rows]
             worst[kind] = max(worst.get(kind, 0.0), compare.values(theirs, true).error)
             self.errors[stage] = worst[kind]
@@ -141,18 +141,9 @@ class Yardstick:
         return scores, self.args.index_topk, self.bound(own).absolute(scores)
 
 
-def stages_routing(stage: str) -> str:
-    """Of a stage of routing weights, that of the experts chosen."""
-    return stage.removesuffix("weights") + "topk"
-
-
-def same_rows(ours: Array | None, ref: Array | None) -> Array:
-    """bool [S]: where two choices [S, K] are the same sets."""
-    assert ours is not None
-    assert ref is not None
-    if ours.shape != ref.shape:
-        return np.zeros(len(ref), bool)
-    return (np.sort(ours, -1) == np.sort(ref, -1)).all(-1)
+def same_experts(ours: Array, ref: Array) -> Array:
+    """bool [S]: where weights by expert [S, E] are those of the same experts."""
+    return ((ours != 0) == (ref != 0)).all(-1)
 
 
 def compared(
@@ -170,13 +161,10 @@ def one(run: str, stage: str, ours: Recording, reference: Recording, yard: Yards
     if kind in CHOICES:
         return _choice(run, stage, mine, ref, yard, bad)
     if kind == stages.ROUTING_WEIGHTS:
-        routing = stages_routing(stage)
-        if ours.get(routing) is not None and reference.get(routing) is not None:
-            rows = same_rows(ours[routing], reference[routing])
+        if mine is not None and ref is not None and mine.shape == ref.shape:
+            rows = same_experts(mine, ref)
             if not rows.any():
                 return Compared(stage, run, MEASURED, 0.0, 0.0, where="no token goes to the same experts")
-            assert mine is not None
-            assert ref is not None
             mine, ref = mine[rows], ref[rows]
     if mine is None or ref is None:
         return Compared(stage, run, bad, np.inf, yard.bound(stage).value, where="one of both has no such value")

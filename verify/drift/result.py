@@ -41,7 +41,8 @@ HOW = {
     "left out.",
     "tokens": "KL(reference || candidate) of the next token's distribution at each position, in nats, over the full vocabulary.",
     "sensitivity": "Each component, and each group of layers, was given the reference's unpacked weights, all else as packed; "
-    "recovered is the share of the mean KL that went away. Bytes are those stored, scales and biases included.",
+    "recovered is the share of the mean KL that went away. Alone: the KL where nothing else is packed; the ranking is by that. "
+    "Bytes are those stored, scales and biases included.",
     "mass": "The share of dense attention that the indexer's selection catches under each RoPE layout, by the equations. The "
     "layout of the training catches clearly more.",
 }
@@ -146,7 +147,8 @@ class Drift:
             alike = f"the same on this prompt: {', '.join(cause.alike)}" if cause.alike else ""
             where = f"in layers {stages.compact(cause.layers)}" if cause.layers else ""
             exact = "to the bit" if cause.exact == 0 else f"to {cause.exact:.2g} of the bound"
-            add("cause", f"Cause: {cause.suspect.name}", cause.suspect.text,
+            known = f"{cause.suspect.known_as}, " if cause.suspect.known_as else ""
+            add("cause", f"Cause: {known}{cause.suspect.name}", cause.suspect.text,
                 f"making it here reproduces {', '.join(cause.stages)} {where}, {exact}", alike)  # fmt: skip
         self._add_unknown(add)
         if (
@@ -254,14 +256,15 @@ class Drift:
     def _causes(self) -> list[dict[str, Any]]:
         found = [
             {"how": c.suspect.how, "name": c.suspect.name, "text": c.suspect.text, "exact": c.exact, "explains": None,
-             "stages": list(c.stages), "layers": stages.compact(c.layers), "alike": list(c.alike)}
+             "stages": list(c.stages), "layers": stages.compact(c.layers), "alike": list(c.alike),
+             "known_as": c.suspect.known_as}
             for c in self.causes
         ]  # fmt: skip
         if self.repair is not None and self.repair.best is not None:
             best = self.repair.best
             found.append({"how": "component", "name": best.what, "text": "its outputs replaced by the reference's",
                           "exact": None, "explains": best.explained, "stages": list(best.kinds),
-                          "layers": stages.compact(best.layers), "alike": []})  # fmt: skip
+                          "layers": stages.compact(best.layers), "alike": [], "known_as": ""})  # fmt: skip
         return found
 
     def write(self, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ experts in chunks, and let go again. `Hearing` notes each stage and says what is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,13 @@ class Runner(ABC):
 
     def run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         """tokens int [1, S]. Raises what the side's code raises."""
-        with self.side.within(), torch.no_grad():
+        with self.side.within(self.model), torch.no_grad():
             self._run(tokens, at, hearing)
+
+    @property
+    def model(self) -> Any:
+        """What is there before the run: HF's, without its weights."""
+        return None
 
     @abstractmethod
     def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None: ...
@@ -69,7 +74,8 @@ class Runner(ABC):
 def runner_of(side: Side) -> Runner:
     from .their_runner import TheirRunner
 
-    return {OURS: OurRunner, HF: HfRunner, EQUATIONS: EquationsRunner}.get(side.implementation, TheirRunner)(side)
+    kinds: dict[str, Callable[[Side], Runner]] = {OURS: OurRunner, HF: HfRunner, EQUATIONS: EquationsRunner}
+    return kinds.get(side.implementation, TheirRunner)(side)
 
 
 # -- this definition
@@ -80,10 +86,7 @@ class OurRunner(Runner):
 
     def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         layers = self._layers()
-        model, options = layers.model, self.side.options
-        cache = None
-        if "kv_bits" in options:
-            cache = model.make_cache(kv_bits=options["kv_bits"], kv_group_size=options.get("kv_group_size", 64))
+        model, cache = layers.model, self._cache(layers)
         embedded = None if self.side.is_small else layers.embed(tokens)
         listener = Listener(hearing, self.args.n_routed_experts)
         with trace.listen(model, lambda stage, value: self._listened(layers, listener, stage, value)):
@@ -93,12 +96,12 @@ class OurRunner(Runner):
             if self.side.is_small:
                 model.logits(hidden[:, mx.array(at)])
                 return
-        parts = []
+        parts: list[Array] = []
         for rows in self.vocabulary():
             logits = layers.head(hidden[:, mx.array(at)], rows)
             mx.eval(logits)
-            parts.append(to_numpy(logits))
-        hearing.note("logits", np.concatenate(parts, -1)[0])
+            parts.append(np.array(logits[0].astype(mx.float32)))
+        hearing.note("logits", np.concatenate(parts, -1))
 
     def run_layer(self, index: int, tokens: Array, hearing: Hearing) -> None:
         """One layer on the reference's input and, where it is handed one, its selection."""
@@ -116,7 +119,13 @@ class OurRunner(Runner):
         with trace.listen(layers.model, listener):
             rotation, mask = backbone.rotation_and_mask(len(x), None)
             selection = None if handed is None else mx.array(handed)[None]
-            backbone.layers[index](mx.array(x).astype(MX[self.side.dtype])[None], rotation, mask, None, selection)
+            cache = (self._cache(layers) or [None] * (index + 1))[index]
+            backbone.layers[index](mx.array(x).astype(MX[self.side.dtype])[None], rotation, mask, cache, selection)
+
+    def _cache(self, layers: OurLayers) -> Any:
+        """Only where it is to be packed."""
+        bits, size = (self.side.options.get(key, default) for key, default in (("kv_bits", 0), ("kv_group_size", 64)))
+        return layers.model.make_cache(kv_bits=bits, kv_group_size=size) if bits else None
 
     def _layers(self) -> OurLayers:
         layers = OurLayers(self.side.folder, MX[self.side.dtype], **self.side.overrides)
@@ -186,13 +195,15 @@ class Listener:
             assert self.routed is not None
             own = scatter(own, self.routed, self.experts)
         self.hearing.note(stage, own)
-        if value is None or kind == stages.ROUTING_WEIGHTS:
-            self.routed = None
+        if kind == stages.ROUTING_WEIGHTS:
             return value
         due = self.hearing.due(stage)
         if kind == stages.ROUTING:
             self.routed = own if due is None else due
-        return value if due is None else mx.array(np.ascontiguousarray(due))[None].astype(value.dtype)
+        if due is None:
+            return value
+        dtype = mx.uint32 if value is None else value.dtype
+        return mx.array(np.ascontiguousarray(due))[None].astype(dtype)
 
 
 # -- HF
@@ -226,6 +237,10 @@ class HfRunner(Runner):
     def __init__(self, side: Side) -> None:
         super().__init__(side)
         self.layers = Layers(side.folder, side.conventions, TORCH[side.dtype], **side.changes)
+
+    @property
+    def model(self) -> Any:
+        return self.layers.model
 
     def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         ids, backbone = torch.as_tensor(tokens), self.layers.model.model
@@ -309,8 +324,10 @@ class HfRunner(Runner):
         x = around.before(embedded, hidden)
         hearing.note(f"layers.{index}.eh_proj", x[0].float().numpy())
         with self.layers.loaded(index, self._answer(index)) as model:
-            module = model.model.layers[index]
+            module: Any = model.model.layers[index]  # type: ignore[union-attr, index]
             out, _ = self._heard(index, module, hearing, lambda: self.layers.run(index, x, None))
+        if (due := hearing.due(f"layers.{index}.output")) is not None:
+            out = _like(due, out)
         hearing.note(f"layers.{index}.shared_head", around.after(out)[0].float().numpy())
 
 
@@ -346,7 +363,8 @@ class _Heard(Equations):
     """The equations, with somebody's values in the place of their own."""
 
     hearing: Hearing
-    experts_count = 0
+    experts_count: int
+    routed_to: Array
 
     def record(self, stage: str, value: Array) -> Array:
         return self._put(stage, value)

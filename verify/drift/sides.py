@@ -35,14 +35,15 @@ KNOWN = ("dtype", "device", "kv_bits", "kv_group_size", "revision", *CONVENTIONS
 @dataclass(frozen=True)
 class Side:
     """implementation: OURS, HF, EQUATIONS, or somebody's MODULE or FILE.py. options: dtype, device, kv_bits, kv_group_size,
-    revision. overrides: conventions, as `ModelArgs.from_dict` takes them. within: what surrounds its runs."""
+    revision. overrides: conventions, as `ModelArgs.from_dict` takes them. within: what surrounds its runs; it is
+    given HF's model, where that is what runs."""
 
     text: str
     implementation: str
     checkpoint: str
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: Callable[[Any], AbstractContextManager[Any]] = nullcontext
 
     @cached_property
     def release(self) -> Release:

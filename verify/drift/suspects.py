@@ -16,11 +16,13 @@ import numpy as np
 
 from glm_dsa import ModelArgs
 from glm_dsa.errors import GlmDsaError
+from glm_dsa.store import GROUP_SIZES
 
 from .. import compare, faults, stages
+from ..judge import biased_scores
 from ..judging import recorded
 from ..report import AGREES, FAULT
-from .comparing import CHOICES, LOCAL, Compared, Yardstick, component, roots, same_rows, stages_routing
+from .comparing import CHOICES, LOCAL, Compared, Yardstick, component, roots, same_experts
 from .recording import Enough, Hearing, Recording, is_given
 from .runners import OurRunner
 from .sides import OURS, Side
@@ -29,22 +31,33 @@ Array = np.ndarray
 EXACT = (
     4.0  # how many bounds a mistake made here may lie from the candidate's: each errs, and the mistake may amplify it
 )
+STEPS_APART = 0.01  # of a stage's entries, the share that may be a rounding step apart
+UNEXPLAINED = 0.02  # of a mistake's effect (its square), what those may leave
 FLIPS = 0.01  # of choices, the share that may differ: near ties under scores that the mistake has changed
 MOST = 3  # mistakes that are looked for beside each other
+# what a convention at this value (None: any) is called in the catalogue
+KNOWN_AS = {
+    ("indexer_rope", None): "indexer-rope-layout",
+    ("indexer_norm_eps", 1e-5): "indexer-eps",
+    ("main_rope", "half-split"): "mla-rope-half",
+}
 VERIFIED = 6  # suspects of a kind that are held against all layers
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """how: "convention" or "catalogue". overrides: of `ModelArgs`; fault: of the catalogue."""
+    """how: "convention", "catalogue" or "option". overrides: of `ModelArgs`; options: of a `Side`; fault: of the catalogue;
+    known_as: the fault that a convention at this value is."""
 
     how: str
     name: str
     text: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
     kind: str = ""  # where the catalogue says that it shows first
     where: tuple[str, ...] = ()  # the functions that it changes
+    known_as: str = ""
 
 
 @dataclass
@@ -89,7 +102,20 @@ def conventions(args: ModelArgs) -> Iterator[Suspect]:
         own = getattr(args, name)
         for value in dict.fromkeys(others):
             if value != own and value:
-                yield Suspect("convention", f"{name} = {value}", f"{name} is {own} here", {name: value}, kind=name)
+                known = KNOWN_AS.get((name, value), KNOWN_AS.get((name, None), ""))
+                text = f"{name} = {own} is in force on the reference's side"
+                yield Suspect("convention", f"{name} = {value}", text, {name: value}, kind=name, known_as=known)
+
+
+def packed_caches(args: ModelArgs) -> Iterator[Suspect]:
+    """A KV cache in few bits, in every group size that fits: no mistake, but it shows."""
+    for size in (g for g in GROUP_SIZES if args.kv_lora_rank % g == 0 and args.qk_rope_head_dim % g == 0):
+        for bits in (8, 4):
+            text = "latents and rotary keys are packed, and read back before they are attended to"
+            options = {"kv_bits": bits, "kv_group_size": size}
+            yield Suspect(
+                "option", f"KV cache in {bits} bit, groups of {size}", text, options=options, kind="self_attn.heads"
+            )
 
 
 def catalogue(without: Sequence[str] = ()) -> Iterator[Suspect]:
@@ -136,7 +162,7 @@ class Lineup:
         with recorded() as ran:
             self.whole([])
         running = [s for s in catalogue(self.without) if all(w in ran for w in s.where)]
-        return [*conventions(self.side.args), *running]
+        return [*conventions(self.side.args), *packed_caches(self.side.args), *running]
 
     def _best(
         self, known: list[Suspect], left: list[Compared], suspects: list[Suspect]
@@ -160,7 +186,9 @@ class Lineup:
         """(suspect, how many of the first layer's differences it reproduces), and contradicts nothing."""
         first = [c for c in left if c.layer == left[0].layer]
         for suspect in group:
-            if suspect in known or (first[0].layer is None and not _is_global(suspect)):
+            if any(suspect is k or set(suspect.overrides) & set(k.overrides) for k in known):
+                continue  # a convention has one value
+            if first[0].layer is None and not _is_global(suspect):
                 continue
             self.tried += 1
             self.tell(f"suspect: {suspect.name}")
@@ -215,42 +243,66 @@ class Lineup:
         if mine is None or theirs is None or stage not in self.yard.errors:
             return 0.0 if mine is None and theirs is None else np.inf
         if kind == stages.ROUTING_WEIGHTS:
-            rows = same_rows(self.routed(stage, seen), self.routed(stage, self.theirs))
+            rows = same_experts(mine, theirs)
             if not rows.any():
                 return 0.0
             mine, theirs = mine[rows], theirs[rows]
-        found = compare.values(mine, theirs)
-        return found.error / self.yard.bound(stage).value
+        bound, found = self.yard.bound(stage).value, compare.values(mine, theirs)
+        share = found.error / bound
+        if share <= EXACT or found.problem:
+            return share
+        return self._rounded(stage, mine, theirs, bound, share)
 
-    def routed(self, stage: str, seen: Recording) -> Array | None:
-        return seen.get(stages_routing(stage))
+    def _rounded(self, stage: str, mine: Array, theirs: Array, bound: float, share: float) -> float:
+        """A mistake that rounds to 16 bit rounds a value between two neighbours either way: a few entries are a step apart,
+        the others are as they should be."""
+        ref = self.reference.get(stage)
+        if ref is None or ref.shape != theirs.shape:
+            return share
+        finite = np.isfinite(theirs) & (np.abs(theirs) < 1e38) & np.isfinite(ref)
+        gap, effect = (np.where(finite, a - theirs, 0).astype(np.float64) for a in (mine, ref))
+        scale = np.sqrt(np.mean(theirs[finite].astype(np.float64) ** 2))
+        apart = (np.abs(gap) > EXACT * bound * scale).mean()
+        is_small = (gap**2).sum() <= UNEXPLAINED * (effect**2).sum()
+        return EXACT if apart <= STEPS_APART and is_small else share
 
     def _choice(self, stage: str, mine: Array | None, theirs: Array | None, seen: Recording) -> float:
+        """By the scores of the run that makes the mistake, where it shows them: under them the ties are."""
         scored = self.yard.scored(stage)
-        if scored is None:
-            return 0.0 if (mine is None) == (theirs is None) else np.inf
+        if mine is None or theirs is None:  # every key
+            mine, theirs = None, mine if theirs is None else theirs
+        if scored is None or theirs is None:
+            return 0.0 if mine is None and theirs is None else np.inf
         scores, topk, noise = scored
-        own = seen.get(stage.removesuffix("topk") + "scores")
-        if own is not None and stages.kind(stage) != stages.ROUTING:
-            finite = np.isfinite(own) & (np.abs(own) < 1e38)
-            before = np.isfinite(scores) & (np.abs(scores) < 1e38)
-            ratio = np.sqrt(np.mean(own[finite] ** 2)) / (np.sqrt(np.mean(scores[before] ** 2)) or 1.0)
-            scores, noise = own, noise * float(max(ratio, 1e-6))
-        if theirs is None and mine is None:
-            return 0.0
-        if theirs is None:
-            return np.inf
-        found = compare.selections(None if mine is None else mine[None], theirs[None], scores[None], topk, noise)
+        own = self._scores(stage, seen)
+        if own is not None:
+            ratio = _rms(own) / (_rms(scores) or 1.0)
+            scores, noise = own, noise * max(ratio, 1.0)
+        found = compare.selections(
+            None if mine is None else mine[None], theirs[None], scores[None], topk, EXACT * noise
+        )
         return 0.0 if found.faults <= FLIPS * found.queries else np.inf
+
+    def _scores(self, stage: str, seen: Recording) -> Array | None:
+        """What another run chose by."""
+        if stages.kind(stage) != stages.ROUTING:
+            return seen.get(stage.removesuffix("topk") + "scores")
+        logits, args = seen.get(stage.removesuffix("topk") + "logits"), self.side.args
+        if logits is None:
+            return None
+        bias = self.yard.read(f"model.{stage.removesuffix('topk')}e_score_correction_bias")
+        return biased_scores(logits, bias, args.n_group, args.topk_group)
 
     # -- runs
 
     def _runner(self, suspects: Sequence[Suspect]) -> tuple[OurRunner, AbstractContextManager[None]]:
-        overrides = dict(self.side.overrides)
+        overrides, options = dict(self.side.overrides), dict(self.side.options)
         for suspect in suspects:
             overrides |= suspect.overrides
+            options |= suspect.options
         seeded = [s.fault for s in suspects if s.fault]
-        return OurRunner(replace(self.side, overrides=overrides)), faults.seeded(*seeded) if seeded else nullcontext()
+        runner = OurRunner(replace(self.side, overrides=overrides, options=options))
+        return runner, faults.seeded(*seeded) if seeded else nullcontext()
 
     def whole(self, suspects: Sequence[Suspect]) -> Recording | None:
         """The definition with these mistakes, every layer on the reference's input; None where it does not run."""
@@ -304,6 +356,11 @@ class Lineup:
 def _is_global(suspect: Suspect) -> bool:
     """Whether it changes what joins the layers."""
     return any(where.startswith("model.Backbone") for where in suspect.where)
+
+
+def _rms(values: Array) -> float:
+    finite = values[np.isfinite(values) & (np.abs(values) < 1e38)].astype(np.float64)
+    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
 
 
 class _Until(Hearing):

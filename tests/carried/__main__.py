@@ -1,0 +1,46 @@
+"""python -m tests.carried: every carried fault, where it shows, and how near it comes to the catalogue's own."""
+
+import sys
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from verify.faults import CATALOGUE
+
+from . import IN_HF, IN_STOCK, NOT_CARRIED
+from .compared import TOLERANCE, Trial
+
+
+def main() -> int:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    width, wrong = max(map(len, CATALOGUE)), []
+    with TemporaryDirectory() as scratch:
+        trial = Trial(Path(scratch))
+        print(f"{'in HF'.ljust(width)}  {'case'.ljust(20)}  {'first stage'.ljust(36)}  ours-HF  effect  streamed-HF")
+        for name, fault in IN_HF.items():
+            found, streamed = trial.compared(name), trial.streamed(name)
+            wrong += [] if found.is_the_same and streamed <= TOLERANCE else [name]
+            numbers = f"{found.error:7.1e}  {found.effect:6.0e}  {streamed:.1e}{'  WRONG' if name in wrong else ''}"
+            print(f"{name.ljust(width)}  {fault.case.ljust(20)}  {found.stage.ljust(36)}  {numbers}", flush=True)
+        print(f"\n{'in mlx-lm'.ljust(width)}  {'case'.ljust(26)}  right-HF  effect  stock-HF, both with the fault")
+        for name, in_stock in IN_STOCK.items():
+            seen = trial.stock_compared(name)
+            wrong += [] if seen.is_the_same else [f"{name} (mlx-lm)"]
+            note = ", of equal scores each takes its own" if seen.is_tied else ""
+            print(
+                f"{name.ljust(width)}  {in_stock.case.ljust(26)}  {seen.right:8.1e}  {seen.effect:6.0e}  {seen.error:.1e}{note}"
+            )
+    print("\nnot carried to HF")
+    for name, why in NOT_CARRIED.items():
+        print(f"{name.ljust(width)}  {why}")
+    print(
+        f"\n{len(IN_HF)} in HF, {len(IN_STOCK)} in mlx-lm, {len(NOT_CARRIED)} not carried; wrong: {', '.join(wrong) or 'none'}"
+    )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The faults of the catalogue that no uncached pass of HF's modules over a whole prompt can have, and why."""
+
+_WHY = {
+    "no output can change": "indexer-width-not-scaled indexer-heads-not-scaled indexer-mirrored indexer-selection-reversed "
+    "router-choice-reversed rope-positions-from-one mtp-position-of-the-next-token latent-doubled-scale-halved",
+    "a cache's, or of the second call on": "indexer-caches-zeros rope-offset-after-cache trim-main-only trim-one-too-few "
+    "growth-loses-a-token extract-takes-a-pad filter-forgets-index-keys rows-packed-from-one-column saved-without-its-start "
+    "start-forgotten-in-a-batch",
+    "of a packed cache": "kv-bits-no-op kv-quantizes-indexer kv-own-tokens-in-float kv-biases-forgotten kv-scales-in-16-bit "
+    "kv-four-bits-for-eight kv-starts-late kv-takes-the-next-token",
+    "of batches or padding": "one-rows-selection-for-all take-from-the-first-row pads-are-seen positions-count-pads "
+    "right-padding-stays topk-unmasked-decode",
+    "HF has neither the absorbed nor the gathered form": "absorbed-scale-of-latent absorbed-value-from-the-end gathered-unscaled "
+    "take-one-further",
+    "HF scores all queries at once: there are no blocks": "indexer-blocks-share-a-mask",
+    "it asks for an indexer whose tensors no checkpoint has: HF would draw them at random": "indexer-on-shared-layers "
+    "schedule-offset-ignored",
+    "of a file format: HF is handed what is unpacked": "fp8-scale-missed fp8-scale-inverted",
+    "HF has no MTP step": "mtp-dropped mtp-concat-order mtp-norms-swapped mtp-head-norm-skipped mtp-uses-main-selection "
+    "mtp-reuse-skips-key-write mtp-selects-anew mtp-reuses-the-first-query mtp-hidden-before-norm mtp-keeps-the-first-hidden "
+    "mtp-feeds-the-same-token mtp-first-embedding-kept mtp-own-embedding-ignored mtp-own-head-ignored",
+}
+NOT_CARRIED = {name: why for why, names in _WHY.items() for name in names.split()}
