@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from verify import drift, stages
+from verify.drift.comparing import PARENTS
 from verify.drift.sides import Side
 from verify.faults import CATALOGUE
 
@@ -21,11 +22,8 @@ from .in_hf import IN_HF, patched
 from .in_stock import IN_STOCK, write_stock
 
 HF, STOCK = "hf", "stock"
-ROPE_FIRST = (
-    "self_attn.indexer.k",
-    "self_attn.q_rope",
-    "self_attn.heads",
-)  # where a mistake of all rotations shows first
+# what RoPE as such changes
+ROTATED = ("self_attn.indexer.k", "self_attn.indexer.q", "self_attn.q_rope", "self_attn.k_rope")
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,18 @@ class Diagnosed:
 
 
 def due_stage(name: str, shown: Sequence[str]) -> str:
-    """The first of the stages that a candidate shows at which the catalogue says that a fault is met, or behind it."""
+    """The stage at which the catalogue says that a fault is met; where a candidate does not show it, the first one behind."""
     declared = CATALOGUE[name].stage
-    order = [*stages.IN_LAYER]
-    kinds = {stages.kind(s) for s in shown}
     if declared in ("embed", "norm", "logits"):
         return declared
-    if declared not in order:
-        return next(kind for kind in ROPE_FIRST if kind in kinds)
-    return next(kind for kind in order[order.index(declared) :] if kind in kinds)
+    changed = {declared} if declared in stages.IN_LAYER else set(ROTATED)
+    kinds = {stages.kind(s) for s in shown}
+
+    def comes_of(kind: str) -> bool:
+        parents = (p for p in PARENTS.get(kind, ()) if p not in kinds)
+        return kind in changed or any(comes_of(p) for p in parents)
+
+    return next(kind for kind in stages.IN_LAYER if kind in kinds and comes_of(kind))
 
 
 def diagnose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -39,7 +39,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm": ("self_attn.output",),
     "mlp.gate.logits": ("post_attention_layernorm",),
     "mlp.gate.topk": ("mlp.gate.logits",),
-    "mlp.gate.weights": ("mlp.gate.logits",),
+    "mlp.gate.weights": ("mlp.gate.logits", "mlp.gate.topk"),
     "mlp.experts": ("post_attention_layernorm", "mlp.gate.weights"),
     "mlp.shared_experts": ("post_attention_layernorm",),
     "mlp.output": ("mlp.experts", "mlp.shared_experts"),
@@ -54,7 +54,8 @@ PASSED_ON_ONLY_ALONE = ("self_attn.indexer.topk", "mlp.gate.topk")
 @dataclass(frozen=True)
 class Compared:
     """One stage of the candidate beside the reference's. run: LOCAL (on the reference's input) or OWN (from the tokens on).
-    error: in units of the reference's rms; of choices, the share of queries that differ by more than a tie."""
+    error: in units of the reference's rms; of choices, the share of queries that differ by more than a tie. handed: whether
+    the candidate went on with the reference's value."""
 
     stage: str
     run: str
@@ -63,6 +64,7 @@ class Compared:
     bound: float
     ties: int = 0
     where: str = ""
+    handed: bool = True
 
     @property
     def layer(self) -> int | None:
@@ -159,13 +161,12 @@ def one(run: str, stage: str, ours: Recording, reference: Recording, yard: Yards
     kind, mine, ref = stages.kind(stage), ours[stage], reference[stage]
     bad = FAULT if judged else MEASURED
     if kind in CHOICES:
-        return _choice(run, stage, mine, ref, yard, bad)
-    if kind == stages.ROUTING_WEIGHTS:
-        if mine is not None and ref is not None and mine.shape == ref.shape:
-            rows = same_experts(mine, ref)
-            if not rows.any():
-                return Compared(stage, run, MEASURED, 0.0, 0.0, where="no token goes to the same experts")
-            mine, ref = mine[rows], ref[rows]
+        return replace(_choice(run, stage, mine, ref, yard, bad), handed=stage in ours.handed)
+    if kind == stages.ROUTING_WEIGHTS and mine is not None and ref is not None and mine.shape == ref.shape:
+        rows = same_experts(mine, ref)
+        if not rows.any():
+            return Compared(stage, run, MEASURED, 0.0, 0.0, where="no token goes to the same experts")
+        mine, ref = mine[rows], ref[rows]
     if mine is None or ref is None:
         return Compared(stage, run, bad, np.inf, yard.bound(stage).value, where="one of both has no such value")
     bound, found = yard.bound(stage).value, compare.values(mine, ref)
@@ -188,19 +189,19 @@ def _choice(run: str, stage: str, mine: Array | None, ref: Array | None, yard: Y
 def roots(found: list[Compared]) -> list[Compared]:
     """Of local comparisons, the faults that no other fault of the same layer explains."""
     at_fault = {c.stage for c in found if c.verdict == FAULT}
-    seen = {c.stage for c in found}
-    return [c for c in found if c.verdict == FAULT and not _explained(c.stage, at_fault, seen)]
+    seen, handed = {c.stage for c in found}, {c.stage for c in found if c.handed}
+    return [c for c in found if c.verdict == FAULT and not _explained(c.stage, at_fault, seen, handed)]
 
 
-def _explained(stage: str, at_fault: set[str], seen: set[str]) -> bool:
+def _explained(stage: str, at_fault: set[str], seen: set[str], handed: set[str]) -> bool:
     layer = stages.layer_of(stage)
     if layer is None:
         return False
     for kind in PARENTS.get(stages.kind(stage), ()):
         parent = f"layers.{layer}.{kind}"
-        if kind in PASSED_ON_ONLY_ALONE:
+        if kind in PASSED_ON_ONLY_ALONE and (parent in handed or parent not in seen):
             continue
-        if parent in at_fault or (parent not in seen and _explained(parent, at_fault, seen)):
+        if parent in at_fault or (parent not in seen and _explained(parent, at_fault, seen, handed)):
             return True
     return False
 

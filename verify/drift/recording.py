@@ -24,6 +24,7 @@ class Recording(Mapping[str, Any]):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._held: dict[str, Any] = {}
+        self.handed: set[str] = set()  # stages whose values the run was handed, and went on with
         if folder is not None:
             folder.mkdir(parents=True)
 
@@ -53,12 +54,17 @@ class Hearing:
         self, into: Recording, reference: Recording | None = None, wanted: Callable[[str], bool] = lambda stage: False
     ) -> None:
         self.into, self.reference, self.wanted = into, reference, wanted
+        # of tokens whose experts are handed in, the weights too: as it must be where only the chosen ones' can be seen
+        self.hands_weights = False
 
     def note(self, stage: str, value: Array | None) -> None:
         self.into.put(stage, value)
 
     def due(self, stage: str) -> Array | None:
-        return self.other(stage) if self.wanted(stage) else None
+        found = self.other(stage) if self.wanted(stage) else None
+        if found is not None:
+            self.into.handed.add(stage)
+        return found
 
     def other(self, stage: str) -> Array | None:
         """The reference's, whether wanted or not."""

@@ -17,6 +17,7 @@ from glm_dsa.errors import printable
 from .. import report, stages
 from ..report import FAULT
 from .bits import Sensitivity
+from .cached import Cached
 from .comparing import LOCAL, Compared
 from .repair import Repair
 from .suspects import Cause, Diagnosis
@@ -99,6 +100,7 @@ class Drift:
     tokens: list[Token] = field(default_factory=list)
     distributions: dict[str, float] = field(default_factory=dict)
     repair: Repair | None = None
+    cached: Cached | None = None
     sensitivity: Sensitivity | None = None
     mass: Any = None  # reference.layout.Evidence
     mass_by_layer: list[dict[str, float]] = field(default_factory=list)
@@ -114,7 +116,8 @@ class Drift:
 
     @property
     def agrees(self) -> bool:
-        return self.divergence is None and self.same_weights
+        """On the same weights, at every stage, in one call or several."""
+        return self.divergence is None and self.same_weights and self.cached is None
 
     @property
     def causes(self) -> list[Cause]:
@@ -143,6 +146,8 @@ class Drift:
             add("note", "The weights differ", told)
             if self.own_weights is not None:
                 self._add_own(add)
+        if self.cached is not None:
+            add("divergence", "In several calls, with a cache, the candidate says something else", *self.cached.lines())
         for cause in self.causes:
             alike = f"the same on this prompt: {', '.join(cause.alike)}" if cause.alike else ""
             where = f"in layers {stages.compact(cause.layers)}" if cause.layers else ""
@@ -247,6 +252,7 @@ class Drift:
             "comparisons": [{**_plain(c), "note": c.where if c.verdict == FAULT else ""} for c in self.comparisons],
             "growth": [asdict(g) for g in self.growth], "choices": [asdict(c) for c in self.choices],
             "tokens": [asdict(t) for t in self.tokens], "distributions": self.distributions,
+            "cached": None if self.cached is None else asdict(self.cached),
             "repair": None if self.repair is None else self.repair.as_dict(),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.as_dict(),
             "mass": self.mass_by_layer or None, "reasons": self.reasons, "how": HOW,

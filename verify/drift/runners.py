@@ -85,7 +85,7 @@ class OurRunner(Runner):
     """`seeded` faults have to be in force from the constructor on: the model is assembled in each run."""
 
     def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
-        layers = self._layers()
+        layers = self.assembled()
         model, cache = layers.model, self._cache(layers)
         embedded = None if self.side.is_small else layers.embed(tokens)
         listener = Listener(hearing, self.args.n_routed_experts)
@@ -105,7 +105,7 @@ class OurRunner(Runner):
 
     def run_layer(self, index: int, tokens: Array, hearing: Hearing) -> None:
         """One layer on the reference's input and, where it is handed one, its selection."""
-        layers = self._layers()
+        layers = self.assembled()
         if index == self.args.num_hidden_layers:
             with trace.listen(layers.model, Listener(hearing, self.args.n_routed_experts)):
                 hidden = hearing.other("norm")
@@ -127,7 +127,8 @@ class OurRunner(Runner):
         bits, size = (self.side.options.get(key, default) for key, default in (("kv_bits", 0), ("kv_group_size", 64)))
         return layers.model.make_cache(kv_bits=bits, kv_group_size=size) if bits else None
 
-    def _layers(self) -> OurLayers:
+    def assembled(self) -> OurLayers:
+        """The definition on the side's checkpoint, lazy."""
         layers = OurLayers(self.side.folder, MX[self.side.dtype], **self.side.overrides)
         if self.side.is_small:
             layers.model.set_dtype(layers.dtype)  # scales too: an embedding is unpacked in their dtype
@@ -184,7 +185,8 @@ class Listener:
 
     def __init__(self, hearing: Hearing, experts: int) -> None:
         self.hearing, self.experts = hearing, experts
-        self.routed: Array | None = None
+        self.routed = np.zeros((0, 0), np.int64)
+        self.is_own = np.zeros(0, bool)
 
     def __call__(self, stage: str, value: Any) -> Any:
         array = to_numpy(value)
@@ -192,18 +194,32 @@ class Listener:
         kind = stages.kind(stage)
         if kind == stages.ROUTING_WEIGHTS:
             assert own is not None
-            assert self.routed is not None
-            own = scatter(own, self.routed, self.experts)
+            return self._weights(stage, own, value)
         self.hearing.note(stage, own)
-        if kind == stages.ROUTING_WEIGHTS:
-            return value
         due = self.hearing.due(stage)
         if kind == stages.ROUTING:
+            assert own is not None
             self.routed = own if due is None else due
+            self.is_own = np.ones(len(own), bool) if due is None else same_sets(own, due)
         if due is None:
             return value
         dtype = mx.uint32 if value is None else value.dtype
         return mx.array(np.ascontiguousarray(due))[None].astype(dtype)
+
+    def _weights(self, stage: str, own: Array, value: mx.array) -> mx.array:
+        self.hearing.note(stage, scatter(own, self.routed, self.experts))
+        theirs = self.hearing.other(stage) if self.hearing.hands_weights else None
+        if theirs is None or self.is_own.all():
+            return value
+        handed = np.take_along_axis(theirs, self.routed.astype(np.int64), -1)
+        return mx.array(np.where(self.is_own[:, None], own, handed))[None].astype(value.dtype)
+
+
+def same_sets(ours: Array, ref: Array) -> Array:
+    """bool [S]: where choices [S, K] are the same."""
+    if ours.shape != ref.shape:
+        return np.zeros(len(ref), bool)
+    return (np.sort(ours, -1) == np.sort(ref, -1)).all(-1)
 
 
 # -- HF

@@ -25,13 +25,14 @@ from ..implementation import Failed
 from ..on_trial import SHAPES, default_length
 from ..report import FAULT
 from . import bits
+from .cached import examine
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
 from .prompts import Prompt, encoded, pieces
 from .recording import HIDDEN, Hearing, Recording, is_given
 from .repair import repair
 from .result import Choices, Drift, Growth, Token
 from .runners import runner_of
-from .sides import EQUATIONS, HF, Side
+from .sides import EQUATIONS, HF, OURS, Side
 from .suspects import Diagnosis, Lineup
 
 Array = np.ndarray
@@ -109,6 +110,7 @@ class Session:
         else:
             self._of_own_weights(found)
         self._explain(found, (reference, local, own))
+        self._cached(found, own, yard)
         if not same:
             self._sensitivity(found, reference)
         self._mass(found)
@@ -212,7 +214,10 @@ class Session:
     ) -> Diagnosis | None:
         if not roots(every):
             return None
-        lineup = Lineup(side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, self.tell)
+        is_theirs = self.candidate.implementation not in (OURS, HF, EQUATIONS)
+        lineup = Lineup(
+            side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, is_theirs, self.tell
+        )
         return lineup.diagnose(every)
 
     def _of_own_weights(self, found: Drift) -> None:
@@ -241,6 +246,21 @@ class Session:
                 found.repair = repair(runner_of(self.candidate), self.prompt.tokens, self.at, recordings, self.tell)
         except (Failed, RuntimeError, ValueError) as error:
             found.reasons["repair"] = f"the candidate does not go on with the reference's outputs: {error}"
+
+    def _cached(self, found: Drift, own: Recording, yard: Yardstick) -> None:
+        """In several calls, where it is right in one."""
+        without, length = own.get("logits"), self.prompt.tokens.shape[1]
+        if self.candidate.implementation in (HF, EQUATIONS) or found.divergence is not None or not found.same_weights:
+            return
+        if not self.in_full:
+            found.reasons["cache"] = TOO_LARGE
+        elif without is None or len(without) < length:
+            found.reasons["cache"] = "logits of the whole prompt are due, and its vocabulary is too large for them"
+        else:
+            self.tell("candidate in several calls, with a cache")
+            with on_device(self.candidate.device):
+                bound = yard.bound("logits").value
+                found.cached = examine(self.candidate, self.prompt.tokens, without, bound, self.without, self.tell)
 
     def _sensitivity(self, found: Drift, reference: Recording) -> None:
         packed, original = self.candidate.release.is_packed, self.reference.release.is_packed

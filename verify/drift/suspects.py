@@ -131,13 +131,15 @@ class Lineup:
 
     def __init__(
         self, reference: Side, tokens: Array, at: Array, recordings: tuple[Recording, Recording], yard: Yardstick,
-        without: Sequence[str] = (), thorough: bool = True, tell: Callable[[str], None] = lambda _: None,
+        without: Sequence[str] = (), thorough: bool = True, hands_weights: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """recordings: (the reference's, the candidate's on its inputs). without: faults that are not to be suspected.
-        thorough: suspect also what is said to show at other stages than those that differ."""
+        thorough: suspect also what is said to show at other stages than those that differ. hands_weights: the candidate
+        was handed experts with their weights."""
         self.side, self.tokens, self.at, self.yard, self.tell = reference.on(OURS), tokens, at, yard, tell
         self.reference, self.theirs = recordings
-        self.without, self.thorough = without, thorough
+        self.without, self.thorough, self.hands_weights = without, thorough, hands_weights
         self.tried = 0
 
     # -- the search
@@ -233,7 +235,9 @@ class Lineup:
 
     def _told(self, stage: str, seen: Recording) -> Compared:
         share = self.share(stage, seen)
-        return Compared(stage, LOCAL, FAULT if share > EXACT else AGREES, share, 1.0)
+        return Compared(
+            stage, LOCAL, FAULT if share > EXACT else AGREES, share, 1.0, handed=stage in self.theirs.handed
+        )
 
     def share(self, stage: str, seen: Recording) -> float:
         """How far another run's stage is from the candidate's, in bounds; of choices, 0 or infinite."""
@@ -295,6 +299,11 @@ class Lineup:
 
     # -- runs
 
+    def _is_given(self, stage: str) -> bool:
+        """What the candidate was handed, and took: where it selects nothing at all, nothing can be put in its place."""
+        is_choice = stages.kind(stage) in CHOICES and stage in self.theirs
+        return is_given(stage, self.yard.is_sparse) and (not is_choice or stage in self.theirs.handed)
+
     def _runner(self, suspects: Sequence[Suspect]) -> tuple[OurRunner, AbstractContextManager[None]]:
         overrides, options = dict(self.side.overrides), dict(self.side.options)
         for suspect in suspects:
@@ -307,7 +316,8 @@ class Lineup:
     def whole(self, suspects: Sequence[Suspect]) -> Recording | None:
         """The definition with these mistakes, every layer on the reference's input; None where it does not run."""
         into = Recording()
-        hearing = Hearing(into, self.reference, lambda stage: is_given(stage, self.yard.is_sparse))
+        hearing = Hearing(into, self.reference, self._is_given)
+        hearing.hands_weights = self.hands_weights
         try:
             runner, within = self._runner(suspects)
             with within:
@@ -332,7 +342,8 @@ class Lineup:
             return self.whole(suspects)
         into = Recording()
         last = max((c.stage for c in wanted), key=stages.order)
-        hearing = _Until(into, self.reference, lambda stage: is_given(stage, self.yard.is_sparse), last)
+        hearing = _Until(into, self.reference, self._is_given, last)
+        hearing.hands_weights = self.hands_weights
         try:
             runner, within = self._runner(suspects)
             with within:

@@ -15,7 +15,7 @@ from ..judge import scatter
 from ..taps import paths_of, tapped
 from ..theirs import INDEXER, ROUTER, kind_of
 from .recording import Hearing
-from .runners import MX, Runner, let_go
+from .runners import MX, Runner, let_go, same_sets
 from .sides import Side
 
 Array = np.ndarray
@@ -41,13 +41,17 @@ class TheirRunner(Runner):
         super().__init__(side)
         self.implementation = Implementation.of(side.implementation, "")
 
-    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+    def load(self) -> Any:
+        """Their model on the side's checkpoint. Raises `Failed`."""
         shared = [i for i in range(self.args.num_hidden_layers) if not self.args.runs_indexer(i)]
         changes: dict[str, Any] = dict(self.side.changes)
         if "model_file" in self.side.release.config:
             changes["model_file"] = None  # this code runs, not the checkpoint's
         dtype = MX[self.side.dtype]
-        model = self.implementation.load(self.side.folder, changes, shared, dtype, lazy=not self.side.is_small)
+        return self.implementation.load(self.side.folder, changes, shared, dtype, lazy=not self.side.is_small)
+
+    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+        model = self.load()
         modules = paths_of(model)
         listening = _Listening(self, hearing, tokens.shape[1], modules)
         paths = {p for p in modules if kind_of(p) in (*STAGES, INDEXER, ROUTER, HEADS)}
@@ -123,8 +127,8 @@ class _Listening:
             return out
         if theirs is None:
             return out
-        same = (np.sort(due, -1) == np.sort(chosen, -1)).all(-1, keepdims=True)
-        mixed = np.take_along_axis(np.where(same, by_expert, theirs), due.astype(np.int64), -1)
+        is_own = same_sets(chosen, due)[:, None]
+        mixed = np.take_along_axis(np.where(is_own, by_expert, theirs), due.astype(np.int64), -1)
         put = put_experts(_like(due, experts))
         return first(put, mx.floating)[1](_like(mixed, weights))
 
