@@ -61,7 +61,7 @@ class Layers:
 
     def around_mtp(self) -> Around:
         """What joins the MTP layer, number `num_hidden_layers`, to the model."""
-        norm, layer = type(self.model.model.norm), self.config["num_hidden_layers"]
+        norm, layer = type(self.empty[0].input_layernorm), self.config["num_hidden_layers"]
         return Around(self.model.config, norm, layer, self.read, self.dtype)
 
     def mtp_embed(self, tokens: torch.Tensor) -> torch.Tensor:

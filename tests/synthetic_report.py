@@ -112,7 +112,7 @@ def hostile(seed: int = 0) -> dict[str, Any]:
             row |= {key: ("inf", "nan", None, row[key])[(i + k) % 4] for k, key in enumerate(keys)}
     made["divergence"] |= {"error": "inf", "bound": None}
     made["causes"][0] |= {"exact": "nan", "explains": "inf"}
-    made["sensitivity"]["rows"][0] |= {"recovered": "nan", "per_mb": "inf"}
+    made["sensitivity"]["rows"][0] |= {"alone": "nan", "recovered": "nan", "per_mb": "inf"}
     made["distributions"] |= {"kl_mean": "nan", "kl_max": "inf", "candidate_perplexity": "inf"}
     return made
 
@@ -223,7 +223,8 @@ def sensitivity(random: np.random.Generator) -> dict[str, Any]:
         parameters = int(10 ** random.uniform(6, 10))
         rows.append({
             "component": component, "layers": "3-7", "parameters": parameters, "bits": 4.5, "bytes": parameters * 9 // 16,
-            "kl": 0.02 * (1 - float(recovered)), "recovered": float(recovered), "added_bytes": parameters * 23 // 16,
+            "kl": 0.02 * (1 - float(recovered)), "recovered": float(recovered), "alone": 0.018 * float(recovered),
+            "added_bytes": parameters * 23 // 16,
             "per_mb": 0.02 * float(recovered) / (parameters * 23 / 16 / 1e6),
         })  # fmt: skip
     modules = [{"module": f"model.layers.{i}.self_attn.o_proj", "bits": 8 if i % 2 else 6} for i in range(24)]

@@ -193,13 +193,13 @@ def test_what_has_no_section_is_told_at_the_end(small):
     assert "Left out: too large" in found.all_text()
 
 
-def test_sensitivity_by_what_is_recovered(small):
+def test_sensitivity_by_what_each_costs_alone(small):
     made = copy.deepcopy(small)
-    made["sensitivity"]["rows"][2] |= {"component": "the unknown", "recovered": "nan"}
-    made["sensitivity"]["rows"][3] |= {"component": "the harmful", "recovered": -0.25}
+    made["sensitivity"]["rows"][2] |= {"component": "the unknown", "alone": "nan"}
+    made["sensitivity"]["rows"][3] |= {"component": "the harmful", "alone": 0.0, "recovered": -0.25}
     text = Page(page.render(made)).text["sensitivity"]
     rest = [row for row in made["sensitivity"]["rows"] if row["component"] not in ("the unknown", "the harmful")]
-    ranked = [row["component"] for row in sorted(rest, key=lambda row: -row["recovered"])]
+    ranked = [row["component"] for row in sorted(rest, key=lambda row: -row["alone"])]
     places = [text.index(component) for component in (*ranked, "the harmful", "the unknown")]
     assert places == sorted(places)
     assert "-25.0 %" in text

@@ -1,5 +1,9 @@
-"""python -m tests.carried: every carried fault, where it shows, and how near it comes to the catalogue's own."""
+"""python -m tests.carried: every carried fault, where it shows, and how near it comes to the catalogue's own.
 
+With --drift: how many of them `python -m verify drift` names; --keep makes that the README's table.
+"""
+
+import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -9,11 +13,23 @@ import torch
 
 from verify.faults import CATALOGUE
 
-from . import IN_HF, IN_STOCK, NOT_CARRIED
+from . import IN_HF, IN_STOCK, NOT_CARRIED, diagnosing
 from .compared import TOLERANCE, Trial
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.carried")
+    parser.add_argument("--drift", action="store_true", help="diagnose each, as python -m verify drift does")
+    parser.add_argument("--keep", action="store_true", help="with --drift: keep the outcomes and the README's table")
+    parser.add_argument(
+        "--all-folds", action="store_true", help="with --drift: withhold each fifth of the catalogue in turn"
+    )
+    parser.add_argument("--dtypes", default="float32", help="with --drift: what HF runs in, separated by commas")
+    parser.add_argument("--processes", type=int, default=2)
+    asked = parser.parse_args()
+    if asked.drift:
+        folds = range(diagnosing.FOLDS) if asked.all_folds else (0,)
+        return diagnosing.main(asked.processes, folds, asked.dtypes.split(","), asked.keep)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     width, wrong = max(map(len, CATALOGUE)), []

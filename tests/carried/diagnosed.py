@@ -22,8 +22,9 @@ from .in_hf import IN_HF, patched
 from .in_stock import IN_STOCK, write_stock
 
 HF, STOCK = "hf", "stock"
-# what RoPE as such changes
-ROTATED = ("self_attn.indexer.k", "self_attn.indexer.q", "self_attn.q_rope", "self_attn.k_rope")
+ROTATED = {"self_attn.indexer.k", "self_attn.indexer.q", "self_attn.q_rope", "self_attn.k_rope"}
+# What RoPE as such changes; other declarations without a stage of a layer are of what attention computes with.
+SHOWN_BY = dict.fromkeys(("position", "frequencies", "magnitude"), ROTATED) | {"mlp.switch_mlp": {"mlp.experts"}}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def due_stage(name: str, shown: Sequence[str]) -> str:
     declared = CATALOGUE[name].stage
     if declared in ("embed", "norm", "logits"):
         return declared
-    changed = {declared} if declared in stages.IN_LAYER else set(ROTATED)
+    changed = {declared} if declared in stages.IN_LAYER else SHOWN_BY.get(declared, {"self_attn.heads"})
     kinds = {stages.kind(s) for s in shown}
 
     def comes_of(kind: str) -> bool:
@@ -86,7 +87,12 @@ def diagnose(
         candidate = Side(str(file), str(file), str(case.folder), {"dtype": dtype})
     shown: set[str] = set()
     found = drift.compare(
-        candidate, reference, tokens=tokens, without=without, keep=lambda r: shown.update(r["candidate local"])
+        candidate,
+        reference,
+        tokens=tokens,
+        without=without,
+        repair=False,
+        keep=lambda r: shown.update(r["candidate local"]),
     )
     causes = [(c.suspect.name, *((c.suspect.known_as,) if c.suspect.known_as else ()), *c.alike) for c in found.causes]
     diagnosis = found.diagnosis

@@ -34,6 +34,7 @@ def compare(
     layers: Iterable[int] | None = None,
     stages: str | None = None,
     thorough: bool = False,
+    repair: bool = True,
     suggest_bits: float | None = None,
     without: Sequence[str] = (),
     keep: Callable[[dict[str, Recording]], None] | None = None,
@@ -43,9 +44,9 @@ def compare(
 
     candidate, against: as on the command line ("./release", "hf@./release", "mlx_lm.models.glm_moe_dsa@./release",
     "./release,kv_bits=8"), or `Side`s; without `against`, HF on the candidate's own weights. The prompt: a file, a text, or
-    token ids; `length` of its tokens. layers, stages: what is reported. without: faults of the catalogue that are not
-    suspected. keep: is handed the recordings of all runs, by name, while they are there. Raises ValueError, GlmDsaError
-    or Failed, in one line.
+    token ids; `length` of its tokens. layers, stages: what is reported. repair: whether to look for what repairs the logits.
+    without: faults of the catalogue that are not suspected. keep: is handed the recordings of all runs, by name, while they
+    are there. Raises ValueError, GlmDsaError or Failed, in one line.
     """
     if isinstance(candidate, Side) and (isinstance(against, Side)):
         sides = candidate, against
@@ -56,4 +57,4 @@ def compare(
     file = None if prompt_file is None else Path(prompt_file)
     prompt = prompt_of(sides, file, text, tokens, length, seed)
     wanted = Wanted(None if layers is None else frozenset(layers), stages)
-    return Session(*sides, prompt, wanted, thorough, suggest_bits, without, tell, keep).run()
+    return Session(*sides, prompt, wanted, thorough, repair, suggest_bits, without, tell, keep).run()

@@ -177,8 +177,8 @@ def portion(value: Any) -> float:
 
 
 def ranked(given: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those first that recover most; last what is no number."""
-    return sorted(given, key=lambda row: -row["recovered"] if isinstance(row["recovered"], int | float) else math.inf)
+    """Those first that cost most by themselves; last what is no number."""
+    return sorted(given, key=lambda row: -row["alone"] if isinstance(row["alone"], int | float) else math.inf)
 
 
 def count(value: Any) -> Any:

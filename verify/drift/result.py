@@ -143,7 +143,10 @@ class Drift:
             least = f"worst: {worst.stage}, {worst.share:.2g} of its bound" if worst else ""
             add("note", "No divergence: every stage agrees within its bound", least, told)
         else:
-            add("note", "The weights differ", told)
+            if self.sensitivity is not None:
+                add("cost", self.sensitivity.title(), told, *self.sensitivity.lines())
+            else:
+                add("note", "The weights differ", told)
             if self.own_weights is not None:
                 self._add_own(add)
         if self.cached is not None:
@@ -170,8 +173,6 @@ class Drift:
             self._add_growth(add)
         if self.repair is not None and self.repair.best is not None:
             add("cost", f"{self.repair.best.explained:.1%} of the KL: {self.repair.best.what}", *self.repair.lines())
-        if self.sensitivity is not None:
-            add("cost", self.sensitivity.title(), *self.sensitivity.lines())
         for note in self.notes:
             add("note", note)
         return out

@@ -6,6 +6,7 @@ experts in chunks, and let go again. `Hearing` notes each stage and says what is
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,14 +227,18 @@ def same_sets(ours: Array, ref: Array) -> Array:
 
 
 class _Embedding(torch.nn.Module):
-    """In the place of HF's: rows are read as they are asked for."""
+    """In the place of HF's: that very module, with the rows that are asked for."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, own: torch.nn.Module) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.own = layers, [own]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.layers.embed(tokens).to(self.layers.dtype)
+        wanted, at = tokens.unique(return_inverse=True)
+        module: Any = copy.deepcopy(self.own[0])
+        module.padding_idx = None
+        module.weight = torch.nn.Parameter(self.layers.embed(wanted).to(self.layers.dtype), requires_grad=False)
+        return module(at)
 
 
 class _Streamed(torch.nn.Module):
@@ -262,7 +267,7 @@ class HfRunner(Runner):
         ids, backbone = torch.as_tensor(tokens), self.layers.model.model
         own = backbone.embed_tokens, backbone.layers, backbone.norm
         calls = [_Streamed(self._layer(i, hearing)) for i in range(self.args.num_hidden_layers)]
-        backbone.embed_tokens, backbone.layers = _Embedding(self.layers), torch.nn.ModuleList(calls)
+        backbone.embed_tokens, backbone.layers = _Embedding(self.layers, own[0]), torch.nn.ModuleList(calls)
         backbone.norm = _Streamed(lambda x: self.layers.norm(x, own[2]))
         # what HF's backbone makes of its embedding (nothing, if it is sound) is what the first layer is given
         first = calls[0].register_forward_pre_hook(self._embedded(hearing), with_kwargs=True)
@@ -307,12 +312,12 @@ class HfRunner(Runner):
     def _heard(self, index: int, module: torch.nn.Module, hearing: Hearing, call: Any) -> Any:
         """A layer's call, with its stages noted and others in their place."""
         prefix = f"layers.{index}"
-        choices = {f"{prefix}.{part}": hearing.due(f"{prefix}.{part}.topk") for part in (INDEXER, "mlp.gate")}
-        due = {path: choice[None] for path, choice in choices.items() if choice is not None}
+        chosen = hearing.due(f"{prefix}.{INDEXER}.topk")
+        selected = {} if chosen is None else {f"{prefix}.{INDEXER}": chosen[None]}
         holder = torch.nn.Module()
         holder.model = torch.nn.Module()
         holder.model.layers = torch.nn.ModuleDict({str(index): module})
-        with capture(holder) as seen, choosing(holder, due), _putting(module, prefix, hearing):
+        with capture(holder) as seen, choosing(holder, selected), _putting(module, prefix, hearing):
             out = call()
         routing = f"{prefix}.{stages.ROUTING}"
         for stage in stages.in_order(seen):
@@ -357,6 +362,10 @@ def _putting(module: torch.nn.Module, prefix: str, hearing: Hearing) -> Iterator
         "mlp.shared_experts": "mlp.shared_experts", "mlp": "mlp_output",
     }  # fmt: skip
     hooks, modules = [], dict(module.named_modules())
+    routing = hearing.due(f"{prefix}.{stages.ROUTING}")
+    if routing is not None and "mlp.gate" in modules:
+        weights = hearing.other(f"{prefix}.{stages.ROUTING_WEIGHTS}")
+        hooks.append(modules["mlp.gate"].register_forward_hook(lambda m, a, out: _routed(out, routing, weights)))
     for path, stage in places.items():
         due = hearing.due(f"{prefix}.{stage}") if path in modules else None
         if due is not None:
@@ -366,6 +375,18 @@ def _putting(module: torch.nn.Module, prefix: str, hearing: Hearing) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _routed(out: Any, due: Array, theirs: Array | None) -> Any:
+    """What a router gives, its experts exchanged for those that are due. The weights stay its own where the experts are the
+    same; where they are not, theirs (by expert) are due with them."""
+    logits, weights, experts = out
+    chosen, count = experts.numpy(), logits.shape[-1]
+    own = scatter(weights.float().numpy(), chosen, count)
+    if theirs is not None:
+        own = np.where(same_sets(chosen, due)[:, None], own, theirs)
+    due = due.astype(np.int64)
+    return logits, torch.from_numpy(np.take_along_axis(own, due, -1)).to(weights.dtype), torch.from_numpy(due)
 
 
 def _like(due: Array, x: torch.Tensor) -> torch.Tensor:

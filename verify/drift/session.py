@@ -39,6 +39,7 @@ Array = np.ndarray
 LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large vocabularies, evenly spread positions
 PIECES, PIECE = 8, 4  # texts by which the layout is told; their length, in index_topk
 TOO_LARGE = "larger than 1 GiB: --thorough runs the model some 20 times more for it"
+NEEDS_PACKED = "for a packed candidate beside a reference that is not"
 LAYOUT_LAYERS = 3
 
 
@@ -65,6 +66,7 @@ class Session:
     prompt: Prompt
     wanted: Wanted = field(default_factory=Wanted)
     thorough: bool = False
+    repair: bool = True
     suggest: float | None = None
     without: Sequence[str] = ()  # faults that are not to be suspected
     tell: Callable[[str], None] = lambda _: None
@@ -75,6 +77,7 @@ class Session:
         """Raises ValueError, GlmDsaError and Failed, each in one line, for what cannot be compared."""
         begun = time.monotonic()
         _check_shapes(self.candidate, self.reference)
+        self._check_wanted()
         with ExitStack() as stack:
             self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drift-")))
             found = self._run()
@@ -83,6 +86,20 @@ class Session:
         found.seconds = time.monotonic() - begun
         found.date = datetime.date.today().isoformat()
         return found
+
+    def _check_wanted(self) -> None:
+        """What nothing would come of, before anything runs."""
+        args, wanted = self.reference.args, self.wanted
+        count = args.num_hidden_layers + args.num_nextn_predict_layers
+        if wanted.layers is not None and (beyond := [n for n in wanted.layers if not 0 <= n < count]):
+            raise ValueError(f"--layers {beyond[0]}: the model has {count} layers, from 0 on")
+        every = ["embed", "norm", "logits", *(f"layers.{n}.{kind}" for n in range(count) for kind in stages.IN_LAYER)]
+        if not any(map(wanted, every)):
+            raise ValueError(f"--stages {wanted.stages}: no stage of this name; self_attn.indexer.*, say")
+        if self.suggest is not None and (not self.candidate.release.is_packed or self.reference.release.is_packed):
+            raise ValueError(f"--suggest-bits {self.suggest:g}: {NEEDS_PACKED}")
+        if self.suggest is not None and not self.in_full:
+            raise ValueError(f"--suggest-bits {self.suggest:g}: the model is {TOO_LARGE}")
 
     @property
     def in_full(self) -> bool:
@@ -214,9 +231,9 @@ class Session:
     ) -> Diagnosis | None:
         if not roots(every):
             return None
-        is_theirs = self.candidate.implementation not in (OURS, HF, EQUATIONS)
+        handed = self.candidate.implementation not in (OURS, EQUATIONS)  # weights with its experts
         lineup = Lineup(
-            side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, is_theirs, self.tell
+            side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, handed, self.tell
         )
         return lineup.diagnose(every)
 
@@ -238,6 +255,9 @@ class Session:
         is_packed = self.candidate.release.is_packed and not self.reference.release.is_packed
         if (found.divergence is None and found.same_weights) or (is_packed and not found.same_weights):
             return  # nothing to explain; or `_sensitivity` tells more
+        if not self.repair:
+            found.reasons["repair"] = "not asked for"
+            return
         if not self.in_full:
             found.reasons["repair"] = TOO_LARGE
             return
@@ -265,16 +285,14 @@ class Session:
     def _sensitivity(self, found: Drift, reference: Recording) -> None:
         packed, original = self.candidate.release.is_packed, self.reference.release.is_packed
         if not packed or original:
-            found.reasons["sensitivity"] = "for a packed candidate beside a reference that is not"
+            found.reasons["sensitivity"] = NEEDS_PACKED
         elif not self.in_full:
             found.reasons["sensitivity"] = TOO_LARGE
         else:
             due = reference["logits"]
             assert due is not None
             found.sensitivity = bits.measure(self.candidate, self.reference, self.prompt.tokens, due, self.tell)
-        if self.suggest is not None:
-            if found.sensitivity is None:
-                raise ValueError(f"--suggest-bits: {found.reasons.get('sensitivity', 'nothing is packed')}")
+        if self.suggest is not None and found.sensitivity is not None:
             build = bits.Build(self.candidate, self.reference)
             found.sensitivity.recipe = bits.recipe(found.sensitivity, build, self.suggest)
 

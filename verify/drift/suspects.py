@@ -32,7 +32,7 @@ EXACT = (
     4.0  # how many bounds a mistake made here may lie from the candidate's: each errs, and the mistake may amplify it
 )
 STEPS_APART = 0.01  # of a stage's entries, the share that may be a rounding step apart
-UNEXPLAINED = 0.02  # of a mistake's effect (its square), what those may leave
+UNEXPLAINED = 0.25  # of a mistake's effect (its square), what those may leave
 FLIPS = 0.01  # of choices, the share that may differ: near ties under scores that the mistake has changed
 MOST = 3  # mistakes that are looked for beside each other
 # what a convention at this value (None: any) is called in the catalogue
@@ -219,7 +219,7 @@ class Lineup:
     ) -> tuple[Cause, list[Compared]] | None:
         """(the cause, what it leaves) where the kinds of stages that it explains are explained in every layer."""
         seen = self.whole([*known, suspect])
-        if seen is None:
+        if seen is None or (known and self._first_changed(known, seen) not in {c.kind for c in left}):
             return None
         rest = roots([self._told(stage, seen) for stage in self.theirs if stage in seen])
         kinds, remaining = {c.kind for c in left}, {c.kind for c in rest}
@@ -230,6 +230,17 @@ class Lineup:
         exact = max(self.share(c.stage, seen) for c in mine)
         layers = sorted({c.layer for c in mine if c.layer is not None})
         return Cause(suspect, tuple(explained), tuple(layers), exact, left=tuple(sorted(remaining))), rest
+
+    def _first_changed(self, known: list[Suspect], seen: Recording) -> str:
+        """The kind of stage at which one mistake more shows first. (What is left behind others may be noise that they amplify:
+        anything that stirs it would pass for its cause.)"""
+        before = self.whole(known)
+        assert before is not None
+        for stage in self.theirs:
+            pair = [run.get(stage) for run in (before, seen)]
+            if stage in seen and not _same(*pair):
+                return stages.kind(stage)
+        return ""
 
     # -- held against the candidate
 
@@ -367,6 +378,10 @@ class Lineup:
 def _is_global(suspect: Suspect) -> bool:
     """Whether it changes what joins the layers."""
     return any(where.startswith("model.Backbone") for where in suspect.where)
+
+
+def _same(one: Array | None, other: Array | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _rms(values: Array) -> float:

@@ -1,0 +1,161 @@
+"""`python -m tests.carried --drift`: how many of the carried faults `python -m verify drift` names.
+
+Each alone, in HF and in mlx-lm; a fifth of the catalogue withheld, in HF; and two and three at once, in HF.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from verify.faults import CATALOGUE
+
+from .compared import Trial
+from .diagnosed import HF, STOCK, Diagnosed, diagnose
+from .in_hf import IN_HF
+from .in_stock import IN_STOCK
+
+KEPT = Path(__file__).with_name("diagnosed.json")
+README = Path(__file__).parents[2] / "README.md"
+MARKS = "<!-- diagnosed -->\n", "<!-- end of diagnosed -->"
+FOLDS = 5
+PAIRS, TRIPLES = 20, 10
+LEAST = 0.95
+# the components that stages can tell apart, by what the catalogue calls them
+TOLD_AS = {
+    "mask": {"indexer", "MLA"}, "IndexShare": {"IndexShare", "indexer", "MLA"}, "rope": {"rope", "MLA", "indexer"},
+    "decoder layer": {"decoder layer", "MoE", "indexer", "embedding", "head", "MLA"},
+    "weights": {"MLA", "MoE", "router"}, "MoE": {"MoE", "router"},
+}  # fmt: skip
+
+_trial: list[Trial] = []
+
+
+@dataclass(frozen=True)
+class Task:
+    what: str
+    names: tuple[str, ...]
+    where: str
+    dtype: str = "float32"
+    without: tuple[str, ...] = ()
+
+
+def fold(name: str, folds: int = FOLDS) -> int:
+    return list(CATALOGUE).index(name) % folds
+
+
+def tasks(folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",), seed: int = 0) -> list[Task]:
+    out = [Task("alone", (name,), HF, dtype) for dtype in dtypes for name in IN_HF]
+    out += [Task("alone", (name,), STOCK) for name in IN_STOCK]
+    for number in folds:
+        withheld = tuple(name for name in CATALOGUE if fold(name) == number)
+        out += [Task("withheld", (name,), HF, without=withheld) for name in withheld if name in IN_HF]
+    return out + [Task("together", names, HF) for names in together(seed)]
+
+
+def together(seed: int) -> list[tuple[str, ...]]:
+    """Faults of one case that change other places."""
+    drawn, out = random.Random(seed), list[tuple[str, ...]]()
+    while len(out) < PAIRS + TRIPLES:
+        names = tuple(drawn.sample(sorted(IN_HF), 2 if len(out) < PAIRS else 3))
+        chosen = [IN_HF[name] for name in names]
+        places = [change[:2] for fault in chosen for change in fault.changes]
+        functions = [c[0] for fault in chosen for c in fault.changes]
+        alike = len({(f.case, f.length) for f in chosen}) == 1
+        if alike and len(set(places)) == len(places) and len(set(functions)) == len(functions) and names not in out:
+            out.append(names)
+    return out
+
+
+def judged(task: Task) -> tuple[Task, Diagnosed | str]:
+    if not _trial:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        _trial.append(Trial(Path(mkdtemp(prefix="carried-")), seed=11))
+    try:
+        return task, diagnose(_trial[0], task.names, task.where, task.dtype, task.without)
+    except Exception as error:
+        return task, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def is_right(task: Task, found: Diagnosed | str) -> bool:
+    """Alone: named, and nothing else, at its stage. Withheld: nothing is named, and the component is right. Together: the first
+    divergence is one of them, named."""
+    if isinstance(found, str):
+        return False
+    if task.what == "alone":
+        return found.is_named and found.at_its_stage
+    if task.what == "withheld":
+        return not found.named and component_is_right(task.names[0], found)
+    return bool(found.named) and bool(set(task.names) & set(found.named[0]))
+
+
+def component_is_right(name: str, found: Diagnosed) -> bool:
+    due = CATALOGUE[name].component
+    return bool(set(found.component.split(" and ")) & TOLD_AS.get(due, {due}))
+
+
+def main(
+    processes: int = 2, folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",), keep: bool = False
+) -> int:
+    records = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for task, found in pool.map(judged, tasks(folds, dtypes)):
+            right = is_right(task, found)
+            told = found if isinstance(found, str) else f"{found.stage or '-'}: {found.named or 'unknown'}"
+            left = "" if isinstance(found, str) or not found.left else f"; left: {', '.join(found.left)}"
+            component = "" if isinstance(found, str) else f" [{found.component}]"
+            print(f"{'     ' if right else 'WRONG'} {task.what} {'+'.join(task.names)} in {task.where}, {task.dtype}: "
+                  f"{told}{component}{left}", flush=True)  # fmt: skip
+            records.append({"what": task.what, "names": list(task.names), "where": task.where, "dtype": task.dtype,
+                            "right": right, "found": found if isinstance(found, str) else asdict(found)})  # fmt: skip
+    print("\n" + table(records))
+    if keep:
+        KEPT.write_text(json.dumps(records, indent=0) + "\n")
+        text = README.read_text()
+        before, rest = text.split(MARKS[0])
+        README.write_text(before + MARKS[0] + table(records) + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
+    return int(not all(enough(records, kind) for kind in kinds(records)))
+
+
+def kinds(records: Sequence[dict]) -> list[tuple[str, str, str, int]]:
+    """(what, where, dtype, how many faults at once), in the order of the run."""
+    return list(dict.fromkeys((r["what"], r["where"], r["dtype"], len(r["names"])) for r in records))
+
+
+def of(records: Sequence[dict], kind: tuple[str, str, str, int]) -> list[dict]:
+    return [r for r in records if (r["what"], r["where"], r["dtype"], len(r["names"])) == kind]
+
+
+def enough(records: Sequence[dict], kind: tuple[str, str, str, int]) -> bool:
+    mine = of(records, kind)
+    return sum(r["right"] for r in mine) >= LEAST * len(mine)
+
+
+WHERE = {HF: "HF's modules", STOCK: "mlx-lm's definition"}
+
+
+def table(records: Sequence[dict]) -> str:
+    """What of each kind was right, as the README has it."""
+    said = {
+        ("alone", 1): "one fault, its stage met first and it alone named",
+        ("withheld", 1): "one fault that the catalogue does not have (a fifth is withheld): unknown, with the right component",
+        ("together", 2): "two faults, the first one named", ("together", 3): "three faults, the first one named",
+    }  # fmt: skip
+    rows = ["| candidate | right | of |", "|---|---|---|"]
+    for kind in kinds(records):
+        mine = of(records, kind)
+        what, where, dtype, count = kind
+        rows.append(
+            f"| {WHERE[where]} in {dtype}: {said[what, count]} | {sum(r['right'] for r in mine)} | {len(mine)} |"
+        )
+    return "\n".join(rows)
