@@ -2,6 +2,7 @@
 #   make verify   the gate        make test   tests of the code
 # And beside them:
 #   make judge    the gate itself on trial, 22 minutes      make mutate   each line of the definition changed in turn, hours
+#   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 15 minutes
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 LAYOUT ?= interleaved
 
-.PHONY: verify test judge mutate train lint clean
+.PHONY: verify test judge diagnose mutate train lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
@@ -20,6 +21,9 @@ test: $(READY)
 
 judge: $(READY)
 	$(BIN)/python -m verify judge $(ARGS)
+
+diagnose: $(READY)
+	$(BIN)/python -m tests.carried --drift $(ARGS)
 
 mutate: $(READY)
 	$(BIN)/python -m verify.mutation $(ARGS)

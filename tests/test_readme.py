@@ -9,18 +9,22 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
 
+import glm_dsa
 import verify.__main__
 from glm_dsa import KvQuantization, LayerCache, Model, Widths
 from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
+from glm_dsa.model import parameters_of
 from reference import card, checkpoints, measure, shapes, train
 from reference.layout import LAYOUTS
+from tests.carried import diagnosing
 from verify import conftest as gate
 from verify import table
 from verify.cases import TRAINED
@@ -72,6 +76,8 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
         *options_of_the_trainer(capsys),
         "--values",
         *options_of("judge", capsys),
+        *options_of("drift", capsys),
+        "--drift",  # of python -m tests.carried
         "--json",
         "--version",
         "--max-kv-size",
@@ -140,7 +146,8 @@ def test_every_command_of_the_command_line_runs(registered, tmp_path, capsys, mo
 def test_the_python_examples_run(registered, tmp_path):
     folder = checkpoints.write(tmp_path / "ck", checkpoints.glm_5_2(num_hidden_layers=4))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    example, blocks = blocks[0], blocks[1:]
     names: dict = {}
     exec(blocks[0].replace("path/to/checkpoint", str(folder)), names)  # noqa: S102
     assert [d.logits.shape for d in names["drafts"]] == [(1, 4, 160), (1, 1, 160), (1, 1, 160)]
@@ -150,6 +157,70 @@ def test_the_python_examples_run(registered, tmp_path):
     np.save(tmp_path / "texts.npy", np.random.default_rng(0).integers(3, 160, (4, 40)))
     exec(blocks[2].replace("path/to/checkpoint", str(folder)).replace("path/to", str(tmp_path)), names)  # noqa: S102
     assert set(names["found"].mass) == {"interleaved", "half-split"}
+    assert "drift.compare" in example  # tried below
+
+
+@pytest.fixture(scope="module")
+def two_builds(tmp_path_factory):
+    """./original, a GLM-5.1 that groups of 64 divide, and ./release, the same in 4 bit; a prompt."""
+    folder = tmp_path_factory.mktemp("builds")
+    unshared = dict.fromkeys(("index_topk_freq", "index_skip_topk_offset", "index_share_for_mtp_iteration"))
+    original = checkpoints.write(folder / "original", checkpoints.packable(num_hidden_layers=4, **unshared))
+    checkpoints.write_tokenizer(original)
+    model, release = glm_dsa.load(original), folder / "release"
+    release.mkdir()
+    nn.quantize(model, 64, 4, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "indexer" not in path)
+    mx.save_safetensors(str(release / "model.safetensors"), parameters_of(model))
+    config = json.loads((original / "config.json").read_text())
+    packing = {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
+    (release / "config.json").write_text(json.dumps(config | packing))
+    (folder / "F").write_text("Where do the logits drift, and why? One prompt, stage by stage, will tell. " * 2)
+    return folder
+
+
+def test_the_commands_of_drift_run(two_builds, capsys, monkeypatch):
+    lines = re.findall(r"^python -m verify drift (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert len(lines) >= 6
+    monkeypatch.chdir(two_builds)
+    for line in lines:
+        arguments = ["9" if a == "5" else a for a in shlex.split(line)]  # bits: a tiny model's indexer weighs more
+        code = verify.__main__.main(["drift", *arguments, *([] if "--tokens" in line else ["--tokens", "40"])])
+        said = capsys.readouterr()
+        assert (code in (0, 1), said.err) == (True, ""), line
+        assert said.out.startswith("candidate  ")
+    assert sorted(p.name for p in (two_builds / "OUT").iterdir()) == [
+        "layers.0.self_attn.heads.npz", "recipe.json", "report.html", "report.json", "report.jsonl"
+    ]  # fmt: skip
+
+
+def test_the_python_example_of_drift_runs(two_builds, registered):
+    example = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "drift.compare" in b)
+    names: dict = {}
+    exec(example.replace("path/to", str(two_builds)), names)  # noqa: S102
+    assert names["found"].sensitivity.recipe.bits <= 9
+    assert (two_builds / "better" / "config.json").is_file()
+
+
+def test_what_drift_says_of_stock_mlx_lm_is_what_it_says(tmp_path, capsys, monkeypatch):
+    written = README.split("<!-- drift: ")[1].split("\n<!-- end of drift -->")[0]
+    command, _, said = written.partition(" -->\n```\n")
+    monkeypatch.chdir(tmp_path)
+    checkpoints.write(tmp_path / "small-keys", checkpoints.tiny(num_hidden_layers=4), seed=9)
+    assert verify.__main__.main(shlex.split(command)[3:]) == 1
+    found = capsys.readouterr().out
+    assert without_figures(said.removesuffix("\n```")) == without_figures(found.strip()), found
+
+
+def without_figures(text):
+    """What another machine's rounding cannot change: errors and bounds are figures of this one."""
+    return re.sub(r"\d+\.?\d*(e[+-]?\d+)?%?", "#", " ".join(text.split()))
+
+
+def test_the_table_of_what_was_diagnosed_is_the_kept_one():
+    written = README.split("<!-- diagnosed -->\n")[1].split("\n<!-- end of diagnosed -->")[0]
+    records = json.loads(diagnosing.KEPT.read_text())
+    assert written == diagnosing.table(records), "python -m tests.carried --drift --keep writes it"
+    assert all(diagnosing.enough(records, kind) for kind in diagnosing.kinds(records))
 
 
 def cache_table() -> str:

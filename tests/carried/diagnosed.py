@@ -54,10 +54,10 @@ class Diagnosed:
 
 
 def due_stage(name: str, shown: Sequence[str]) -> str:
-    """The stage at which the catalogue says that a fault is met; where a candidate does not show it, the first one behind."""
+    """The stage at which the catalogue says that a fault is met; where a layer does not show it, the first one behind."""
     declared = CATALOGUE[name].stage
     if declared in ("embed", "norm", "logits"):
-        return declared
+        return declared if declared in shown else "logits"
     changed = {declared} if declared in stages.IN_LAYER else SHOWN_BY.get(declared, {"self_attn.heads"})
     kinds = {stages.kind(s) for s in shown}
 
@@ -66,6 +66,12 @@ def due_stage(name: str, shown: Sequence[str]) -> str:
         return kind in changed or any(comes_of(p) for p in parents)
 
     return next(kind for kind in stages.IN_LAYER if kind in kinds and comes_of(kind))
+
+
+def shown_in(found: drift.Drift, shown: set[str]) -> list[str]:
+    """Of the stages that a candidate shows, those of the layer where it diverges."""
+    layer = found.divergence.layer if found.divergence else None
+    return [s for s in shown if layer is None or stages.layer_of(s) in (layer, None)]
 
 
 def diagnose(
@@ -95,9 +101,9 @@ def diagnose(
         keep=lambda r: shown.update(r["candidate local"]),
     )
     causes = [(c.suspect.name, *((c.suspect.known_as,) if c.suspect.known_as else ()), *c.alike) for c in found.causes]
-    diagnosis = found.diagnosis
+    diagnosis, due = found.diagnosis, due_stage(names[0], shown_in(found, shown))
     return Diagnosed(
-        tuple(names), found.divergence.stage if found.divergence else "", due_stage(names[0], [*shown]), tuple(causes),
+        tuple(names), found.divergence.stage if found.divergence else "", due, tuple(causes),
         diagnosis.component if diagnosis else "", tuple(sorted({c.kind for c in diagnosis.unknown})) if diagnosis else (),
         found.seconds,
     )  # fmt: skip

@@ -88,14 +88,15 @@ def judged(task: Task) -> tuple[Task, Diagnosed | str]:
 
 
 def is_right(task: Task, found: Diagnosed | str) -> bool:
-    """Alone: named, and nothing else, at its stage. Withheld: nothing is named, and the component is right. Together: the first
-    divergence is one of them, named."""
+    """Alone: named, and nothing else, at its stage. Withheld: nothing of the catalogue is named, and the component is right
+    (where it is a convention that is wrong, that may be named). Together: the first divergence is one of them, named."""
     if isinstance(found, str):
         return False
     if task.what == "alone":
         return found.is_named and found.at_its_stage
     if task.what == "withheld":
-        return not found.named and component_is_right(task.names[0], found)
+        named = {name for cause in found.named for name in cause}
+        return not named & (set(CATALOGUE) - set(task.names)) and component_is_right(task.names[0], found)
     return bool(found.named) and bool(set(task.names) & set(found.named[0]))
 
 

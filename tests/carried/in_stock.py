@@ -207,7 +207,8 @@ def _moe() -> Found:
 
 PARTS = (_indexer, _rope, _attention, _block, _moe)
 ON_GROUPS = ("router-group-fill-zero", "router-group-by-best", "router-groups-ignored", "router-always-norm", "rms-eps-1e-6")
-LENGTHS = {"indexer-dense-up-to-twice-topk": 32}
+# of more than index_topk tokens, and few enough for our expanded form: the last two are in no other
+LENGTHS = {"indexer-dense-up-to-twice-topk": 32, "latent-in-bf16": 32, "selection-beats-mask": 32}
 
 
 def _carried(name: str, found: Edits | tuple[str, str]) -> CarriedToStock:

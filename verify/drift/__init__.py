@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..cases import TRAINED
-from .bits import convert_arguments
+from .checks import Wanted
+from .prompts import prompt_of
+from .recipe import convert_arguments
 from .recording import Recording
 from .result import Drift
-from .session import Session, Wanted, prompt_of
+from .session import Session
 from .sides import Side, sides_of
 
 __all__ = ["Drift", "Recording", "Side", "compare", "convert_arguments", "sides_of"]

@@ -19,7 +19,8 @@ from ..calls import call_model, first, new_cache
 from ..candidate import to_numpy
 from ..implementation import Failed
 from ..judging import recorded
-from .runners import OurRunner, runner_of
+from .our_runner import OurRunner
+from .runners import runner_of
 from .sides import OURS, Side
 from .their_runner import TheirRunner
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,10 @@ import numpy as np
 
 from glm_dsa import ModelArgs
 from glm_dsa.errors import printable
+
+from ..cases import TRAINED, check_kept, probes
+from ..on_trial import default_length
+from .sides import Side
 
 Array = np.ndarray
 
@@ -33,6 +37,35 @@ class Prompt:
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(f"{source}: token {int(ids.max())} is beyond the vocabulary of {vocabulary}")
         return cls(ids[None].astype(np.int64), source, ids, _words(folders), note)
+
+
+def prompt_of(
+    sides: Iterable[Side],
+    file: Path | None,
+    text: str | None,
+    tokens: Sequence[int] | None,
+    length: int | None,
+    seed: int,
+) -> Prompt:
+    """From a file, a text, token ids, or (without any) the texts of the kept checkpoints, or random tokens. Raises
+    ValueError in one line."""
+    candidate, reference = sides
+    args = reference.args
+    if length is not None and length < 2:
+        raise ValueError(f"--tokens {length}: at least 2 are due")
+    folders = [s.folder for s in (reference, candidate)]
+    if tokens is not None:
+        ids = np.asarray(tokens, dtype=np.int64)[:length]
+        return Prompt.of(ids, "token ids", folders, args.vocab_size)
+    if file is not None or text is not None:
+        return encoded(file, text, length, folders, args)
+    wanted = length or default_length(args, 1)
+    if any(f.resolve().parent == TRAINED.resolve() for f in folders):
+        check_kept(folders[0] if folders[0].resolve().parent == TRAINED.resolve() else folders[1])
+        return encoded(None, "\n".join(probes()["texts"]), wanted, folders, args, "the kept texts")
+    ids = np.random.default_rng(seed).integers(3, args.vocab_size, wanted)
+    note = "the prompt is of random tokens: --prompt-file gives figures that mean something"
+    return Prompt.of(ids, f"random tokens, seed {seed}", folders, args.vocab_size, note)
 
 
 def encoded(
@@ -59,8 +92,6 @@ def encoded(
         raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
     assert text is not None
     ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
-    from ..on_trial import default_length
-
     wanted = min(len(ids), length or max(default_length(args, 1), 0))
     if length is not None and len(ids) < length:
         raise ValueError(f"{source}: {len(ids)} tokens, {length} are asked for")

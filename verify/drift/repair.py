@@ -51,7 +51,14 @@ class Repair:
     best: Repaired | None = None
 
     def lines(self) -> list[str]:
-        return [f"{r.what}: {r.explained:.1%} of the KL when replaced in all layers" for r in self.tried[:6]]
+        others = [r for r in self.tried if self.best is None or r.what != self.best.what][:4]
+        return ["replaced in all layers: " + ", ".join(f"{r.what} {r.explained:.1%}" for r in others)] if others else []
+
+    def title(self) -> str:
+        assert self.best is not None
+        layers = self.best.layers
+        where = f" of layer{'s' if len(layers) > 1 else ''} {stages.compact(layers)}" if layers else ""
+        return f"{self.best.explained:.1%} of the KL comes from: {self.best.what}{where}"
 
     def as_dict(self) -> dict[str, Any]:
         return {"kl": self.kl, "tried": [asdict(r) for r in self.tried], "best": self.best and asdict(self.best)}

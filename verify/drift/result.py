@@ -1,12 +1,8 @@
-"""What a comparison found: plain objects, a compact summary, report.json and report.jsonl."""
+"""What a comparison found: plain objects, and a compact summary, top findings first."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +10,17 @@ import numpy as np
 
 from glm_dsa.errors import printable
 
-from .. import report, stages
-from ..report import FAULT
+from .. import stages
 from .bits import Sensitivity
 from .cached import Cached
 from .comparing import LOCAL, Compared
 from .repair import Repair
 from .suspects import Cause, Diagnosis
+from .written import report_of, write
 
 Array = np.ndarray
 AROUND = 3  # stages shown before and after the first divergence
-
-HOW = {
-    "divergence": "Each layer of the candidate was given the reference's input, and went on under the reference's selections "
-    "and experts, so that each error is the layer's own. Errors are the largest difference over the rms of the reference's "
-    "values. A bound is 4 times what HF errs against the float64 equations on the same inputs, times how much less exact the "
-    "bare MLX primitives are than torch's. Choices are compared as sets; keys within the score noise of the boundary are ties.",
-    "causes": "Conventions were switched, and the catalogued mistakes made, in this project's own definition, on the reference's "
-    "weights and inputs, until it gave what the candidate gives. A cause is named only where it reproduces the stages that "
-    "differ, in every layer, and breaks nothing that is sound. Exact: the worst remaining difference, in bounds.",
-    "heat map": "Error over bound, as its decimal logarithm: above 0 is beyond the bound. Local: each layer on the reference's "
-    "input. Own: the candidate from the tokens on, held against the same bounds.",
-    "growth": "The relative error (2-norm) of each layer's output: local on the reference's input, under choices of its own; own "
-    "from the tokens on. Gain: "
-    "own error behind a layer over own error before it.",
-    "choices": "The share of the reference's selected keys, and of its experts, that the candidate chooses too; masked keys are "
-    "left out.",
-    "tokens": "KL(reference || candidate) of the next token's distribution at each position, in nats, over the full vocabulary.",
-    "sensitivity": "Each component, and each group of layers, was given the reference's unpacked weights, all else as packed; "
-    "recovered is the share of the mean KL that went away. Alone: the KL where nothing else is packed; the ranking is by that. "
-    "Bytes are those stored, scales and biases included.",
-    "mass": "The share of dense attention that the indexer's selection catches under each RoPE layout, by the equations. The "
-    "layout of the training catches clearly more.",
-}
+PARTS = {"mass": "which layout the weights tell of", "tokens": "KL along the prompt"}
 
 
 @dataclass(frozen=True)
@@ -172,7 +146,7 @@ class Drift:
         if self.growth:
             self._add_growth(add)
         if self.repair is not None and self.repair.best is not None:
-            add("cost", f"{self.repair.best.explained:.1%} of the KL: {self.repair.best.what}", *self.repair.lines())
+            add("cost", self.repair.title(), *self.repair.lines())
         for note in self.notes:
             add("note", note)
         return out
@@ -218,10 +192,10 @@ class Drift:
             lines += [finding["title"], *(f"  {line}" for line in finding["lines"])]
         if self.divergence is not None and self.same_weights:
             lines += ["", "stages around it (local)"]
-            lines += [f"  {c.stage:<44} {c.error:>9.2e}  bound {c.bound:>9.2e}  {c.verdict}" for c in self.around()]
+            lines += [f"  {c.stage:<40} {c.error:>9.2e}  {_bound(c):<15}  {c.verdict}" for c in self.around()]
         if self.sensitivity is not None:
             lines += ["", *self.sensitivity.table()]
-        lines += [f"not looked at: {what}: {why}" for what, why in self.reasons.items()]
+        lines += [f"not looked at: {PARTS.get(what, what)}: {why}" for what, why in self.reasons.items()]
         return "\n".join(printable(line) for line in lines)
 
     def around(self) -> list[Compared]:
@@ -231,72 +205,13 @@ class Drift:
         )
         return local[max(0, at - AROUND) : at + AROUND + 1]
 
-    # -- for machines
-
     def report(self) -> dict[str, Any]:
-        kinds = {c.kind for c in self.comparisons}
-        order = ["embed", *(k for k in stages.IN_LAYER), "norm", "logits"]
-        divergence = None
-        if self.divergence is not None:
-            around = [{**_plain(c), "note": c.where} for c in self.around()]
-            divergence = {**_plain(self.divergence), "where": self.divergence.where, "around": around}
-        return _finite({
-            "format": 1, "command": self.command, "seconds": round(self.seconds, 1), "date": self.date,
-            "versions": report.versions(),
-            "candidate": _side(self.candidate), "reference": _side(self.reference),
-            "prompt": {"source": self.prompt, "length": self.length, "index_topk": self.candidate.args.index_topk},
-            "agrees": self.agrees, "same_weights": self.same_weights,
-            "layers": self.labels.get("layers", []), "stages": [k for k in order if k in kinds],
-            "findings": self.findings(), "divergence": divergence, "causes": self._causes(),
-            "unknown": [_plain(c) for c in (self.diagnosis.unknown if self.diagnosis else [])],
-            "component": self.diagnosis.component if self.diagnosis else "",
-            "comparisons": [{**_plain(c), "note": c.where if c.verdict == FAULT else ""} for c in self.comparisons],
-            "growth": [asdict(g) for g in self.growth], "choices": [asdict(c) for c in self.choices],
-            "tokens": [asdict(t) for t in self.tokens], "distributions": self.distributions,
-            "cached": None if self.cached is None else asdict(self.cached),
-            "repair": None if self.repair is None else self.repair.as_dict(),
-            "sensitivity": None if self.sensitivity is None else self.sensitivity.as_dict(),
-            "mass": self.mass_by_layer or None, "reasons": self.reasons, "how": HOW,
-            "own_weights": None if self.own_weights is None else self.own_weights.report(),
-        })  # fmt: skip
-
-    def _causes(self) -> list[dict[str, Any]]:
-        found = [
-            {"how": c.suspect.how, "name": c.suspect.name, "text": c.suspect.text, "exact": c.exact, "explains": None,
-             "stages": list(c.stages), "layers": stages.compact(c.layers), "alike": list(c.alike),
-             "known_as": c.suspect.known_as}
-            for c in self.causes
-        ]  # fmt: skip
-        if self.repair is not None and self.repair.best is not None:
-            best = self.repair.best
-            found.append({"how": "component", "name": best.what, "text": "its outputs replaced by the reference's",
-                          "exact": None, "explains": best.explained, "stages": list(best.kinds),
-                          "layers": stages.compact(best.layers), "alike": [], "known_as": ""})  # fmt: skip
-        return found
+        """For machines."""
+        return report_of(self)
 
     def write(self, folder: Path) -> list[Path]:
         """report.json, report.jsonl (header, a record a comparison, footer) and report.html; each whole, or not there."""
-        from .page import render
-
-        told = self.report()
-        head = {k: told[k] for k in ("format", "command", "date", "versions", "candidate", "reference", "prompt")}
-        records = [{"type": "header", **head}]
-        records += [{"type": "comparison", **c} for c in told["comparisons"]]
-        records += [{"type": "token", **t} for t in told["tokens"]]
-        records += [
-            {"type": "footer", "agrees": told["agrees"], "findings": told["findings"], "seconds": told["seconds"]}
-        ]
-        texts = {
-            "report.json": json.dumps(told, allow_nan=False) + "\n",
-            "report.jsonl": "".join(json.dumps(r, allow_nan=False) + "\n" for r in records),
-            "report.html": render(told),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            part = folder / f".{name}.{os.getpid()}.part"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, folder / name)
-        return [folder / name for name in texts]
+        return write(self, folder)
 
 
 def _error(c: Compared) -> str:
@@ -305,29 +220,5 @@ def _error(c: Compared) -> str:
     return f"error {c.error:.3g}, {c.share:.3g} times its bound of {c.bound:.2g}; worst {c.where}"
 
 
-def _plain(c: Compared) -> dict[str, Any]:
-    return {"layer": c.layer, "stage": c.kind, "run": c.run, "error": c.error, "bound": c.bound, "verdict": c.verdict,
-            "ties": c.ties}  # fmt: skip
-
-
-def _side(side: Any) -> dict[str, Any]:
-    return {"text": side.text, "runs": side.runs, "conventions": [str(c) for c in side.args.conventions]}
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can hold: infinities and NaN as strings, text without lone surrogates."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else f"{float(value)}")
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode()
-    return value
-
-
-def shares(items: Iterable[float | None]) -> list[float]:
-    return [item for item in items if item is not None]
+def _bound(c: Compared) -> str:
+    return f"bound {c.bound:.2e}" if c.bound else "of the queries"

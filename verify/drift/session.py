@@ -5,35 +5,34 @@ from __future__ import annotations
 import datetime
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from glm_dsa.errors import CheckpointError, GlmDsaError, printable
 from reference import layout
 from reference.stored import read_tensors
 
-from .. import compare, cost, stages, tolerances
-from ..cases import TRAINED, check_kept, probes
+from .. import compare, cost, stages
 from ..implementation import Failed
-from ..on_trial import SHAPES, default_length
 from ..report import FAULT
 from . import bits
+from .build import Build
 from .cached import examine
+from .checks import Wanted, check_shapes, on_device, same_weights
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
-from .prompts import Prompt, encoded, pieces
+from .lineup import Lineup
+from .prompts import Prompt, pieces
+from .recipe import recipe
 from .recording import HIDDEN, Hearing, Recording, is_given
 from .repair import repair
 from .result import Choices, Drift, Growth, Token
 from .runners import runner_of
 from .sides import EQUATIONS, HF, OURS, Side
-from .suspects import Diagnosis, Lineup
+from .suspects import Diagnosis
 
 Array = np.ndarray
 LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large vocabularies, evenly spread positions
@@ -41,20 +40,6 @@ PIECES, PIECE = 8, 4  # texts by which the layout is told; their length, in inde
 TOO_LARGE = "larger than 1 GiB: --thorough runs the model some 20 times more for it"
 NEEDS_PACKED = "for a packed candidate beside a reference that is not"
 LAYOUT_LAYERS = 3
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is reported: layers, and stages by pattern (`self_attn.indexer.*`). None: all."""
-
-    layers: frozenset[int] | None = None
-    stages: str | None = None
-
-    def __call__(self, stage: str) -> bool:
-        layer = stages.layer_of(stage)
-        in_layers = self.layers is None or layer is None or layer in self.layers
-        return in_layers and (self.stages is None or fnmatchcase(stages.kind(stage), self.stages)
-                              or fnmatchcase(stage, self.stages))  # fmt: skip
 
 
 @dataclass
@@ -76,7 +61,7 @@ class Session:
     def run(self) -> Drift:
         """Raises ValueError, GlmDsaError and Failed, each in one line, for what cannot be compared."""
         begun = time.monotonic()
-        _check_shapes(self.candidate, self.reference)
+        check_shapes(self.candidate, self.reference)
         self._check_wanted()
         with ExitStack() as stack:
             self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drift-")))
@@ -168,7 +153,7 @@ class Session:
         oracle = side.on(HF, overrides=side.overrides)
         is_it = side.implementation == HF and side.dtype == "float32" == dtype
         hf = reference if is_it else self._recorded(
-            f"HF in {dtype} beside it", _with(oracle, dtype=dtype), reference)  # fmt: skip
+            f"HF in {dtype} beside it", replace(oracle, options={**oracle.options, "dtype": dtype}), reference)  # fmt: skip
         return Yardstick(side.args, read_tensors(side.folder), hf, truth, dtype != "float32")
 
     def _check_reference(self, reference: Recording, yard: Yardstick, found: Drift) -> None:
@@ -293,8 +278,8 @@ class Session:
             assert due is not None
             found.sensitivity = bits.measure(self.candidate, self.reference, self.prompt.tokens, due, self.tell)
         if self.suggest is not None and found.sensitivity is not None:
-            build = bits.Build(self.candidate, self.reference)
-            found.sensitivity.recipe = bits.recipe(found.sensitivity, build, self.suggest)
+            build = Build(self.candidate, self.reference)
+            found.sensitivity.recipe = recipe(found.sensitivity, build, self.suggest)
 
     def _mass(self, found: Drift) -> None:
         """What the candidate's weights tell of the layout that its indexers were trained under."""
@@ -325,55 +310,7 @@ class Session:
         ]  # fmt: skip
 
 
-# -- helpers
-
-
-class on_device:
-    """mlx's default device, for a while. Raises ValueError where it is not there."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.before = mx.default_device()
-        if self.name == "gpu":
-            try:
-                mx.eval(mx.zeros(1, stream=mx.gpu))
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(f"device=gpu: mlx finds none here ({str(error).splitlines()[0]})") from None
-        mx.set_default_device(mx.gpu if self.name == "gpu" else mx.cpu)
-
-    def __exit__(self, *error: object) -> None:
-        mx.set_default_device(self.before)
-
-
-def same_weights(one: Side, other: Side) -> bool:
-    """The same folder, or every tensor of the same name, dtype, shape and content: of large ones their ends."""
-    if one.same_weights(other):
-        return True
-    a, b = one.release.tensors, other.release.tensors
-    if a.keys() != b.keys() or any((a[n].dtype, a[n].shape) != (b[n].dtype, b[n].shape) for n in a):
-        return False
-    return all(_ends(a[name]) == _ends(b[name]) for name in a)
-
-
-def _ends(stored: Any, most: int = 1 << 16) -> bytes:
-    with stored.file.open("rb") as stream:
-        header = 8 + int.from_bytes(stream.read(8), "little")
-        stream.seek(header + stored.begin)
-        first = stream.read(min(most, stored.nbytes))
-        stream.seek(header + max(stored.begin, stored.end - most))
-        return first + stream.read(min(most, stored.nbytes))
-
-
-def _check_shapes(candidate: Side, reference: Side) -> None:
-    for key in SHAPES:
-        mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
-        if mine != theirs:
-            raise ValueError(
-                f"{printable(candidate.text)} and {printable(reference.text)}: {key} = {printable(str(mine))[:60]} and "
-                f"{printable(str(theirs))[:60]}; two of one model are due"
-            )
+# -- figures
 
 
 def _spread(length: int, vocabulary: int) -> Array:
@@ -391,12 +328,6 @@ def _layers(args: Any) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _with(side: Side, **options: Any) -> Side:
-    from dataclasses import replace
-
-    return replace(side, options={**side.options, **options})
-
-
 def _relative(ours: Array | None, ref: Array | None) -> float:
     assert ref is not None
     return np.inf if ours is None else cost.relative(ours, ref)
@@ -406,35 +337,3 @@ def _same(ours: Array | None, ref: Array | None, allowed: Array | None, sparse: 
     if allowed is not None and not sparse:
         return None
     return None if ours is None or ref is None else cost.same(ours, ref, allowed)
-
-
-def prompt_of(
-    sides: Iterable[Side],
-    file: Path | None,
-    text: str | None,
-    tokens: Sequence[int] | None,
-    length: int | None,
-    seed: int,
-) -> Prompt:
-    """From a file, a text, token ids, or (without any) the texts of the kept checkpoints, or random tokens. Raises
-    ValueError in one line."""
-    candidate, reference = sides
-    args = reference.args
-    if length is not None and length < 2:
-        raise ValueError(f"--tokens {length}: at least 2 are due")
-    folders = [s.folder for s in (reference, candidate)]
-    if tokens is not None:
-        ids = np.asarray(tokens, dtype=np.int64)[:length]
-        return Prompt.of(ids, "token ids", folders, args.vocab_size)
-    if file is not None or text is not None:
-        return encoded(file, text, length, folders, args)
-    wanted = length or default_length(args, 1)
-    if any(f.resolve().parent == TRAINED.resolve() for f in folders):
-        check_kept(folders[0] if folders[0].resolve().parent == TRAINED.resolve() else folders[1])
-        return encoded(None, "\n".join(probes()["texts"]), wanted, folders, args, "the kept texts")
-    ids = np.random.default_rng(seed).integers(3, args.vocab_size, wanted)
-    note = "the prompt is of random tokens: --prompt-file gives figures that mean something"
-    return Prompt.of(ids, f"random tokens, seed {seed}", folders, args.vocab_size, note)
-
-
-__all__ = ["CheckpointError", "GlmDsaError", "Session", "Wanted", "prompt_of", "same_weights", "tolerances"]

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..calls import aligned, arrays, call_model, first
+from ..calls import aligned, arrays, call_model, first, with_input
 from ..candidate import to_numpy
 from ..implementation import Implementation, others_code
 from ..judge import scatter
@@ -20,7 +20,6 @@ from .sides import Side
 
 Array = np.ndarray
 STAGES = {  # what a module gives -> the stage that it is
-    "embed_tokens": "embed",
     "input_layernorm": "input_layernorm",
     "self_attn.q_a_layernorm": "self_attn.q_latent",
     "self_attn.kv_a_layernorm": "self_attn.kv_latent",
@@ -70,6 +69,8 @@ class _Listening:
     def __call__(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(path)
         prefix = path.removesuffix(kind).rstrip(".")
+        if path == "layers.0":  # "embed" is what the first layer is given, whatever was done to the embedding before
+            args, kwargs = with_input(args, kwargs, lambda array: self._value("embed", array, lambda new: new))
         if kind == HEADS and args:
             args = (self._value(f"{prefix}.self_attn.heads", args[0], lambda new: new), *args[1:])
         with others_code():

@@ -1,0 +1,77 @@
+"""What two sides must have in common, what is asked of them, and on what they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+
+from glm_dsa.errors import printable
+
+from .. import stages
+from ..on_trial import SHAPES
+from .sides import Side
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is reported: layers, and stages by pattern (`self_attn.indexer.*`). None: all."""
+
+    layers: frozenset[int] | None = None
+    stages: str | None = None
+
+    def __call__(self, stage: str) -> bool:
+        layer = stages.layer_of(stage)
+        in_layers = self.layers is None or layer is None or layer in self.layers
+        return in_layers and (self.stages is None or fnmatchcase(stages.kind(stage), self.stages)
+                              or fnmatchcase(stage, self.stages))  # fmt: skip
+
+
+class on_device:
+    """mlx's default device, for a while. Raises ValueError where it is not there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.before = mx.default_device()
+        if self.name == "gpu":
+            try:
+                mx.eval(mx.zeros(1, stream=mx.gpu))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"device=gpu: mlx finds none here ({str(error).splitlines()[0]})") from None
+        mx.set_default_device(mx.gpu if self.name == "gpu" else mx.cpu)
+
+    def __exit__(self, *error: object) -> None:
+        mx.set_default_device(self.before)
+
+
+def same_weights(one: Side, other: Side) -> bool:
+    """The same folder, or every tensor of the same name, dtype, shape and content: of large ones their ends."""
+    if one.same_weights(other):
+        return True
+    a, b = one.release.tensors, other.release.tensors
+    if a.keys() != b.keys() or any((a[n].dtype, a[n].shape) != (b[n].dtype, b[n].shape) for n in a):
+        return False
+    return all(_ends(a[name]) == _ends(b[name]) for name in a)
+
+
+def _ends(stored: Any, most: int = 1 << 16) -> bytes:
+    with stored.file.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(header + stored.begin)
+        first = stream.read(min(most, stored.nbytes))
+        stream.seek(header + max(stored.begin, stored.end - most))
+        return first + stream.read(min(most, stored.nbytes))
+
+
+def check_shapes(candidate: Side, reference: Side) -> None:
+    for key in SHAPES:
+        mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
+        if mine != theirs:
+            raise ValueError(
+                f"{printable(candidate.text)} and {printable(reference.text)}: {key} = {printable(str(mine))[:60]} and "
+                f"{printable(str(theirs))[:60]}; two of one model are due"
+            )

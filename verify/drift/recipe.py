@@ -1,0 +1,167 @@
+"""Where bits are spent best: a recipe, bits of every module, within a budget.
+
+Noise of b bits has a power of about 4^-b, and KL is of second order in it: of a component's KL, going from b to c bits leaves
+4^(b - c). By that, and by what each costs alone at the build's own bits, the budget is spent, the best bargain first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from .build import Build, at, component_of, layer_of, stored_bytes
+
+if TYPE_CHECKING:
+    from .bits import Sensitivity
+
+STEPS = (2, 3, 4, 5, 6, 8)  # bits that mlx packs to
+GROUPS = (64, 32)
+UNPACKED = ("indexer", "router")  # what a recipe never packs
+
+
+@dataclass
+class Recipe:
+    """Bits of every module: what mlx-lm's config.json says under "quantization", and what its convert takes as a predicate."""
+
+    asked: float
+    bits: float
+    modules: dict[str, dict[str, Any] | bool]
+    file: str = ""
+    predicted: float = 0.0  # of the build's KL, as a share
+
+    def write(self, file: Path) -> None:
+        packed = [m for m in self.modules.values() if isinstance(m, dict)]
+        sizes, all_bits = [m["group_size"] for m in packed], [m["bits"] for m in packed]
+        usual = max(set(all_bits), key=all_bits.count)
+        whole = {"group_size": min(sizes), "bits": usual, "mode": "affine", **self.modules}
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(part, file)
+        self.file = str(file)
+
+
+def _shares(found: Sensitivity, build: Build) -> dict[str, float]:
+    """Of each module, its share of the KL: that of its component, divided among its layers as theirs say."""
+    layered: dict[int, float] = {}
+    for row in found.rows:
+        if not row.modules and row.component == "layers":
+            for layer in _layers(row.layers):
+                layered[layer] = row.alone / len(_layers(row.layers))
+    mean = sum(layered.values()) / len(layered) if layered else 1.0
+    shares: dict[str, float] = {}
+    for row in found.rows:
+        if row.modules:
+            counts = {p: layered.get(layer_of(p) if layer_of(p) is not None else -1, mean) for p in row.modules}  # type: ignore[arg-type]
+            whole = sum(counts.values())
+            shares |= {p: row.alone * c / whole for p, c in counts.items()}
+    return shares
+
+
+def _layers(text: str) -> list[int]:
+    out: list[int] = []
+    for part in text.split(", "):
+        first, _, last = part.partition("-")
+        out += range(int(first), int(last or first) + 1)
+    return out
+
+
+def packed_bytes(shape: Sequence[int], bits: int, group: int) -> int:
+    """Words, and a scale and a bias in 16 bit for each group."""
+    weights = int(np.prod(shape))
+    return weights * bits // 8 + weights // group * 4
+
+
+def group_of(width: int) -> int:
+    """The largest group that divides a row. (What is packed at all has one.)"""
+    return next(g for g in GROUPS if width % g == 0)
+
+
+def next_bit(found: Sensitivity, build: Build) -> str:
+    """The component whose next step buys most KL for its bytes."""
+    best, said = 0.0, ""
+    for row in found.rows:
+        if not row.modules:
+            continue
+        module = at(build.model, row.modules[0])
+        own = getattr(module, "bits", 16)
+        step = next((s for s in STEPS if s > own), None)
+        added = row.parameters * ((step or 16) - own) / 8
+        bought = row.alone * (1 - 4.0 ** (own - (step or 16))) / (added / 1e6)
+        if bought > best:
+            best, said = (
+                bought,
+                f"{row.component}: {own} -> {step or 16} bits, about KL {bought * added / 1e6:.2g} for {added / 1e6:.3g} MB",
+            )
+    return said
+
+
+def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
+    """Bits of every module, within `budget` bits a weight of the whole model. Raises ValueError where that is too little."""
+    plain, packed = dict(build.whole.named_modules()), dict(build.model.named_modules())
+    shares = _shares(found, build)
+    every = [p for p, m in plain.items() if not m.children()]
+    weights = sum(a.size for p in every for a in plain[p].values() if isinstance(a, mx.array))
+    layers = build.args.num_hidden_layers
+    # The MTP layer keeps its bits: no KL of the main model tells of its drafts.
+    chosen = {p: STEPS[0] for p in build.paths if component_of(p) not in UNPACKED and (layer_of(p) or 0) < layers}
+    fixed = sum(stored_bytes(packed[p]) for p in every if p not in chosen)
+    sizes = {
+        p: [packed_bytes(plain[p].weight.shape, b, group_of(plain[p].weight.shape[-1])) for b in STEPS] for p in chosen
+    }
+    spent, most = fixed + sum(s[0] for s in sizes.values()), budget * weights / 8
+    if spent > most:
+        raise ValueError(
+            f"--suggest-bits {budget:g}: all that can be packed in {STEPS[0]} bits takes {8 * spent / weights:.3f} already "
+            "(what the build has unpacked stays so, and its MTP layer as it is)"
+        )
+    own = {p: getattr(packed[p], "bits", 16) for p in chosen}
+
+    def kl(path: str, bits: int) -> float:
+        return shares.get(path, 0.0) * 4.0 ** (own[path] - bits)
+
+    while True:
+        offers = []
+        for path, bits in chosen.items():
+            at = STEPS.index(bits)
+            for later in range(at + 1, len(STEPS)):
+                cost = sizes[path][later] - sizes[path][at]
+                if spent + cost <= most:
+                    offers.append(((kl(path, bits) - kl(path, STEPS[later])) / cost, path, STEPS[later], cost))
+        if not offers:
+            break
+        _, path, bits, cost = max(offers)
+        chosen[path], spent = bits, spent + cost
+    modules: dict[str, dict[str, Any] | bool] = {
+        p: {"group_size": group_of(plain[p].weight.shape[-1]), "bits": b, "mode": "affine"} for p, b in chosen.items()
+    }
+    for path in (p for p in every if p not in chosen and hasattr(plain[p], "to_quantized")):
+        own_packing = {k: getattr(packed[path], k, None) for k in ("group_size", "bits", "mode")}
+        modules[path] = own_packing if path in build.paths else False
+    before = sum(kl(p, own[p]) for p in chosen)
+    return Recipe(budget, 8 * spent / weights, modules, predicted=sum(kl(p, b) for p, b in chosen.items()) / before)
+
+
+def convert_arguments(file: str | Path) -> dict[str, Any]:
+    """A recipe's file as mlx-lm's convert takes it: `mlx_lm.convert("hf", "mlx", **convert_arguments("recipe.json"))`.
+
+    (It asks for the recipe's smallest group: mlx-lm leaves alone whatever the group that it is told does not divide.)
+    """
+    recipe: dict[str, Any] = json.loads(Path(file).read_text())
+
+    def of_module(path: str, module: Any, *_: Any) -> bool | dict[str, Any]:
+        said = recipe.get(path, False)
+        return dict(said) if isinstance(said, dict) else bool(said)
+
+    return {
+        "quantize": True,
+        "q_group_size": recipe["group_size"],
+        "q_bits": recipe["bits"],
+        "quant_predicate": of_module,
+    }
