@@ -9,8 +9,7 @@ from pathlib import Path
 
 from glm_dsa.errors import GlmDsaError
 
-from . import audit, faults, release
-from .drift import command as drift_command
+from . import audit, drift_command, faults, release
 
 RANDOM = 50  # sound checkpoints beside the faults
 

@@ -8,18 +8,17 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from glm_dsa.errors import GlmDsaError, printable
 
-from .. import stages
-from ..implementation import Failed
-from ..tolerances import ReferencesDisagree
-from . import compare
-from .recording import Recording
-from .result import Drift
+from . import stages
+
+if TYPE_CHECKING:
+    from .drift import Drift, Recording
 
 EPILOG = """\
 a side is a checkpoint, an implementation, or both: ./release, OWNER/NAME, hf, equations, mlx_lm.models.glm_moe_dsa,
@@ -55,6 +54,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
+    from .drift import compare  # brings torch and transformers in, which other commands do without
+    from .implementation import Failed
+    from .tolerances import ReferencesDisagree
+
     try:
         _check(chosen)
         with _Progress() as tell:
