@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +60,7 @@ def run(chosen: argparse.Namespace) -> int:
     from .implementation import Failed
     from .tolerances import ReferencesDisagree
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
     try:
         _check(chosen)
         with _Progress() as tell:
@@ -82,6 +85,10 @@ def _check(chosen: argparse.Namespace) -> None:
         raise ValueError(f"--seed {chosen.seed}: 0 or more is due")
     if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
         raise ValueError(f"--out {chosen.out}: a file is there; the name of a folder is due")
+    if chosen.out is not None:
+        there = next(p for p in (chosen.out.absolute(), *chosen.out.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"--out {chosen.out}: nothing can be written to {there}")
     for stage in chosen.watch:
         kind = stages.kind(stage)
         if kind not in (*stages.IN_LAYER, "embed", "norm", "logits"):
@@ -107,9 +114,11 @@ def _write(found: Drift, chosen: argparse.Namespace) -> None:
     if found.sensitivity is not None and found.sensitivity.recipe is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.sensitivity.recipe.write(folder / "recipe.json")
-    print(found.summary())
-    if chosen.out is not None:
-        print("\n" + "\n".join(str(file) for file in found.write(chosen.out)))
+    files = found.write(chosen.out) if chosen.out is not None else []
+    try:
+        print("\n".join([found.summary(), *(["", *map(str, files)] if files else [])]), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], None] | None:

@@ -27,6 +27,8 @@ from .suspects import Cause, Diagnosis, Suspect, catalogue, conventions, packed_
 
 Array = np.ndarray
 MOST = 3  # mistakes that are looked for beside each other
+# what a mistake may end in, where it does not fit the model
+BREAKS = (GlmDsaError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
 VERIFIED = 6  # suspects of a kind that are held against all layers
 
 
@@ -36,16 +38,16 @@ class Lineup:
     def __init__(
         self, reference: Side, tokens: Array, at: Array, recordings: tuple[Recording, Recording], yard: Yardstick,
         without: Sequence[str] = (), thorough: bool = True, hands_weights: bool = False,
-        tell: Callable[[str], None] = lambda _: None,
+        tell: Callable[[str], None] = lambda _: None, blank: Callable[[], Recording] = Recording,
     ) -> None:  # fmt: skip
         """recordings: (the reference's, the candidate's on its inputs). without: faults that are not to be suspected.
         thorough: suspect also what is said to show at other stages than those that differ. hands_weights: the candidate
-        was handed experts with their weights."""
+        was handed experts with their weights. blank: what a run of the whole model is recorded in."""
         self.side, self.tokens, self.at, self.yard, self.tell = reference.on(OURS), tokens, at, yard, tell
         self.reference, self.theirs = recordings
         self.share = Likeness(self.side.args, self.reference, self.theirs, yard).share
         self.without, self.thorough, self.hands_weights = without, thorough, hands_weights
-        self.tried = 0
+        self.blank, self.tried = blank, 0
 
     # -- the search
 
@@ -67,7 +69,9 @@ class Lineup:
     def _suspects(self) -> list[Suspect]:
         """Whatever runs at all on such a prompt."""
         with recorded() as ran:
-            self.whole([])
+            clean = self.whole([])
+        if clean is not None:
+            clean.drop()
         running = [s for s in catalogue(self.without) if all(w in ran for w in s.where)]
         return [*conventions(self.side.args), *packed_caches(self.side.args), *running]
 
@@ -124,7 +128,17 @@ class Lineup:
     ) -> tuple[Cause, list[Compared]] | None:
         """(the cause, what it leaves) where the kinds of stages that it explains are explained in every layer."""
         seen = self.whole([*known, suspect])
-        if seen is None or (known and self._first_changed(known, seen) not in {c.kind for c in left}):
+        if seen is None:
+            return None
+        try:
+            return self._explains(known, suspect, left, seen)
+        finally:
+            seen.drop()
+
+    def _explains(
+        self, known: list[Suspect], suspect: Suspect, left: list[Compared], seen: Recording
+    ) -> tuple[Cause, list[Compared]] | None:
+        if known and self._first_changed(known, seen) not in {c.kind for c in left}:
             return None
         rest = roots([self._told(stage, seen) for stage in self.theirs if stage in seen])
         kinds, remaining = {c.kind for c in left}, {c.kind for c in rest}
@@ -172,23 +186,14 @@ class Lineup:
 
     def whole(self, suspects: Sequence[Suspect]) -> Recording | None:
         """The definition with these mistakes, every layer on the reference's input; None where it does not run."""
-        into = Recording()
+        into = self.blank()
         hearing = Hearing(into, self.reference, self._is_given)
         hearing.hands_weights = self.hands_weights
         try:
             runner, within = self._runner(suspects)
             with within:
                 runner.run(self.tokens, self.at, hearing)
-        except (
-            GlmDsaError,
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            AssertionError,
-            IndexError,
-        ):
+        except BREAKS:
             return None
         return into
 
@@ -207,16 +212,7 @@ class Lineup:
                 runner.run_layer(layer, self.tokens, hearing)
         except Enough:
             pass
-        except (
-            GlmDsaError,
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            AssertionError,
-            IndexError,
-        ):
+        except BREAKS:
             return None
         return into
 

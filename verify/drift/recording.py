@@ -6,6 +6,7 @@ values [S, W], scores [S, T], choices int [S, K] (None: every key), routing weig
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ class Recording(Mapping[str, Any]):
         if folder is not None:
             folder.mkdir(parents=True)
 
+    def drop(self) -> None:
+        """What lies on disk."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.clear()
+
     def put(self, stage: str, value: Array | None) -> None:
         if self.folder is None or value is None:
             self._held[stage] = value
@@ -48,17 +55,22 @@ class Recording(Mapping[str, Any]):
 
 class Hearing:
     """A run's other end: `note` keeps what it computes; `due` says what it is to go on with in its place: the reference's
-    values at the stages that are `wanted` (None: its own)."""
+    values at the stages that are `wanted` (None: its own). keeps: what is noted at all."""
 
     def __init__(
-        self, into: Recording, reference: Recording | None = None, wanted: Callable[[str], bool] = lambda stage: False
+        self,
+        into: Recording,
+        reference: Recording | None = None,
+        wanted: Callable[[str], bool] = lambda stage: False,
+        keeps: Callable[[str], bool] = lambda stage: True,
     ) -> None:
-        self.into, self.reference, self.wanted = into, reference, wanted
+        self.into, self.reference, self.wanted, self.keeps = into, reference, wanted, keeps
         # of tokens whose experts are handed in, the weights too: as it must be where only the chosen ones' can be seen
         self.hands_weights = False
 
     def note(self, stage: str, value: Array | None) -> None:
-        self.into.put(stage, value)
+        if self.keeps(stage):
+            self.into.put(stage, value)
 
     def due(self, stage: str) -> Array | None:
         found = self.other(stage) if self.wanted(stage) else None

@@ -83,7 +83,7 @@ def repair(
         tell(f"repair: {what}")
         into = Recording()
         wanted = _wanted(kinds, layers)
-        runner.run(tokens, at, Hearing(into, reference, wanted))
+        runner.run(tokens, at, Hearing(into, reference, wanted, lambda stage: stage == "logits"))
         left = compare.distributions(into["logits"], due).kl_mean  # type: ignore[arg-type]
         touched = {stages.layer_of(s) for s in own if wanted(s)} - {None}
         return Repaired(what, tuple(kinds), tuple(sorted(touched)), left, 1 - left / kl)  # type: ignore[arg-type]

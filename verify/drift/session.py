@@ -22,7 +22,7 @@ from ..report import FAULT
 from . import bits
 from .build import Build
 from .cached import examine
-from .checks import Wanted, check_shapes, on_device, same_weights
+from .checks import Wanted, check_shapes, config_differences, on_device, same_weights
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
 from .lineup import Lineup
 from .prompts import Prompt, pieces
@@ -57,6 +57,7 @@ class Session:
     tell: Callable[[str], None] = lambda _: None
     keep: Callable[[dict[str, Recording]], None] | None = None
     recordings: dict[str, Recording] = field(default_factory=dict)
+    blanks: int = 0
 
     def run(self) -> Drift:
         """Raises ValueError, GlmDsaError and Failed, each in one line, for what cannot be compared."""
@@ -102,10 +103,14 @@ class Session:
         yard = self._yardstick(self.reference, reference, self.candidate)
         self._check_reference(reference, yard, found)
         local, own = self._candidate(reference)
-        found.comparisons = [c for c in [*compared(LOCAL, local, reference, yard, same),
-                                         *compared(OWN, own, reference, yard, False)] if self.wanted(c.stage)]  # fmt: skip
-        every = [c for c in found.comparisons if c.run == LOCAL]
-        found.divergence = next((c for c in every if c.verdict == FAULT), None)
+        both = [*compared(LOCAL, local, reference, yard, same), *compared(OWN, own, reference, yard, False)]
+        found.comparisons = [c for c in both if self.wanted(c.stage)]
+        every = [c for c in both if c.run == LOCAL]
+        faults = [c for c in every if c.verdict == FAULT]
+        found.divergence = next((c for c in faults if self.wanted(c.stage)), None)
+        found.elsewhere = faults[0] if faults and found.divergence is None else None
+        found.unseen = _unseen(args, every)
+        found.config = config_differences(self.candidate.args, self.reference.args)
         self._figures(found, reference, own)
         if same:
             found.diagnosis = self._diagnosed(self.reference, (reference, local), yard, every)
@@ -125,13 +130,19 @@ class Session:
     ) -> Recording:
         """A run of its own, or beside another: what is `given` is the other's (by default input and choices)."""
         self.tell(f"{name}: {side.runs}")
-        large = not (self.candidate.is_small and self.reference.is_small)
-        into = Recording(self.scratch / name.replace(" ", "-") if large else None)
+        into = self._blank()
         given = given or (lambda stage: beside is not None and is_given(stage, self.is_sparse))
         with on_device(side.device):
             runner_of(side).run(self.prompt.tokens, self.at, Hearing(into, beside, given))
         self.recordings[name] = into
         return into
+
+    def _blank(self) -> Recording:
+        """In memory, or of a large model on disk."""
+        if self.candidate.is_small and self.reference.is_small:
+            return Recording()
+        self.blanks += 1
+        return Recording(self.scratch / str(self.blanks))
 
     @property
     def is_sparse(self) -> bool:
@@ -147,9 +158,7 @@ class Session:
     def _yardstick(self, side: Side, reference: Recording, candidate: Side) -> Yardstick:
         """What arithmetic explains, in the coarser precision of both sides."""
         dtype = next((s.dtype for s in (candidate, side) if s.dtype in ("bfloat16", "float16")), "float32")
-        truth = self._recorded(
-            f"truth of {side.checkpoint.replace('/', '_')}", side.on(EQUATIONS, overrides=side.overrides), reference
-        )
+        truth = self._recorded(f"truth of {side.checkpoint}", side.on(EQUATIONS, overrides=side.overrides), reference)
         oracle = side.on(HF, overrides=side.overrides)
         is_it = side.implementation == HF and side.dtype == "float32" == dtype
         hf = reference if is_it else self._recorded(
@@ -218,8 +227,9 @@ class Session:
             return None
         handed = self.candidate.implementation not in (OURS, EQUATIONS)  # weights with its experts
         lineup = Lineup(
-            side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, handed, self.tell
-        )
+            side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, handed, self.tell,
+            self._blank,
+        )  # fmt: skip
         return lineup.diagnose(every)
 
     def _of_own_weights(self, found: Drift) -> None:
@@ -231,14 +241,16 @@ class Session:
         yard = self._yardstick(side, reference, self.candidate)
         local, _ = self._candidate(reference, "candidate on its own weights")
         own = Drift(self.candidate, side, found.length, found.prompt, True, labels=found.labels)
-        own.comparisons = [c for c in compared(LOCAL, local, reference, yard) if self.wanted(c.stage)]
+        own.comparisons = list(compared(LOCAL, local, reference, yard))
+        own.unseen = _unseen(side.args, own.comparisons)
         own.divergence = next((c for c in own.comparisons if c.verdict == FAULT), None)
         own.diagnosis = self._diagnosed(side, (reference, local), yard, own.comparisons)
         found.own_weights = own
 
     def _explain(self, found: Drift, recordings: tuple[Recording, Recording, Recording]) -> None:
         is_packed = self.candidate.release.is_packed and not self.reference.release.is_packed
-        if (found.divergence is None and found.same_weights) or (is_packed and not found.same_weights):
+        is_sound = found.divergence is None and found.elsewhere is None and found.same_weights
+        if is_sound or (is_packed and not found.same_weights):
             return  # nothing to explain; or `_sensitivity` tells more
         if not self.repair:
             found.reasons["repair"] = "not asked for"
@@ -255,8 +267,10 @@ class Session:
     def _cached(self, found: Drift, own: Recording, yard: Yardstick) -> None:
         """In several calls, where it is right in one."""
         without, length = own.get("logits"), self.prompt.tokens.shape[1]
-        if self.candidate.implementation in (HF, EQUATIONS) or found.divergence is not None or not found.same_weights:
+        if self.candidate.implementation in (HF, EQUATIONS) or not found.same_weights:
             return
+        if found.divergence is not None or found.elsewhere is not None:
+            return  # one thing after the other
         if not self.in_full:
             found.reasons["cache"] = TOO_LARGE
         elif without is None or len(without) < length:
@@ -316,6 +330,13 @@ class Session:
 def _spread(length: int, vocabulary: int) -> Array:
     most = max(2, LOGITS // (4 * vocabulary))
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
+
+
+def _unseen(args: Any, found: list[Compared]) -> list[str]:
+    """Outputs that the candidate does not show: there nothing was compared."""
+    seen = {c.stage for c in found}
+    due = [*(f"layers.{i}.output" for i in range(args.num_hidden_layers)), "logits"]
+    return [stage for stage in due if stage not in seen]
 
 
 def _layers(args: Any) -> list[dict[str, Any]]:
