@@ -51,8 +51,8 @@ class Likeness:
         what is computed of them; the others are as they should be."""
         if ref.shape != theirs.shape:
             return share
-        finite = np.isfinite(theirs) & (np.abs(theirs) < 1e38) & np.isfinite(ref)
-        gap, effect = (np.where(finite, a - theirs, 0).astype(np.float64) for a in (mine, ref))
+        finite = np.isfinite(theirs) & (np.abs(theirs) < 1e38) & np.isfinite(ref) & np.isfinite(mine)
+        gap, effect = (np.where(finite, a, 0).astype(np.float64) - np.where(finite, theirs, 0) for a in (mine, ref))
         scale = np.sqrt(np.mean(theirs[finite].astype(np.float64) ** 2))
         apart = (np.abs(gap) > EXACT * bound * scale).mean()
         left = (gap**2).sum() / ((effect**2).sum() or 1.0)

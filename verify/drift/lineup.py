@@ -23,7 +23,7 @@ from .likeness import EXACT, Likeness
 from .our_runner import OurRunner
 from .recording import Enough, Hearing, Recording, is_given
 from .sides import OURS, Side
-from .suspects import Cause, Diagnosis, Suspect, catalogue, conventions, packed_caches
+from .suspects import Cause, Diagnosis, Suspect, catalogue, conventions, other_config, packed_caches
 
 Array = np.ndarray
 MOST = 3  # mistakes that are looked for beside each other
@@ -39,15 +39,17 @@ class Lineup:
         self, reference: Side, tokens: Array, at: Array, recordings: tuple[Recording, Recording], yard: Yardstick,
         without: Sequence[str] = (), thorough: bool = True, hands_weights: bool = False,
         tell: Callable[[str], None] = lambda _: None, blank: Callable[[], Recording] = Recording,
+        candidate: Side | None = None,
     ) -> None:  # fmt: skip
         """recordings: (the reference's, the candidate's on its inputs). without: faults that are not to be suspected.
         thorough: suspect also what is said to show at other stages than those that differ. hands_weights: the candidate
-        was handed experts with their weights. blank: what a run of the whole model is recorded in."""
+        was handed experts with their weights. blank: what a run of the whole model is recorded in.
+        candidate: the side that is diagnosed, whose config may be to blame."""
         self.side, self.tokens, self.at, self.yard, self.tell = reference.on(OURS), tokens, at, yard, tell
         self.reference, self.theirs = recordings
         self.share = Likeness(self.side.args, self.reference, self.theirs, yard).share
         self.without, self.thorough, self.hands_weights = without, thorough, hands_weights
-        self.blank, self.tried = blank, 0
+        self.blank, self.candidate, self.tried = blank, None if candidate is None else candidate.on(OURS), 0
 
     # -- the search
 
@@ -73,13 +75,14 @@ class Lineup:
         if clean is not None:
             clean.drop()
         running = [s for s in catalogue(self.without) if all(w in ran for w in s.where)]
-        return [*conventions(self.side.args), *packed_caches(self.side.args), *running]
+        configs = other_config(self.candidate, self.side) if self.candidate is not None else ()
+        return [*conventions(self.side.args), *configs, *packed_caches(self.side.args), *running]
 
     def _best(
         self, known: list[Suspect], left: list[Compared], suspects: list[Suspect]
     ) -> tuple[Cause, list[Compared]] | None:
         kinds = {c.kind for c in left}
-        likely = [s for s in suspects if s.how == "convention" or s.kind in kinds]
+        likely = [s for s in suspects if s.how in ("config", "convention") or s.kind in kinds]
         for group in (likely, [s for s in suspects if s not in likely] if self.thorough else []):
             fitting = sorted(self._fitting(known, left, group), key=lambda item: -item[1])
             judged = [v for s, _ in fitting[:VERIFIED] if (v := self._verified(known, s, left)) is not None]
@@ -176,12 +179,13 @@ class Lineup:
         return is_given(stage, self.yard.is_sparse) and stage in self.theirs.handed
 
     def _runner(self, suspects: Sequence[Suspect]) -> tuple[OurRunner, AbstractContextManager[None]]:
-        overrides, options = dict(self.side.overrides), dict(self.side.options)
+        base = next((s.config for s in suspects if s.config is not None), self.side)
+        overrides, options = dict(base.overrides), dict(base.options)
         for suspect in suspects:
             overrides |= suspect.overrides
             options |= suspect.options
         seeded = [s.fault for s in suspects if s.fault]
-        runner = OurRunner(replace(self.side, overrides=overrides, options=options))
+        runner = OurRunner(replace(base, overrides=overrides, options=options))
         return runner, faults.seeded(*seeded) if seeded else nullcontext()
 
     def whole(self, suspects: Sequence[Suspect]) -> Recording | None:

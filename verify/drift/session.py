@@ -228,7 +228,7 @@ class Session:
         handed = self.candidate.implementation not in (OURS, EQUATIONS)  # weights with its experts
         lineup = Lineup(
             side, self.prompt.tokens, self.at, recordings, yard, self.without, self.in_full, handed, self.tell,
-            self._blank,
+            self._blank, self.candidate,
         )  # fmt: skip
         return lineup.diagnose(every)
 

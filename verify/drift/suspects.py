@@ -10,7 +10,9 @@ from glm_dsa import ModelArgs
 from glm_dsa.store import GROUP_SIZES
 
 from .. import faults
+from .checks import config_differences
 from .comparing import Compared
+from .sides import Side
 
 # what a convention at this value (None: any) is called in the catalogue
 KNOWN_AS = {
@@ -22,12 +24,13 @@ KNOWN_AS = {
 
 @dataclass(frozen=True)
 class Suspect:
-    """how: "convention", "catalogue" or "option". overrides: of `ModelArgs`; options: of a `Side`; fault: of the catalogue;
-    known_as: the fault that a convention at this value is."""
+    """how: "config", "convention", "catalogue" or "option". config: the side that has it; overrides: of `ModelArgs`; options: of
+    a `Side`; fault: of the catalogue; known_as: the fault that a convention at this value is."""
 
     how: str
     name: str
     text: str
+    config: Side | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
@@ -59,6 +62,14 @@ class Diagnosis:
     tried: int
 
 
+def other_config(candidate: Side, reference: Side) -> Iterator[Suspect]:
+    """The candidate's config.json, where it says otherwise than the reference's."""
+    different = config_differences(candidate.args, reference.args)
+    if different:
+        names = [line.partition(" = ")[0] for line in different]
+        yield Suspect("config", f"the candidate's config: {', '.join(names)}", "; ".join(different), config=candidate)
+
+
 def conventions(args: ModelArgs) -> Iterator[Suspect]:
     """Each convention, at every other value that implementations have."""
     other = {"interleaved": "half-split", "half-split": "interleaved"}
@@ -80,7 +91,9 @@ def conventions(args: ModelArgs) -> Iterator[Suspect]:
             if value != own and value:
                 known = KNOWN_AS.get((name, value), KNOWN_AS.get((name, None), ""))
                 text = f"{name} = {own} is in force on the reference's side"
-                yield Suspect("convention", f"{name} = {value}", text, {name: value}, kind=name, known_as=known)
+                yield Suspect(
+                    "convention", f"{name} = {value}", text, overrides={name: value}, kind=name, known_as=known
+                )
 
 
 def packed_caches(args: ModelArgs) -> Iterator[Suspect]:
