@@ -26,6 +26,7 @@ from .sides import OURS, Side
 from .suspects import Cause, Diagnosis, Suspect, catalogue, conventions, other_config, packed_caches
 
 Array = np.ndarray
+NEARER = 0.5  # to the candidate, with a mistake than without, where it is beyond the bound
 MOST = 3  # mistakes that are looked for beside each other
 # what a mistake may end in, where it does not fit the model
 BREAKS = (GlmDsaError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
@@ -48,6 +49,7 @@ class Lineup:
         self.side, self.tokens, self.at, self.yard, self.tell = reference.on(OURS), tokens, at, yard, tell
         self.reference, self.theirs = recordings
         self.share = Likeness(self.side.args, self.reference, self.theirs, yard).share
+        self._distances: dict[str, float] = {}
         self.without, self.thorough, self.hands_weights = without, thorough, hands_weights
         self.blank, self.candidate, self.tried = blank, None if candidate is None else candidate.on(OURS), 0
 
@@ -87,7 +89,7 @@ class Lineup:
             fitting = sorted(self._fitting(known, left, group), key=lambda item: -item[1])
             judged = [v for s, _ in fitting[:VERIFIED] if (v := self._verified(known, s, left)) is not None]
             if judged:
-                judged.sort(key=lambda v: len({c.kind for c in v[1]}))
+                judged.sort(key=lambda v: (len({c.kind for c in v[1]}), v[0].exact))
                 least = len({c.kind for c in judged[0][1]})
                 cause, rest = judged[0]
                 alike = [v[0].suspect.name for v in judged[1:] if len({c.kind for c in v[1]}) == least]
@@ -109,7 +111,7 @@ class Lineup:
             seen = self.alone(first, [*known, suspect])
             if seen is None:
                 continue
-            fits = sum(self.share(c.stage, seen) <= EXACT for c in first)
+            fits = sum(self._explained(c.stage, seen) for c in first)
             if fits and not self._contradicts(seen, {c.stage for c in first}):
                 yield suspect, fits
 
@@ -124,7 +126,19 @@ class Lineup:
         return False
 
     def _sound(self, stage: str) -> bool:
-        return self.share(stage, self.reference) <= EXACT
+        return self._before(stage) <= EXACT
+
+    def _before(self, stage: str) -> float:
+        """How far the candidate is from the reference, where no mistake is made: in bounds."""
+        if stage not in self._distances:
+            self._distances[stage] = self.share(stage, self.reference)
+        return self._distances[stage]
+
+    def _explained(self, stage: str, seen: Recording) -> bool:
+        """Within the bound; or within a few, where that is far nearer than without the mistake. (In 16 bit bounds are wide: what
+        is a little beyond them is no nearer to any mistake than to none.)"""
+        share, before = self.share(stage, seen), self._before(stage)
+        return share <= 1 or (share <= EXACT and (before <= 1 or share <= NEARER * before))
 
     def _verified(
         self, known: list[Suspect], suspect: Suspect, left: list[Compared]
@@ -167,10 +181,8 @@ class Lineup:
     # -- held against the candidate
 
     def _told(self, stage: str, seen: Recording) -> Compared:
-        share = self.share(stage, seen)
-        return Compared(
-            stage, LOCAL, FAULT if share > EXACT else AGREES, share, 1.0, handed=stage in self.theirs.handed
-        )
+        verdict = AGREES if self._explained(stage, seen) else FAULT
+        return Compared(stage, LOCAL, verdict, self.share(stage, seen), 1.0, handed=stage in self.theirs.handed)
 
     # -- runs
 
