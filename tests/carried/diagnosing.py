@@ -163,7 +163,8 @@ def table(records: Sequence[dict]) -> str:
     for kind in kinds(records):
         mine = of(records, kind)
         what, where, dtype, count = kind
-        rows.append(
-            f"| {WHERE[where]} in {dtype}: {said[what, count]} | {sum(r['right'] for r in mine)} | {len(mine)} |"
-        )
+        right, seen = sum(r["right"] for r in mine), sum(r["seen"] for r in mine)
+        is_16_bit = dtype != "float32"
+        shown, unseen = (seen, len(mine) - seen) if is_16_bit else (len(mine), 0)
+        rows.append(f"| {WHERE[where]} in {dtype}: {said[what, count]} | {right} | {shown} | {unseen} |")
     return "\n".join(rows)
