@@ -262,7 +262,6 @@ def test_a_packed_cache_is_named(tmp_path):
     ("names", "where", "dtype"),
     [
         (["softmax-scale-of-nope"], STOCK, "float32"),
-        (["q-split-swapped"], HF, "bfloat16"),
         (["latent-eps", "k-rope-unrotated"], HF, "float32"),
     ],
 )

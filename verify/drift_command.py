@@ -56,11 +56,18 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
+    try:
+        return _run(chosen)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(chosen: argparse.Namespace) -> int:
     from .drift import compare  # brings torch and transformers in, which other commands do without
     from .implementation import Failed
     from .tolerances import ReferencesDisagree
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
     try:
         _check(chosen)
         with _Progress() as tell:
@@ -74,8 +81,6 @@ def run(chosen: argparse.Namespace) -> int:
     except (ValueError, LookupError, OSError, GlmDsaError, Failed, ReferencesDisagree) as error:
         print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0 if found.agrees else 1
 
 
@@ -103,9 +108,11 @@ def _layers(text: str | None) -> list[int] | None:
     """ "3,7-9" -> [3, 7, 8, 9]. Raises ValueError."""
     if text is None:
         return None
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
         raise ValueError(f"--layers {text}: numbers and ranges are due, e.g. 3,7-9")
     parts = [part.partition("-") for part in text.split(",")]
+    if any(last and int(last) < int(first) for first, _, last in parts):
+        raise ValueError(f"--layers {text}: ranges go from the lower number to the higher")
     return sorted({n for first, _, last in parts for n in range(int(first), int(last or first) + 1)})
 
 

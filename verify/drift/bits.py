@@ -48,6 +48,7 @@ class Sensitivity:
     kl: float
     rows: list[Row]
     bits: float
+    rest: float = 0.0  # KL that stays when all that is packed is restored: of what differs besides
     next: str = ""
     recipe: Recipe | None = None
 
@@ -58,6 +59,10 @@ class Sensitivity:
 
     def lines(self) -> list[str]:
         out = [f"next bit: {self.next}"] if self.next else []
+        if self.rest > 0.01 * self.kl:
+            out.append(
+                f"not by its bits alone: KL {self.rest:.3g} stays when all that is packed is given its weights back"
+            )
         if self.recipe is not None:
             where = self.recipe.file or "the report"
             out.append(f"recipe of {self.recipe.bits:.3f} bits (asked: {self.recipe.asked:g}) in {where}, expected KL "
@@ -109,6 +114,7 @@ def measure(
         rows.append(Row(name, layers, weights, 8 * stored / weights, stored, left, 1 - left / kl if kl else 0.0, alone,
                         FULL_BYTES * weights - stored, modules))  # fmt: skip
     found = Sensitivity(kl, rows, build.bits())
+    found.rest = compare.distributions(build.logits(tokens, build.paths), due).kl_mean
     found.next = next_bit(found, build)
     return found
 

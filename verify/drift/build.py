@@ -78,8 +78,8 @@ class Build:
 
     def bits(self) -> float:
         """A weight, of all that is stored, the MTP layer included."""
-        every = [(p, m) for p, m in self.model.named_modules() if not m.children()]
         plain = dict(self.whole.named_modules())
+        every = [(p, m) for p, m in self.model.named_modules() if not m.children() and p in plain]
         weights = sum(a.size for p, _ in every for a in plain[p].values() if isinstance(a, mx.array))
         return 8 * sum(stored_bytes(m) for _, m in every) / weights
 
@@ -91,7 +91,8 @@ def _differ(packed: nn.Module, plain: nn.Module) -> bool:
 def stored_bytes(module: nn.Module) -> int:
     """Packed: as they are; else in 16 bit, but what is float32 in every build."""
     if "scales" in module:
-        of_scales = 2 * sum(module[n].size for n in ("scales", "biases") if n in module)
+        size = 1 if module["scales"].dtype == mx.uint8 else 2  # nvfp4 and mxfp4 keep a byte
+        of_scales = size * sum(module[n].size for n in ("scales", "biases") if n in module)
         return int(module["weight"].nbytes + of_scales)
     arrays = [(n, a) for n, a in module.items() if isinstance(a, mx.array)]
     return sum(a.size * (4 if n == "e_score_correction_bias" else FULL_BYTES) for n, a in arrays)

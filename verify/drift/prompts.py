@@ -51,8 +51,8 @@ def prompt_of(
     ValueError in one line."""
     candidate, reference = sides
     args = reference.args
-    if length is not None and length < 2:
-        raise ValueError(f"--tokens {length}: at least 2 are due")
+    if length is not None and not 2 <= length <= 1 << 20:
+        raise ValueError(f"--tokens {length}: at least 2 are due" + (", at most 2^20" if length > 2 else ""))
     folders = [s.folder for s in (reference, candidate)]
     if tokens is not None:
         ids = np.asarray(tokens, dtype=np.int64)[:length]

@@ -106,7 +106,7 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     """Bits of every module, within `budget` bits a weight of the whole model. Raises ValueError where that is too little."""
     plain, packed = dict(build.whole.named_modules()), dict(build.model.named_modules())
     shares = _shares(found, build)
-    every = [p for p, m in plain.items() if not m.children()]
+    every = [p for p, m in plain.items() if not m.children() and p in packed]  # most builds have no MTP layer
     weights = sum(a.size for p in every for a in plain[p].values() if isinstance(a, mx.array))
     layers = build.args.num_hidden_layers
     # The MTP layer keeps its bits: no KL of the main model tells of its drafts.

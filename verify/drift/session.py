@@ -97,6 +97,10 @@ class Session:
         same = same_weights(self.candidate, self.reference)
         found = Drift(self.candidate, self.reference, tokens.shape[1], self.prompt.source, same)
         found.labels = {"layers": _layers(args), "layout": self.candidate.args.indexer_rope}
+        if args.has_indexer and not self.is_sparse:
+            found.reasons["selection"] = (
+                f"{tokens.shape[1]} tokens are within index_topk = {args.index_topk}: all keys are selected"
+            )
         if self.prompt.note:
             found.notes.append(self.prompt.note)
         reference = self._recorded("reference", self.reference)
@@ -104,6 +108,9 @@ class Session:
         self._check_reference(reference, yard, found)
         local, own = self._candidate(reference)
         both = [*compared(LOCAL, local, reference, yard, same), *compared(OWN, own, reference, yard, False)]
+        if not same and not any(c.verdict == FAULT for c in compared(LOCAL, local, reference, yard)):
+            found.same_weights = same = True  # stored otherwise, and meant alike
+            both = [*compared(LOCAL, local, reference, yard), *compared(OWN, own, reference, yard, False)]
         found.comparisons = [c for c in both if self.wanted(c.stage)]
         every = [c for c in both if c.run == LOCAL]
         faults = [c for c in every if c.verdict == FAULT]
@@ -274,7 +281,7 @@ class Session:
         if not self.in_full:
             found.reasons["cache"] = TOO_LARGE
         elif without is None or len(without) < length:
-            found.reasons["cache"] = "logits of the whole prompt are due, and its vocabulary is too large for them"
+            found.reasons["cache"] = "logits of the whole prompt are due"
         else:
             self.tell("candidate in several calls, with a cache")
             with on_device(self.candidate.device):

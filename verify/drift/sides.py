@@ -96,7 +96,8 @@ class Side:
         names = {OURS: "this definition", HF: "HF's modules", EQUATIONS: "the equations"}
         who = names.get(self.implementation, f"{self.implementation}, somebody's code")
         kv = f", KV cache in {self.options['kv_bits']} bit" if "kv_bits" in self.options else ""
-        return f"{who} on {self.checkpoint}, {self.dtype} on {self.device}{kv}"
+        asked = "".join(f", {name} = {value}" for name, value in self.overrides.items())
+        return f"{who} on {self.checkpoint}, {self.dtype} on {self.device}{kv}{asked}"
 
     def same_weights(self, other: Side) -> bool:
         return self.folder.resolve() == other.folder.resolve()
@@ -112,7 +113,11 @@ def sides_of(candidate: str, against: str | None, default: str) -> tuple[Side, S
     """(candidate, reference). Each that names no checkpoint runs on the other's, or on `default`; without a reference,
     HF's modules on the candidate's weights are it. Raises ValueError, in one line."""
     first = _parsed(candidate)
-    second = _parsed(against) if against is not None else replace(first, text=HF, implementation=HF, options={})
+    second = (
+        _parsed(against)
+        if against is not None
+        else replace(first, text=HF, implementation=HF, options={}, overrides=_of_both(first))
+    )
     checkpoint = first.checkpoint or second.checkpoint or default
     first, second = (replace(s, checkpoint=s.checkpoint or checkpoint) for s in (first, second))
     if against is None:
@@ -121,6 +126,11 @@ def sides_of(candidate: str, against: str | None, default: str) -> tuple[Side, S
     for side in (first, second):
         _check(side)
     return first, second
+
+
+def _of_both(first: Side) -> dict[str, Any]:
+    """What the default reference takes over: how many keys are selected. Conventions are the checkpoint's."""
+    return {k: v for k, v in first.overrides.items() if k == "index_topk"}
 
 
 def _parsed(text: str) -> Side:

@@ -91,7 +91,8 @@ def _causes(found: Drift) -> Iterator[Finding]:
         exact = "to the bit" if cause.exact == 0 else f"to {cause.exact:.2g} of the bound"
         known = f"{cause.suspect.known_as}, " if cause.suspect.known_as else ""
         lines = [cause.suspect.text, f"making it here reproduces {', '.join(cause.stages)}{where}, {exact}"]
-        lines += [f"the same on this prompt: {', '.join(cause.alike)}"] if cause.alike else []
+        alike = [name for name in cause.alike if name != cause.suspect.known_as]
+        lines += [f"the same on this prompt: {', '.join(alike)}"] if alike else []
         yield "cause", f"Cause: {known}{cause.suspect.name}", lines
     if found.diagnosis is None or not found.diagnosis.unknown:
         return
