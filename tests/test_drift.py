@@ -336,6 +336,8 @@ def test_the_command_reports_what_is_asked_for(plain, tmp_path, capsys):
         (["{}", "--suggest-bits", "4"], "--suggest-bits"),
         (["{}", "--out", "{}/config.json"], "a file is there"),
         (["{},kv_bits=8"], "KV quantization"),
+        (["{},kv_group_size=32"], "nothing without kv_bits"),
+        (["{},revision=main"], "revision is for repositories"),
         ([f"{STOCK_CODE}@{{}}"], "IndexShare not implemented"),
         (["{},device=gpu"], "mlx finds none here"),
     ],
@@ -346,3 +348,40 @@ def test_what_cannot_be_is_said_in_one_line(sharing, capsys, arguments, said):
     assert err.startswith("verify: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"layers": 3}, None),
+        ({"layers": "3"}, "layers '3': their numbers are due"),
+        ({"layers": []}, "their numbers are due"),
+        ({"layers": [0.5]}, "their numbers are due"),
+        ({"stages": ["norm"]}, "a pattern is due"),
+        ({"suggest_bits": "4"}, "a number is due"),
+        ({"suggest_bits": float("nan")}, "2 to 16 bits are due"),
+        ({"text": "a", "tokens": [1, 2]}, "text and tokens: one prompt is due"),
+        ({"seed": -1}, "0 or more is due"),
+    ],
+)
+def test_from_python_too_what_cannot_be_is_said(plain, arguments, said):
+    if said is None:
+        found = drift.compare(str(plain), tokens=TOKENS[:24], **arguments)
+        assert {c.layer for c in found.comparisons} <= {None, 3}
+        return
+    with pytest.raises(ValueError, match=said):
+        drift.compare(str(plain), **arguments)
+
+
+def test_hf_as_the_candidate_is_held_to_the_equations(plain):
+    found = drift.compare(f"hf@{plain}", tokens=TOKENS[:24], repair=False)
+    assert found.reference.implementation == "equations"
+    assert found.agrees
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(plain, tmp_path, capsys):
+    (tmp_path / "out" / "report.json").mkdir(parents=True)
+    code, _, err = run(capsys, str(plain), "--tokens", "24", "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert err.startswith("verify: ")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from glm_dsa.errors import GlmDsaError, printable
 
 from . import stages
+from .saved import whole
 
 if TYPE_CHECKING:
     from .drift import Drift, Recording
@@ -86,8 +87,6 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _check(chosen: argparse.Namespace) -> None:
     """What cannot be, before anything runs."""
-    if chosen.seed < 0:
-        raise ValueError(f"--seed {chosen.seed}: 0 or more is due")
     if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
         raise ValueError(f"--out {chosen.out}: a file is there; the name of a folder is due")
     if chosen.out is not None:
@@ -100,8 +99,6 @@ def _check(chosen: argparse.Namespace) -> None:
             raise ValueError(
                 f"--watch {stage}: no such stage; one of layers.N.{', layers.N.'.join(stages.IN_LAYER[:3])}, ... is due"
             )
-    if chosen.suggest_bits is not None and not 2 <= chosen.suggest_bits <= 16:
-        raise ValueError(f"--suggest-bits {chosen.suggest_bits:g}: 2 to 16 bits are due")
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -140,7 +137,8 @@ def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], 
             arrays = {n: a for n, r in names.items() if (a := recordings[r].get(stage)) is not None}
             if not arrays:
                 raise ValueError(f"--watch {stage}: neither side shows it")
-            np.savez(folder / f"{stage}.npz", **arrays)
+            with whole(folder / f"{stage}.npz") as part:
+                np.savez(part, **arrays)
 
     return keep
 

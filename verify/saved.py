@@ -8,13 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Another name to write to: under its own the file is there as a whole, or as it was. Raises OSError."""
+    part = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")  # numpy adds what is missing of a suffix
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Saved:
@@ -28,10 +40,9 @@ class Saved:
     def save(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         if self.file is None:
             return
-        part = self.file.with_suffix(f".{os.getpid()}.part")
-        whole, text = {n: np.ascontiguousarray(a) for n, a in arrays.items()}, json.dumps(facts)
-        save_file(whole, part, {"digest": self._digest(whole, text), "facts": text})
-        os.replace(part, self.file)
+        held, text = {n: np.ascontiguousarray(a) for n, a in arrays.items()}, json.dumps(facts)
+        with whole(self.file) as part:
+            save_file(held, part, {"digest": self._digest(held, text), "facts": text})
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """None where there is no state of this run, or a damaged one."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..cases import TRAINED
 from .checks import Wanted
@@ -56,7 +57,20 @@ def compare(
         sides = sides_of(candidate, against, str(TRAINED / "interleaved"))
     else:
         raise ValueError("candidate and against: two texts, or two Sides")
+    chosen = None if layers is None else _numbers(layers)
+    if stages is not None and not isinstance(stages, str):
+        raise ValueError(f"stages {stages!r}: a pattern is due, 'self_attn.indexer.*' say")
+    if suggest_bits is not None and not isinstance(suggest_bits, (int, float)):
+        raise ValueError(f"suggest_bits {suggest_bits!r}: a number is due")
     file = None if prompt_file is None else Path(prompt_file)
     prompt = prompt_of(sides, file, text, tokens, length, seed)
-    wanted = Wanted(None if layers is None else frozenset(layers), stages)
+    wanted = Wanted(chosen, stages)
     return Session(*sides, prompt, wanted, thorough, repair, suggest_bits, without, tell, keep).run()
+
+
+def _numbers(layers: object) -> frozenset[int]:
+    """Raises ValueError."""
+    found: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if not found or not all(type(n) is int for n in found):
+        raise ValueError(f"layers {layers!r}: their numbers are due, [3, 7] say")
+    return frozenset(found)

@@ -49,6 +49,11 @@ def prompt_of(
 ) -> Prompt:
     """From a file, a text, token ids, or (without any) the texts of the kept checkpoints, or random tokens. Raises
     ValueError in one line."""
+    given = [name for name, of in (("prompt_file", file), ("text", text), ("tokens", tokens)) if of is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: one prompt is due")
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: 0 or more is due")
     candidate, reference = sides
     args = reference.args
     if length is not None and not 2 <= length <= 1 << 20:

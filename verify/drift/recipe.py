@@ -7,7 +7,6 @@ Noise of b bits has a power of about 4^-b, and KL is of second order in it: of a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..saved import whole
 from .build import Build, at, component_of, layer_of, stored_bytes
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class Recipe:
         packed = [m for m in self.modules.values() if isinstance(m, dict)]
         sizes, all_bits = [m["group_size"] for m in packed], [m["bits"] for m in packed]
         usual = max(set(all_bits), key=all_bits.count)
-        whole = {"group_size": min(sizes), "bits": usual, "mode": "affine", **self.modules}
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(whole, indent=1) + "\n")
-        os.replace(part, file)
+        said = {"group_size": min(sizes), "bits": usual, "mode": "affine", **self.modules}
+        with whole(file) as part:
+            part.write_text(json.dumps(said, indent=1) + "\n")
         self.file = str(file)
 
 

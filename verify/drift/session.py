@@ -82,6 +82,8 @@ class Session:
         every = ["embed", "norm", "logits", *(f"layers.{n}.{kind}" for n in range(count) for kind in stages.IN_LAYER)]
         if not any(map(wanted, every)):
             raise ValueError(f"--stages {wanted.stages}: no stage of this name; self_attn.indexer.*, say")
+        if self.suggest is not None and not 2 <= self.suggest <= 16:
+            raise ValueError(f"--suggest-bits {self.suggest:g}: 2 to 16 bits are due")
         if self.suggest is not None and (not self.candidate.release.is_packed or self.reference.release.is_packed):
             raise ValueError(f"--suggest-bits {self.suggest:g}: {NEEDS_PACKED}")
         if self.suggest is not None and not self.in_full:

@@ -111,18 +111,20 @@ class Side:
 
 def sides_of(candidate: str, against: str | None, default: str) -> tuple[Side, Side]:
     """(candidate, reference). Each that names no checkpoint runs on the other's, or on `default`; without a reference,
-    HF's modules on the candidate's weights are it. Raises ValueError, in one line."""
+    HF's modules on the candidate's weights are it (the equations, where HF is the candidate). Raises ValueError, in one
+    line."""
     first = _parsed(candidate)
+    oracle = EQUATIONS if first.implementation == HF else HF
     second = (
         _parsed(against)
         if against is not None
-        else replace(first, text=HF, implementation=HF, options={}, overrides=_of_both(first))
+        else replace(first, text=oracle, implementation=oracle, options={}, overrides=_of_both(first))
     )
     checkpoint = first.checkpoint or second.checkpoint or default
     first, second = (replace(s, checkpoint=s.checkpoint or checkpoint) for s in (first, second))
     if against is None:
         kept = {k: v for k, v in first.options.items() if k == "revision"}
-        second = replace(second, text=f"{HF}@{checkpoint}", options=kept)
+        second = replace(second, text=f"{oracle}@{checkpoint}", options=kept)
     for side in (first, second):
         _check(side)
     return first, second
@@ -202,4 +204,10 @@ def _check(side: Side) -> None:
             )
     if "kv_bits" in side.options and side.implementation != OURS:
         raise ValueError(f"{printable(side.text)}: kv_bits is for this project's definition")
+    if "kv_group_size" in side.options and "kv_bits" not in side.options:
+        raise ValueError(f"{printable(side.text)}: kv_group_size says nothing without kv_bits")
+    if "revision" in side.options and Path(side.checkpoint).is_dir():
+        raise ValueError(
+            f"{printable(side.text)}: revision is for repositories; {printable(side.checkpoint)} is a folder"
+        )
     side.args  # noqa: B018

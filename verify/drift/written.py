@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from .. import report, stages
 from ..report import FAULT
+from ..saved import whole
 from .comparing import Compared
 from .page import render
 
@@ -103,9 +103,8 @@ def write(found: Drift, folder: Path) -> list[Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        part = folder / f".{name}.{os.getpid()}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
+        with whole(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
 
 
