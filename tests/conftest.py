@@ -1,5 +1,10 @@
 """Shared by the tests."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch comes in: workers that use all cores each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pkgutil
 import sys
 

@@ -186,7 +186,7 @@ def test_the_commands_of_drift_run(two_builds, capsys, monkeypatch):
     for line in lines:
         other = {"5": "9", "3,7-9": "1,2-3"}  # bits that its indexer leaves room for; layers that it has
         arguments = [other.get(a, a) for a in shlex.split(line)]
-        code = verify.__main__.main(["drift", *arguments, *([] if "--tokens" in line else ["--tokens", "40"])])
+        code = verify.__main__.main(["drift", *arguments, *([] if "--tokens" in line else ["--tokens", "24"])])
         said = capsys.readouterr()
         assert (code in (0, 1), said.err) == (True, ""), line
         assert said.out.startswith("candidate  ")

@@ -1,7 +1,6 @@
 """A release judged by the gate as a process: beside its original, refused, interrupted and resumed."""
 
 import json
-import random
 import re
 import shutil
 import signal
@@ -105,19 +104,18 @@ def test_what_does_not_load_is_refused_with_its_reason(release, tmp_path, given)
 def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path):
     """By SIGINT, and once more by SIGKILL."""
     report = tmp_path / "report"
-    arguments = ["--checkpoint", release, "--original", source, "--report", report, "--layers", "0-3"]
+    arguments = ["--checkpoint", release, "--original", source, "--report", report, "--layers", "0-2"]
     arguments += ["-q", "-o", f"cache_dir={tmp_path}/c"]
     status, said = run(*arguments)
     assert status == 0, said
     whole = (report / "report.jsonl").read_text()
-    first, second = sorted(random.sample(range(1, 4), 2))
-    interrupt(arguments, first, signal.SIGINT)
-    interrupt([*arguments, "--resume"], second, signal.SIGKILL)
+    interrupt(arguments, 1, signal.SIGINT)
+    interrupt([*arguments, "--resume"], 2, signal.SIGKILL)
     status, said = run(*arguments, "--resume")
     assert status == 0, said
-    finished = int(re.search(r"resumed after (\d) of 4 layers", said)[1])
-    assert finished >= second
-    assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 4)]  # nothing twice
+    finished = int(re.search(r"resumed after (\d) of 3 layers", said)[1])
+    assert finished >= 2
+    assert re.findall(r"layer (\d): ", said) == [str(i) for i in range(finished, 3)]  # nothing twice
     seconds = re.compile(r'"seconds": [0-9.]+')
     assert seconds.sub("", (report / "report.jsonl").read_text()) == seconds.sub("", whole)
     assert not list((tmp_path / "c" / "d" / "glm-dsa").iterdir())  # let go
