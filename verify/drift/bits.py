@@ -107,7 +107,11 @@ def measure(
     rows = []
     for name, layers, paths in groups(build):
         tell(f"restored: {name} {layers}".strip())
-        left, alone = (compare.distributions(run(tokens, paths), due).kl_mean for run in (build.logits, build.alone))
+        if all((layer_of(p) or 0) >= build.args.num_hidden_layers for p in paths):
+            left, alone = kl, 0.0  # of the MTP layer alone: the logits do not depend on it
+        else:
+            runs = (build.logits, build.alone)
+            left, alone = (compare.distributions(run(tokens, paths), due).kl_mean for run in runs)
         sizes = [build.size(path) for path in paths]
         weights, stored = sum(w for w, _ in sizes), sum(b for _, b in sizes)
         modules = tuple(paths) if name != "layers" else ()
