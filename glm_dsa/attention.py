@@ -18,12 +18,14 @@ from .cache import LayerCache
 from .config import ModelArgs
 from .indexer import Indexer
 from .linear import MultiLinear
+from .mask import CausalMask
 from .rope import Rotation, rotate, softmax_scale
 from .store import LatentStore
+from .tiles import elements, ranges, transposed
 from .trace import tap
 
 EXPANDED, ABSORBED, GATHERED = "expanded", "absorbed", "gathered"
-GATHER_ELEMENTS = 1 << 26  # gathered latents held at once
+EXPONENTIAL = 16  # multiplications that a score's mask and softmax take the time of: on a CPU more, on a GPU fewer
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -57,11 +59,11 @@ class MultiHeadLatentAttention(nn.Module):
         x: mx.array,
         q_latent: mx.array,
         rotation: Rotation,
-        mask: mx.array | None,
+        mask: CausalMask,
         cache: LayerCache | None,
         selection: mx.array | None,
     ) -> mx.array:
-        """x [B, S, hidden], mask bool [1 or B, 1, S, T], selection int [B, S, K] or None for every key -> [B, S, hidden]."""
+        """x [B, S, hidden], selection int [B, S, K] or None for every key -> [B, S, hidden]."""
         batch, length, _ = x.shape
         selection = tap(self, "selection", selection)
 
@@ -81,19 +83,22 @@ class MultiHeadLatentAttention(nn.Module):
             assert selection is not None
             heads = self.attend_gathered(q_nope, q_rope, tokens, selection, mask)
         else:
+            seen = mask.whole()
             if selection is not None:
-                mask = selection_mask(selection, tokens.length, mask)
+                seen = selection_mask(selection, tokens.length, seen)
             attend = self.attend_expanded if form == EXPANDED else self.attend_absorbed
-            heads = attend(q_nope, q_rope, tokens, mask)  # [B, H, S, value]
+            heads = attend(q_nope, q_rope, tokens, seen)  # [B, H, S, value]
         heads = tap(self, "heads", heads.swapaxes(1, 2).reshape(batch, length, -1))
         return tap(self, "output", self.o_proj(heads))
 
     def cheapest_form(self, queries: int, keys: int, selected: int | None) -> str:
-        """The form with the fewest multiplications in the part where they differ; per head, for one row of a batch."""
+        """The form with the least work in the part where they differ, in multiplications; per head, for one row of a batch."""
         up = self.latent * (self.nope + self.value)  # one token through W_uk and W_uv
-        pair_in_latent = 2 * self.latent + self.rope  # one query-key pair, scored and summed in the latent
+        # a query-key pair: scored, weighted, summed (in the latent over the rotary key too, and that is dropped)
+        pair = self.nope + self.rope + EXPONENTIAL + self.value
+        pair_in_latent = 2 * (self.latent + self.rope) + EXPONENTIAL
         cost = {
-            EXPANDED: keys * up + queries * keys * (self.nope + self.rope + self.value),
+            EXPANDED: keys * up + queries * keys * pair,
             ABSORBED: queries * up + queries * keys * pair_in_latent,
         }
         if selected is not None:
@@ -105,6 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> mx.array:
         """q [B, H, S, ..], tokens [B, T, R + rope] -> [B, H, S, value]."""
         latent, k_rope = mx.split(tokens.read()[:, None], [self.latent], axis=-1)  # [B, 1, T, ..]
+        latent = mx.contiguous(latent)  # once: both maps below would copy a view, and for each head
         k_nope = self.embed_q(latent, transpose=False)  # [B, H, T, nope]
         k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:-1], self.rope))
         return mx.fast.scaled_dot_product_attention(
@@ -119,32 +125,39 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, mask: mx.array | None
     ) -> mx.array:
         """The same, with [latent | rotary key] as the one key of all heads, and the latent as their one value."""
-        keys = tokens.read()[:, None]  # [B, 1, T, R + rope]
+        keys = tokens.read()  # [B, T, R + rope]
         queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1)  # [B, H, S, R + rope]
-        return self.unembed_out(
-            mx.fast.scaled_dot_product_attention(queries, keys, keys[..., : self.latent], scale=self.scale, mask=mask)
-        )
+        # Heads and queries are rows of one product: as heads of their own they would each have a copy of the keys.
+        scores = ((queries * self.scale).flatten(1, 2) @ keys.swapaxes(-1, -2)).reshape(*queries.shape[:3], -1)
+        if mask is not None:
+            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        # Summed over the rotary key too, and that part dropped: cheaper than a copy of the latents.
+        summed = (weights.flatten(1, 2) @ keys)[..., : self.latent]
+        return self.unembed_out(summed.reshape(*queries.shape[:3], -1))
 
     def attend_gathered(
-        self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, selection: mx.array, mask: mx.array | None
+        self, q_nope: mx.array, q_rope: mx.array, tokens: LatentStore, selection: mx.array, mask: CausalMask
     ) -> mx.array:
-        """The absorbed form over selection [B, S, K], in blocks of queries. Nothing here has T times S elements."""
+        """The absorbed form over selection [B, S, K], in blocks of queries. Nothing here is as long as the context."""
         batch, length, chosen = selection.shape
         queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1).swapaxes(1, 2)  # [B, S, H, R + rope]
-        block = max(1, GATHER_ELEMENTS // (batch * chosen * (self.latent + self.rope)))
+        block = max(1, elements() // (batch * chosen * (self.latent + self.rope)))
         summed: list[mx.array] = []
-        for start in range(0, length, block):
-            rows = slice(start, start + block)
-            picked = selection[:, rows]  # [B, s, K]
+        for rows in ranges(length, block):
+            part = slice(rows.start, rows.stop)
+            picked = selection[:, part]  # [B, s, K]
             if summed:  # each block waits for the one before, so that only one of them is in memory
                 picked = mx.stop_gradient(mx.depends(picked, summed[-1]))
             keys = tokens.take(picked)  # [B, s, K, R + rope]
-            scores = (queries[:, rows] * self.scale) @ keys.swapaxes(-1, -2)  # [B, s, H, K]
-            if mask is not None:
-                allowed = mx.broadcast_to(mask[:, 0, rows], (*picked.shape[:2], mask.shape[-1]))
-                allowed = mx.take_along_axis(allowed, picked, axis=-1)[:, :, None]
-                scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
-            summed.append(mx.softmax(scores, axis=-1, precise=True) @ keys[..., : self.latent])  # [B, s, H, R]
+            scores = (queries[:, part] * self.scale) @ transposed(keys)  # [B, s, H, K]
+            allowed = mask.picked(rows, picked)
+            if allowed is not None:
+                scores = mx.where(allowed[:, :, None], scores, mx.finfo(scores.dtype).min)
+            weights = mx.softmax(scores, axis=-1, precise=True)
+            summed.append(
+                (weights @ keys)[..., : self.latent]
+            )  # [B, s, H, R]; cheaper than a copy of the latents alone
         return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
 
 

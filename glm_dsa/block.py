@@ -8,6 +8,7 @@ import mlx.nn as nn
 from .attention import MultiHeadLatentAttention
 from .cache import LayerCache
 from .config import ModelArgs
+from .mask import CausalMask
 from .moe import MLP, MixtureOfExperts
 from .rope import Rotation
 from .trace import tap
@@ -33,7 +34,7 @@ class DecoderLayer(nn.Module):
         self,
         x: mx.array,
         rotation: Rotation,
-        mask: mx.array | None = None,
+        mask: CausalMask,
         cache: LayerCache | None = None,
         selection: mx.array | None = None,
         reuse: bool = False,

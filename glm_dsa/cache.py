@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import CacheError
+from .mask import CausalMask
 from .store import Columns, KvQuantization, LatentStore
 
 FORMAT = "glm-dsa cache 1"  # of `state`, and so of saved prompt caches
@@ -111,10 +112,13 @@ class LayerCache:
         self.index_keys.append(keys)
         return self.index_keys.read()[0]
 
+    def mask(self, queries: int) -> CausalMask:
+        """Which keys each of the next `queries` tokens may see."""
+        return CausalMask(self.length, queries, None if self.left_padding is None else tuple(self.left_padding))
+
     def make_mask(self, queries: int, **_: Any) -> mx.array | None:
-        """Which keys each of the next `queries` positions may see, bool [1 or B, 1, S, T]; None where it is all."""
-        padding = None if self.left_padding is None else mx.array(self.left_padding)
-        return causal_mask(queries, self.length, padding)
+        """The same as mlx-lm asks for it: bool [1 or B, 1, S, T], or None where it is all."""
+        return self.mask(queries).whole()
 
     # -- rewinding and quantizing
 
@@ -377,16 +381,6 @@ class LayerCache:
 
 def _parts(columns: Columns, count: int) -> list[mx.array | None]:
     return list(columns.read()) if columns.length else [None] * count
-
-
-def causal_mask(queries: int, offset: int, left_padding: mx.array | None = None) -> mx.array | None:
-    """mask[s, t] = t <= offset + s, and t is no pad. bool [1 or B, 1, S, T]; None for one query without padding."""
-    if queries == 1 and left_padding is None:
-        return None
-    keys = mx.arange(offset + queries)
-    mask = keys <= (offset + mx.arange(queries))[:, None]  # [S, T]
-    mask = mask[None, None]
-    return mask if left_padding is None else mask & (keys >= left_padding[:, None, None, None])
 
 
 def check_caches(caches: Sequence[Any], due: Sequence[Widths], model: str, rows: int) -> None:

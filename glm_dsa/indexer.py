@@ -2,6 +2,7 @@
 
     I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]) / sqrt(D),   selection[t] = the top index_topk of I[t, s <= t]
 
+Of equal scores the earlier key's is the better one, so that the selection is one and the same however the work is cut.
 DeepSeek rotates q and k by a Hadamard matrix before quantizing them; it is orthogonal on both sides and left out.
 """
 
@@ -12,10 +13,13 @@ import mlx.nn as nn
 
 from .cache import LayerCache
 from .config import ModelArgs
+from .mask import CausalMask
 from .rope import Rotation, rotate
+from .tiles import elements, ranges, transposed
 from .trace import is_listening, tap
 
-SCORE_ELEMENTS = 1 << 26  # per-head scores held at once (256 MB): long prompts go through in blocks of queries
+WIDEST = 4  # times index_topk: the width of a tile of keys, beside which what the best so far cost is little
+LAST = (1 << 31) - 1  # a column's rank among equals counts down from here
 
 
 class Indexer(nn.Module):
@@ -34,16 +38,18 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(args.hidden_size, self.heads, bias=False)
 
     def __call__(
-        self, x: mx.array, q_latent: mx.array, keys: mx.array, rotation: Rotation, mask: mx.array | None
+        self, x: mx.array, q_latent: mx.array, keys: mx.array, rotation: Rotation, mask: CausalMask
     ) -> mx.array | None:
         """x [B, S, hidden], q_latent [B, S, Q], keys [B, T, D] -> selection int [B, S, K], or None where T <= K: all keys.
 
-        A selected key may still be masked (early rows have fewer than K valid keys): attention masks again.
+        Ascending. A selected key may still be masked (early rows have fewer than K valid keys): attention masks again.
         """
         if keys.shape[1] <= self.topk:
             return tap(self, "topk", None)
         queries, weights = self.project_queries(q_latent, rotation), self.head_weights(x)
-        return tap(self, "topk", mx.stop_gradient(self.select_blockwise(queries, keys, weights, mask)))
+        # Ranks are made of bits: nothing is differentiated from here on.
+        queries, keys, weights = map(mx.stop_gradient, (queries, keys, weights))
+        return tap(self, "topk", self.select_tiled(queries, keys, weights, mask))
 
     def keys_so_far(self, x: mx.array, rotation: Rotation, cache: LayerCache | None) -> mx.array:
         """[B, S, hidden] -> the keys of x behind those in the cache, which keeps them: [B, T, D], normalized and rotated."""
@@ -60,36 +66,55 @@ class Indexer(nn.Module):
         """[B, S, hidden] -> [B, S, H] float32: how much each head's opinion counts."""
         return tap(self, "weights", self.weights_proj(x.astype(mx.float32)) * self.heads**-0.5)
 
-    def select_blockwise(self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None) -> mx.array:
-        """score() and select() over blocks of queries, so that the heads' scores never stand in memory all at once.
-
-        In one block while somebody listens: a stage is one array.
-        """
+    def select_tiled(self, q: mx.array, k: mx.array, w: mx.array, mask: CausalMask) -> mx.array:
+        """q [B, S, H, D], k [B, T, D], w [B, S, H] -> int [B, S, K], ascending: score() in tiles of queries and keys, with
+        the best so far carried from tile to tile. In one tile while somebody listens: a stage is one array."""
         batch, length = q.shape[:2]
-        block = length if is_listening() else max(1, SCORE_ELEMENTS // (batch * self.heads * k.shape[1]))
+        block, width = (length, k.shape[1]) if is_listening() else self.tile(batch, length)
         selections: list[mx.array] = []
-        for start in range(0, length, block):
-            rows = slice(start, start + block)
-            # Each block waits for the one before; evaluating here instead would forbid mx.grad and mx.compile.
-            queries = mx.depends(q[:, rows], selections[-1]) if selections else q[:, rows]
-            scores = self.score(queries, k, w[:, rows], None if mask is None else mask[:, 0, rows])
-            selections.append(self.select(tap(self, "scores", scores)))
+        for rows in ranges(length, block):
+            part = slice(rows.start, rows.stop)
+            best: list[mx.array] = []
+            for columns in ranges(k.shape[1], width):
+                # Each tile waits for the one before; evaluating here instead would forbid mx.grad and mx.compile.
+                queries, keys = q[:, part], k[:, columns.start : columns.stop]
+                if before := best or selections[-1:]:
+                    queries, keys = mx.depends([queries, keys], before)
+                scores = tap(self, "scores", self.score(queries, keys, w[:, part], mask.tile(rows, columns)))
+                best = [self.best([*best, ranks(scores, columns)])]
+            selections.append(mx.sort(LAST - best[0].astype(mx.uint32), axis=-1))
         return selections[0] if len(selections) == 1 else mx.concatenate(selections, axis=1)
+
+    def tile(self, batch: int, length: int) -> tuple[int, int]:
+        """Queries and keys at a time: per-head scores of so many are held at once."""
+        most = elements() // (batch * self.heads)
+        block = min(length, max(1, most // (WIDEST * self.topk)))
+        return block, max(WIDEST * self.topk, most // block)
 
     def score(self, q: mx.array, k: mx.array, w: mx.array, mask: mx.array | None) -> mx.array:
         """q [B, S, H, D], k [B, T, D], w [B, S, H], mask bool [1 or B, S, T] -> I [B, S, T] float32, -inf where masked."""
         batch, length, heads, width = q.shape
         q = q.astype(mx.float32).reshape(batch, length * heads, width)
-        per_head = (q @ k.astype(mx.float32).swapaxes(-1, -2)) * width**-0.5  # [B, S*H, T]
+        per_head = (q @ transposed(k.astype(mx.float32))) * width**-0.5  # [B, S*H, T]
         per_head = mx.maximum(per_head, 0).reshape(batch, length, heads, -1)
         # A matmul sums the heads: mx.sum over a middle axis of very large arrays returned zeros on Metal (mlx 3784).
         scores = (w[:, :, None] @ per_head)[:, :, 0]  # [B, S, T]
         return scores if mask is None else mx.where(mask, scores, -mx.inf)
 
-    def select(self, scores: mx.array) -> mx.array:
-        """[B, S, T] -> int [B, S, K]: the K best, in no order."""
-        return mx.argpartition(-scores, kth=self.topk - 1, axis=-1)[..., : self.topk]
+    def best(self, ranked: list[mx.array]) -> mx.array:
+        """int64 [B, S, any] of ranks -> [B, S, K]: the K highest, in no order."""
+        every = ranked[0] if len(ranked) == 1 else mx.concatenate(ranked, axis=-1)
+        rest = every.shape[-1] - self.topk
+        return every if rest <= 0 else mx.partition(every, kth=rest, axis=-1)[..., rest:]
 
     def _rotate_first(self, x: mx.array, rotation: Rotation) -> mx.array:
         turned, rest = mx.split(x, [self.rotary], axis=-1)
         return mx.concatenate([rotate(turned, rotation, self.layout), rest], axis=-1)
+
+
+def ranks(scores: mx.array, columns: range) -> mx.array:
+    """float32 [B, S, t] of these columns -> int64, no two alike in a row: ordered as the scores; of equal ones the earlier."""
+    bits = (scores + 0.0).view(mx.int32)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & LAST)  # of negative floats the bits count backwards
+    among_equals = LAST - mx.arange(columns.start, columns.stop, dtype=mx.int64)
+    return (ordered.astype(mx.int64) << 32) | among_equals

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 
 from . import weights
 from .block import DecoderLayer
-from .cache import LayerCache, Widths, causal_mask, check_caches
+from .cache import LayerCache, Widths, check_caches
 from .config import ModelArgs
+from .mask import CausalMask
 from .mtp import Draft, MtpLayer, last_selection
 from .rope import RotaryEmbedding
 from .sharding import shard
@@ -49,8 +50,8 @@ class Backbone(nn.Module):
     def rotation_and_mask(self, length: int, cache: LayerCache | None):
         """For the next `length` tokens after what the cache holds."""
         if cache is None:
-            return self._rotary(mx.arange(length)), causal_mask(length, 0)
-        return self._rotary(positions(length, cache)), cache.make_mask(length)
+            return self._rotary(mx.arange(length)), CausalMask(0, length)
+        return self._rotary(positions(length, cache)), cache.mask(length)
 
 
 class Model(nn.Module):

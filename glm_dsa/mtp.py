@@ -16,6 +16,7 @@ import mlx.nn as nn
 from .block import DecoderLayer
 from .cache import LayerCache
 from .config import ModelArgs
+from .mask import CausalMask
 from .rope import Rotation
 from .trace import tap
 
@@ -47,7 +48,7 @@ class MtpLayer(DecoderLayer):
         hidden: mx.array,
         embeddings: mx.array,
         rotation: Rotation,
-        mask: mx.array | None,
+        mask: CausalMask,
         cache: LayerCache | None,
         reuse: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:

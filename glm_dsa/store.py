@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .errors import CacheError
 
-STEP = 256  # tokens by which buffers grow
+STEP, SHARE = 256, 64  # buffers grow by so many tokens, or by one for so many that they hold: growing copies them
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize packs
 
 
@@ -74,7 +74,8 @@ class Columns:
     def append(self, *new: mx.array) -> None:
         end = self.length + new[0].shape[1]
         if not self.buffers or self.buffers[0].shape[1] < end:
-            size = -(-end // STEP) * STEP
+            step = STEP * max(1, end // (SHARE * STEP))
+            size = -(-end // step) * step
             grown = [mx.zeros((n.shape[0], size, *n.shape[2:]), n.dtype) for n in new]
             for buffer, old in zip(grown, self.read(), strict=False):  # nothing is read before the first token
                 buffer[:, : self.length] = old

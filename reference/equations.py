@@ -302,19 +302,23 @@ class Equations:
         scores = self.scores(layer, x, q_latent, positions, allowed)
         return self.choose(f"layers.{layer}.self_attn.indexer.topk", select(scores, self.config["index_topk"]))
 
-    def scores(self, layer: int, x: Array, q_latent: Array, positions: Array, allowed: Array) -> Array:
-        """The indexer of a full layer: x [B, S, hidden] after the norm, q_latent [B, S, Q] -> [B, S, S]."""
+    def scores(
+        self, layer: int, x: Array, q_latent: Array, positions: Array, allowed: Array, rows: slice = slice(None)
+    ) -> Array:
+        """The indexer of a full layer: x [B, T, hidden] after the norm, q_latent [B, S, Q] -> [B, S, T]. rows: which of the T
+        tokens ask (all of them: S = T)."""
         c, conv = self.config, self.conventions
         w, stage = self._scoped(layer, "self_attn.indexer."), f"layers.{layer}.self_attn.indexer"
         heads, width, rotary = c["index_n_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
 
-        def rotate_first(z: Array) -> Array:
-            return np.concatenate([rope(z[..., :rotary], positions, c, conv.indexer_rope), z[..., rotary:]], axis=-1)
+        def rotate_first(z: Array, at: Array) -> Array:
+            return np.concatenate([rope(z[..., :rotary], at, c, conv.indexer_rope), z[..., rotary:]], axis=-1)
 
-        q = self.record(f"{stage}.q", rotate_first((q_latent @ w("wq_b.weight").T).reshape(*x.shape[:2], heads, width)))
+        q = (q_latent @ w("wq_b.weight").T).reshape(*q_latent.shape[:2], heads, width)
+        q = self.record(f"{stage}.q", rotate_first(q, positions[:, rows]))
         k = layer_norm(x @ w("wk.weight").T, w("k_norm.weight"), w("k_norm.bias"), conv.indexer_norm_eps)
-        k = self.record(f"{stage}.k", rotate_first(k[:, :, None])[:, :, 0])
-        weights = self.record(f"{stage}.weights", (x @ w("weights_proj.weight").T) / math.sqrt(heads))
+        k = self.record(f"{stage}.k", rotate_first(k[:, :, None], positions)[:, :, 0])
+        weights = self.record(f"{stage}.weights", (x[:, rows] @ w("weights_proj.weight").T) / math.sqrt(heads))
         return self.record(f"{stage}.scores", indexer_scores(q, k, weights, allowed))
 
     def experts(self, layer: int, x: Array) -> Array:

@@ -3,11 +3,13 @@
 import copy
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from glm_dsa.cache import LayerCache, Widths, cache_bytes, causal_mask, check_caches
+from glm_dsa.cache import LayerCache, Widths, cache_bytes, check_caches
 from glm_dsa.errors import CacheError
-from glm_dsa.store import STEP, KvQuantization
+from glm_dsa.mask import CausalMask
+from glm_dsa.store import STEP, Columns, KvQuantization
 
 WIDTHS = Widths(64, 32, 6)
 INT8 = KvQuantization(8, 32)
@@ -635,6 +637,18 @@ def test_bytes_measured_are_those_predicted(tokens, quantization):
     assert sum(p.nbytes for p in cache.state if isinstance(p, mx.array)) == cache.nbytes
 
 
+def test_long_buffers_grow_seldom_and_little():
+    """Growing copies all that there is: by 256 columns at a time a context of 1M would be copied 4096 times."""
+    columns, copies = Columns(), 0
+    while columns.length < 1 << 17:
+        before = columns.buffers
+        columns.append(mx.zeros((1, 128, 1)))
+        copies += columns.buffers is not before
+        reserve = columns.buffers[0].shape[1] - columns.length
+        assert reserve <= max(256, columns.length // 60)
+    assert copies < 64 + 64 * 4  # 64 up to 16k, then some 44 for each doubling
+
+
 # -- positions and masks
 
 
@@ -645,9 +659,27 @@ def test_positions_start_after_the_pads():
 
 
 def test_masks():
-    assert causal_mask(1, 7) is None
-    assert causal_mask(2, 1)[0, 0].tolist() == [[True, True, False], [True, True, True]]
-    assert causal_mask(1, 2, mx.array([0, 2]))[:, 0, 0].tolist() == [[True] * 3, [False, False, True]]
+    assert CausalMask(7, 1).whole() is None
+    assert CausalMask(1, 2).whole()[0, 0].tolist() == [[True, True, False], [True, True, True]]
+    assert CausalMask(2, 1, (0, 2)).whole()[:, 0, 0].tolist() == [[True] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("pads", [None, (0, 3)])
+def test_a_masks_parts_are_those_of_the_whole(pads):
+    mask, rows = CausalMask(4, 6, pads), 1 if pads is None else len(pads)
+    whole = np.array(mask.whole())[:, 0]
+    random = np.random.default_rng(0)
+    for first, last in ((0, 6), (2, 4), (5, 6)):
+        queries = range(first, last)
+        for begin, end in ((0, 10), (3, 5), (0, 6), (4, 7), (9, 10)):
+            part, due = mask.tile(queries, range(begin, end)), whole[:, first:last, begin:end]
+            assert due.all() if part is None else np.array_equal(np.array(part), due)
+        picked = np.stack([random.permuted(np.tile(np.arange(10), (rows, 1)), axis=1)[:, :7] for _ in queries], axis=1)
+        seen, due = mask.picked(queries, mx.array(picked)), np.take_along_axis(whole[:, first:last], picked, axis=-1)
+        assert (seen is None) == (pads is None and 4 + first + 1 >= 7)
+        assert seen is None or np.array_equal(np.array(seen), due)
+    assert CausalMask(6, 2).picked(range(2), mx.zeros((1, 2, 7), dtype=mx.uint32)) is None  # 7 and more are seen
+    assert CausalMask(5, 2).picked(range(2), mx.zeros((1, 2, 7), dtype=mx.uint32)) is not None
 
 
 def test_what_a_cache_says_of_itself():

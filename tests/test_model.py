@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import glm_dsa
-from glm_dsa import attention, indexer
 from glm_dsa.errors import CacheError
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
+from verify.candidate import in_tiles_of
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,7 @@ def test_mlx_lm_generates_what_the_uncached_run_says(model):
 @pytest.fixture(params=[1, 6], ids=["many blocks", "two blocks"])
 def small_blocks(monkeypatch, request):
     """Blocks of a few queries, as long prompts have at full width; or two for 60 of them."""
-    monkeypatch.setattr(indexer, "SCORE_ELEMENTS", request.param * 5 * 16 * 60)
-    monkeypatch.setattr(attention, "GATHER_ELEMENTS", request.param * 7 * 16 * 48)
+    in_tiles_of(monkeypatch, request.param * 5 * 16 * 60)
 
 
 def test_gradients_and_compilation_pass_through_blocks(model, small_blocks):

@@ -78,6 +78,7 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
         "--values",
         *options_of("judge", capsys),
         *options_of("drift", capsys),
+        *options_of("bench", capsys),
         "--drift",  # of python -m tests.carried
         "--json",
         "--version",

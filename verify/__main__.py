@@ -1,4 +1,4 @@
-"""`python -m verify audit | drift | judge | faults`: what stands beside the gate itself."""
+"""`python -m verify audit | drift | bench | judge | faults`: what stands beside the gate itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from glm_dsa.errors import GlmDsaError
 
-from . import audit, drift_command, faults, release
+from . import audit, bench_command, drift_command, faults, release
 
 RANDOM = 50  # sound checkpoints beside the faults
 
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     auditing.add_argument("--json", action="store_true", help="for machines")
     drift_command.add(commands)
+    bench_command.add(commands)
     judging = commands.add_parser(
         "judge",
         help="every fault of the catalogue against the gate, and against the rules that others release by (22 minutes)",
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _judge(chosen)
     if chosen.command == "drift":
         return drift_command.run(chosen)
+    if chosen.command == "bench":
+        return bench_command.run(chosen)
     return _audit(chosen)
 
 

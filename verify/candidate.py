@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 import glm_dsa
-from glm_dsa import trace
+from glm_dsa import tiles, trace
 
 Stages = dict[str, Any]
 
@@ -56,3 +56,9 @@ class Ours:
 
     def captured(self, replace: Mapping[str, np.ndarray] | None = None) -> Any:
         return trace.capture(self.model, {k: mx.array(v) for k, v in (replace or {}).items()})
+
+
+def in_tiles_of(monkeypatch: Any, elements: int) -> None:
+    """From now on our definition works on so many values at a time, whatever it runs on."""
+    for device in tiles.ELEMENTS:
+        monkeypatch.setitem(tiles.ELEMENTS, device, elements)

@@ -91,7 +91,7 @@ def described(name: str) -> str:
 
 
 def _indexer() -> Iterator[Fault]:
-    init, score, select = "indexer.Indexer.__init__", "indexer.Indexer.score", "indexer.Indexer.select"
+    init, score, best = "indexer.Indexer.__init__", "indexer.Indexer.score", "indexer.Indexer.best"
     keys, weights = "indexer.Indexer.keys_so_far", "indexer.Indexer.head_weights"
     layer = "block.DecoderLayer.__call__"
     masked = "scores if mask is None else mx.where(mask, scores, -mx.inf)"
@@ -162,18 +162,26 @@ def _indexer() -> Iterator[Fault]:
                 (Edit(score, masked, "scores if mask is None else scores + mask"),), INDEXER, "self_attn.indexer.scores",
                 "padded or chunked prefill", "transformers 48363")
     yield fault("indexer-topk-off-by-one", "selects index_topk - 1 keys",
-                Edit(select, "kth=self.topk - 1, axis=-1)[..., : self.topk]", "kth=self.topk - 2, axis=-1)[..., : self.topk - 1]"),
+                Edit(best, "rest = every.shape[-1] - self.topk", "rest = every.shape[-1] - self.topk + 1"),
                 stage="topk")
     yield fault("indexer-selects-worst", "the lowest scores are selected",
-                Edit(select, "argpartition(-scores", "argpartition(scores"), stage="topk")
+                Edit("indexer.ranks", "(scores + 0.0)", "(0.0 - scores)"), stage="topk")
     yield fault("indexer-selects-recent", "the most recent keys, as a sliding window has them",
-                Edit(select, "-scores,", "-mx.where(mx.isinf(scores), scores, mx.arange(scores.shape[-1])),"), stage="topk")
+                Edit("indexer.ranks", "(scores + 0.0)",
+                     "mx.where(mx.isinf(scores), scores, mx.arange(columns.start, columns.stop))"), stage="topk")
     yield fault("indexer-dense-up-to-twice-topk", "selection begins at 2 index_topk only",
                 Edit("indexer.Indexer.__call__", "keys.shape[1] <= self.topk", "keys.shape[1] <= 2 * self.topk"), stage="topk",
                 shows="index_topk < T <= 2 index_topk")
     yield fault("indexer-blocks-share-a-mask", "each block of queries is masked as the last one",
-                Edit("indexer.Indexer.select_blockwise", "mask[:, 0, rows]", "mask[:, 0, length - queries.shape[1] :]"),
+                Edit("indexer.Indexer.select_tiled", "mask.tile(rows, columns)",
+                     "mask.tile(range(length - len(rows), length), columns)"),
                 stage="topk", shows="prompts in blocks")
+    yield fault("indexer-tiles-forget", "each tile of keys drops the best of those before it",
+                Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]", "[ranks(scores, columns)]"),
+                stage="topk", shows="contexts in tiles")
+    yield fault("indexer-tiles-count-from-zero", "each tile of keys counts its columns from 0",
+                Edit("indexer.Indexer.select_tiled", "ranks(scores, columns)", "ranks(scores, range(len(columns)))"),
+                stage="topk", shows="contexts in tiles")
     yield Fault("indexer-caches-zeros", "cache", "stores zeros instead of indexer keys",
                 (Edit("cache.LayerCache.append_index_keys", "self.index_keys.append(keys)",
                       "before = self.index_keys.length; self.index_keys.append(mx.zeros_like(keys))"),
@@ -272,12 +280,13 @@ def _attention() -> Iterator[Fault]:
     yield fault("softmax-scale-of-nope", "1 / sqrt(qk_nope_head_dim)",
                 Edit("rope.softmax_scale", "args.qk_head_dim**-0.5", "args.qk_nope_head_dim**-0.5"), stage="heads")
     yield fault("absorbed-scale-of-latent", "the absorbed form scales by the width of what it multiplies",
-                Edit(absorbed, "scale=self.scale", "scale=(self.latent + self.rope) ** -0.5"), stage="heads", shows="few queries")
+                Edit(absorbed, "(queries * self.scale)", "(queries * (self.latent + self.rope) ** -0.5)"), stage="heads",
+                shows="few queries")
     yield fault("gathered-unscaled", "the gathered form does not scale",
-                Edit(gathered, "(queries[:, rows] * self.scale)", "queries[:, rows]"), stage="heads",
+                Edit(gathered, "(queries[:, part] * self.scale)", "queries[:, part]"), stage="heads",
                 shows="decode beyond index_topk")
     yield fault("absorbed-value-from-the-end", "the value is the last R of [latent | rotary key]",
-                Edit(absorbed, "keys[..., : self.latent]", "keys[..., self.rope :]"), stage="heads", shows="few queries")
+                Edit(absorbed, "[..., : self.latent]", "[..., self.rope :]"), stage="heads", shows="few queries")
     yield fault("heads-transposed", "heads are joined before they are moved behind the tokens",
                 Edit(call, "heads.swapaxes(1, 2).reshape(batch, length, -1)", "heads.reshape(batch, length, -1)"), stage="heads")
     yield fault("latent-in-bf16", "the expanded form rebuilds keys and values from a latent in 16 bit",
@@ -291,14 +300,15 @@ def _attention() -> Iterator[Fault]:
                 Edit("attention.selection_mask", "chosen if mask is None else chosen & mask", "chosen"), stage="heads",
                 shows="early rows beyond index_topk")
     yield Fault("topk-unmasked-decode", "mask", "sparse decode drops the padding mask",
-                (Edit(gathered, "if mask is not None:", "if mask is not None and length > 1:"),), CACHES, "logits",
+                (Edit(gathered, "if allowed is not None:", "if allowed is not None and length > 1:"),), CACHES, "logits",
                 "left-padded batch beyond index_topk", "mlx-lm 885")
     yield Fault("mask-one-too-far", "mask", "each query sees the key after its own",
-                (Edit("cache.causal_mask", "keys <= (offset + mx.arange(queries))", "keys <= (offset + 1 + mx.arange(queries))"),),
+                (Edit("mask.CausalMask.sees", "self.first + rows.start, self.first + rows.stop",
+                      "self.first + 1 + rows.start, self.first + 1 + rows.stop"),),
                 INDEXER, "self_attn.indexer.scores")
     yield Fault("pads-are-seen", "mask", "left padding is not masked",
-                (Edit("cache.causal_mask", "mask if left_padding is None else mask & (keys >= left_padding[:, None, None, None])",
-                     "mask"),), INDEXER, "self_attn.indexer.topk", "padded batches")
+                (Edit("mask.CausalMask.sees", "else seen & (columns >= mx.array(self.pads)[:, None, None])", "else seen"),),
+                INDEXER, "self_attn.indexer.topk", "padded batches")
 
 
 def _block() -> Iterator[Fault]:
@@ -590,7 +600,9 @@ def _equivalent() -> Iterator[Fault]:
                 "self_attn.indexer.k", SPARSE,
                 equivalent="(-q) . (-k) = q . k; so for any orthogonal matrix, DeepSeek's Hadamard too")
     yield Fault("indexer-selection-reversed", "indexer", "selected keys in another order",
-                (Edit("indexer.Indexer.select", "[..., : self.topk]", "[..., : self.topk][..., ::-1]"),), "", "", SPARSE,
+                (Edit("indexer.Indexer.best", "[..., rest:]", "[..., rest:][..., ::-1]"),
+                 Edit("indexer.Indexer.select_tiled", "mx.sort(LAST - best[0].astype(mx.uint32), axis=-1)",
+                      "LAST - best[0].astype(mx.uint32)")), "", "", SPARSE,
                 equivalent="attention sums over the selected set; its order changes rounding only")
     yield Fault("router-choice-reversed", "router", "chosen experts in another order",
                 (Edit("moe.Router.choose", "axis=-1)[..., : self.topk]", "axis=-1)[..., : self.topk][..., ::-1]"),), "", "",
@@ -601,7 +613,7 @@ def _equivalent() -> Iterator[Fault]:
     yield Fault("mtp-position-of-the-next-token", "MTP", "token t+1 is fed at position t+1, not t",
                 (Edit("model.Model.draft", "rotation, mask = self.model.rotation_and_mask(tokens.shape[1], cache)",
                       "length = tokens.shape[1]; "
-                      "rotation, mask = self.model._rotary(positions(length, cache) + 1), cache.make_mask(length)"),),
+                      "rotation, mask = self.model._rotary(positions(length, cache) + 1), cache.mask(length)"),),
                 MTP, "mtp cache", equivalent=shift + "; the MTP layer's keys are all its own",
                 corrected="nowhere; the keys that are written show it")
     yield Fault("latent-doubled-scale-halved", "MLA", "query latent times 2, softmax scale divided by 2",

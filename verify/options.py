@@ -22,7 +22,7 @@ OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", 
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
 REPEATED = ("--implementation", "--checkpoint", *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
-            "--real-shape", "--fault", "--random")  # fmt: skip
+            "--real-shape", "--long", "--fault", "--random")  # fmt: skip
 
 
 def add(parser: pytest.Parser) -> None:
@@ -99,6 +99,9 @@ def add(parser: pytest.Parser) -> None:
     group.addoption("--layers", metavar="LIST", help="judge only these layers' stages, e.g. 0-3,6")
     group.addoption("--report", metavar="DIR", help="write report.jsonl there: header, one record a comparison, footer")
     group.addoption("--real-shape", action="store_true", help=f"also judge {REAL_SHAPE} (minutes, 9 GiB)")
+    group.addoption(
+        "--long", action="store_true", help="also judge selections behind 32k tokens of context (3 minutes)"
+    )
 
 
 @dataclass(frozen=True)

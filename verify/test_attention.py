@@ -6,7 +6,7 @@ import pytest
 
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
 from verify import stages
-from verify.candidate import to_numpy
+from verify.candidate import in_tiles_of, to_numpy
 from verify.cases import Case
 
 CLAIM = "attention under an injected selection"
@@ -61,14 +61,12 @@ def test_forms(case: Case, judge, monkeypatch, form, cuts):
 @pytest.mark.needs("indexer")
 def test_gathered_in_blocks(case: Case, judge, monkeypatch):
     """The block of queries that bounds memory changes nothing."""
-    from glm_dsa import attention as module
-
     reference = case.reference(case.long)
     whole = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
     width = case.args.kv_lora_rank + case.args.qk_rope_head_dim
     stage = "layers.0.self_attn.heads"
     for queries, elements in ((9, 9 * case.args.index_topk * width), (1, 1)):  # a block is never smaller than a query
-        monkeypatch.setattr(module, "GATHER_ELEMENTS", elements)
+        in_tiles_of(monkeypatch, elements)
         blocks = attend(case, reference, 0, monkeypatch, GATHERED, [case.long])
         name = f"{stage} (blocks of {queries})"
         judge.values(case.name, name, blocks[stage], whole[stage], reference.bound(stage, local=True))
@@ -76,14 +74,13 @@ def test_gathered_in_blocks(case: Case, judge, monkeypatch):
 
 def multiplications(args, queries: int, keys: int, selected: int | None) -> dict[str, int]:
     """Of one head, where the forms differ. expanded: W_uk and W_uv on every key; otherwise W_uk on each query and W_uv on each
-    sum, with scores and sums as wide as the latent."""
+    sum, with scores and sums as wide as latent and rotary key. And a softmax of 16 multiplications a pair."""
     nope, rope, value, latent = args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim, args.kv_lora_rank
-    counts = {EXPANDED: keys * latent * (nope + value) + queries * keys * (nope + rope + value)}
+    softmax = 16
+    counts = {EXPANDED: keys * latent * (nope + value) + queries * keys * (nope + rope + value + softmax)}
     for form, seen in ((ABSORBED, keys), (GATHERED, selected)):
         if seen is not None:
-            counts[form] = (
-                queries * latent * (nope + value) + queries * seen * (latent + rope) + queries * seen * latent
-            )
+            counts[form] = queries * latent * (nope + value) + queries * seen * (2 * (latent + rope) + softmax)
     return counts
 
 

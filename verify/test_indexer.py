@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from glm_dsa.indexer import WIDEST
+from glm_dsa.mask import CausalMask
 from reference.capture import capture
 from reference.equations import causal
 from verify import stages, tolerances
-from verify.candidate import to_numpy
+from verify.candidate import in_tiles_of, to_numpy
 from verify.cases import Case
 
 CLAIM = "indexer scores and selections"
@@ -117,23 +119,43 @@ def test_padded_rows(case: Case, judge):
 
 @pytest.mark.needs("indexer")
 def test_blocks_of_queries_select_the_same(case: Case, judge, monkeypatch):
-    """The block size bounds memory; it must not change a single choice."""
-    from glm_dsa import indexer as module
-
-    count = 4 * case.args.index_topk
+    """Blocks of queries and tiles of keys bound memory; they must not change a single choice."""
+    count = 9 * case.args.index_topk
     x, q_latent = inputs(case, count, 1.0)
     model, indexer = case.ours.model, first(case)[1]
     rotation, mask = model.model.rotation_and_mask(count, None)
     whole = run(indexer, x, q_latent, rotation, mask)
-    for queries, elements in (
-        (7, 7 * case.args.index_n_heads * count),
-        (1, 1),
-    ):  # a block is never smaller than a query
-        monkeypatch.setattr(module, "SCORE_ELEMENTS", elements)
+    least = WIDEST * case.args.index_topk  # a tile is never narrower, and a block never smaller than a query
+    for queries, keys in ((7, least), (1, least), (1, 5 * case.args.index_topk)):
+        in_tiles_of(monkeypatch, queries * keys * case.args.index_n_heads)
         blocks = run(indexer, x, q_latent, rotation, mask)
-        chosen = (np.sort(found, -1)[:, case.args.index_topk :] for found in (whole, blocks))
-        expected = f"blocks of {queries} queries select what one block selects"
-        judge.holds(case.name, "self_attn.indexer.topk", np.array_equal(*chosen), expected)
+        expected = f"blocks of {queries} queries and {keys} keys select what one block selects"
+        judge.holds(case.name, "self_attn.indexer.topk", np.array_equal(whole, blocks), expected)
+
+
+@pytest.mark.needs("indexer")
+def test_of_equal_scores_the_earlier_key_is_selected(case: Case, judge, monkeypatch):
+    """In one tile and in many: equal scores are common (no head's ReLU lets a key through), and a choice among them that
+    hangs on how the work was cut would make a run differ from its own chunks."""
+    args, topk = case.args, case.args.index_topk
+    count, indexer = 9 * topk, first(case)[1]
+    random = np.random.default_rng(case.seed)
+    q, k, w = (
+        random.integers(-2, 3, shape).astype(np.float32)
+        for shape in ((1, count, args.index_n_heads, args.index_head_dim), (1, count, args.index_head_dim),
+                      (1, count, args.index_n_heads))
+    )  # fmt: skip
+    k[:, :, 1:] = 0  # few different keys
+    mask = CausalMask(0, count)
+    scores = np.array(indexer.score(*map(mx.array, (q, k, w)), mask.sees(range(count), mx.arange(count))))[0]
+    due = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :topk], axis=-1)
+    ties = sum(np.sort(row)[-topk] == np.sort(row)[-topk - 1] for row in scores[topk:])
+    judge.holds(case.name, "self_attn.indexer.topk", ties > count // 2, f"equal scores at the boundary in {ties} rows")
+    for elements in (1, 1 << 30):
+        in_tiles_of(monkeypatch, elements)
+        found = np.array(indexer.select_tiled(*map(mx.array, (q, k, w)), mask))[0]
+        expected = "of equal scores the earlier keys are selected"
+        judge.holds(case.name, "self_attn.indexer.topk", np.array_equal(found, due), expected)
 
 
 def _error(seen, truth):

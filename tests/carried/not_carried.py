@@ -12,7 +12,8 @@ _WHY = {
     "right-padding-stays topk-unmasked-decode",
     "HF has neither the absorbed nor the gathered form": "absorbed-scale-of-latent absorbed-value-from-the-end gathered-unscaled "
     "take-one-further",
-    "HF scores all queries at once: there are no blocks": "indexer-blocks-share-a-mask",
+    "HF scores all queries and keys at once: there are no blocks and tiles": "indexer-blocks-share-a-mask "
+    "indexer-tiles-forget indexer-tiles-count-from-zero",
     "it asks for an indexer whose tensors no checkpoint has: HF would draw them at random": "indexer-on-shared-layers "
     "schedule-offset-ignored",
     "of a file format: HF is handed what is unpacked": "fp8-scale-missed fp8-scale-inverted",

@@ -1,0 +1,238 @@
+"""What attention costs: counts against the graph that runs, memory that the context does not set, the bench and its record."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import verify.__main__
+from glm_dsa import ModelArgs
+from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
+from glm_dsa.indexer import Indexer
+from glm_dsa.mask import CausalMask
+from glm_dsa.moe import MixtureOfExperts
+from reference import checkpoints
+from verify import bench_command
+from verify.bench import counting, course, floor, sides, told
+from verify.bench.counting import Sizes
+from verify.bench.course import Bench, Course, alike
+from verify.bench.figures import draw
+from verify.bench.paper import Machine, paper
+from verify.candidate import in_tiles_of
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ARGS = ModelArgs.from_dict(checkpoints.glm_5_2())
+EIGHTH = ModelArgs.from_dict(sides.read(sides.EIGHTH))
+
+
+@pytest.mark.parametrize("form", [EXPANDED, ABSORBED, GATHERED])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_counted_on_paper_is_what_runs(monkeypatch, form, shared):
+    monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
+    side = sides.Ours(ARGS, shared=shared)
+    side.fill(sides.Filled(ARGS, 60, 5))
+    sizes, total = Sizes(), 65
+    due = counting.projections(ARGS, 5, sizes, absorbed=form != EXPANDED)
+    due += counting.attention(ARGS, form, 5, total, sizes)
+    if not shared:
+        due += counting.indexer(ARGS, 5, total, sizes)
+    assert counting.counted(side.once) == due.multiplications
+
+
+def test_within_index_topk_the_indexer_only_writes_its_key():
+    side = sides.Ours(ARGS)
+    side.fill(sides.Filled(ARGS, 8, 3))
+    form = side.block.cheapest_form(3, 11, None)
+    due = counting.projections(ARGS, 3, Sizes(), absorbed=form != EXPANDED) + counting.indexer(ARGS, 3, 11, Sizes())
+    due += counting.attention(ARGS, form, 3, 11, Sizes())
+    assert counting.counted(side.once) == due.multiplications
+
+
+def test_the_experts_are_counted():
+    experts, x = MixtureOfExperts(ARGS), mx.random.normal((1, 3, ARGS.hidden_size))
+    layer = next(i for i in range(ARGS.num_hidden_layers) if ARGS.is_sparse(i))
+    due = counting.feed_forward(ARGS, layer, 3, Sizes())
+    assert counting.counted(experts, x) == due.multiplications
+
+
+def test_the_weights_on_paper_are_those_of_the_model():
+    """GLM-5.2: 743 billion without MTP; what is left out are norms and biases."""
+    args = ModelArgs.from_dict(sides.read(sides.TRUE))
+    found = paper(args, 1 << 20, 8.0, 16, 2048, Machine())
+    assert found.weights == pytest.approx(743.38e9, rel=1e-4)
+    assert found.latents == 78 * 2**20 * 576 * 2
+    assert found.index_keys == 21 * 2**20 * 128 * 2
+
+
+def measured(run):
+    mx.eval(run())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(run())
+    return mx.get_peak_memory() - before
+
+
+def test_peak_memory_is_set_by_the_tile():
+    """Of the indexer: at 8 times the context the same."""
+    indexer, peaks = Indexer(EIGHTH), []
+    for context in (16384, 131072):
+        q, k, w = (mx.random.normal(s) for s in ((1, 64, 4, 16), (1, context, 16), (1, 64, 4)))
+        mx.eval(q, k, w)
+        mask = CausalMask(context - 64, 64)
+        peaks.append(measured(lambda q=q, k=k, w=w, mask=mask: indexer.select_tiled(q, k, w, mask)))
+    assert peaks[1] <= 1.2 * peaks[0]
+
+
+def test_nothing_of_the_contexts_size_is_made_on_shared_layers_in_decode():
+    side, context = sides.Ours(EIGHTH, shared=True), 65536
+    side.fill(sides.Filled(EIGHTH, context, 1))
+    assert measured(side.once) < context * 4 * 8  # less than a score for each key and head
+    assert measured(side.once) < 2048 * 72 * 4 * 4
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 12, 1 << 16, 1 << 30])
+def test_the_selection_is_the_same_in_tiles_of_any_size(monkeypatch, elements):
+    """Ties included: scores are small whole numbers; and rows with fewer valid keys than are selected."""
+    in_tiles_of(monkeypatch, elements)
+    indexer, random = Indexer(ARGS), np.random.default_rng(0)
+    for context, rows, pads in ((50, 3, None), (200, 70, (0, 90)), (333, 333, (4,)), (17, 1, None)):
+        batch = len(pads or (0,))
+        q = random.integers(-1, 2, (batch, rows, indexer.heads, indexer.width)).astype(np.float32)
+        k = random.integers(-1, 2, (batch, context, indexer.width)).astype(np.float32)
+        k[..., 2:] = 0
+        w = random.integers(-1, 3, (batch, rows, indexer.heads)).astype(np.float32)
+        mask = CausalMask(context - rows, rows, pads)
+        seen = np.array(mask.sees(range(rows), mx.arange(context)))
+        scores = np.array(indexer.score(mx.array(q), mx.array(k), mx.array(w), mx.array(seen)))
+        due = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., : ARGS.index_topk], axis=-1)
+        found = indexer.select_tiled(mx.array(q), mx.array(k), mx.array(w), mask)
+        assert np.array_equal(np.array(found), due)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_forms_agree_where_they_change_places(monkeypatch, length):
+    """One token below and above each switch-over, all forms say the same."""
+    side = sides.Ours(ARGS)
+    forms, outputs = [], []
+    for context in range(17, 120):
+        forms.append(side.block.cheapest_form(length, context + length, ARGS.index_topk))
+    changes = [i + 17 for i in range(1, len(forms)) if forms[i] != forms[i - 1]] or [40]
+    for context in {c + n for c in changes for n in (-1, 0)}:
+        outputs = []
+        for form in (EXPANDED, ABSORBED, GATHERED):
+            with monkeypatch.context() as patch:
+                patch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_, form=form: form)
+                side.fill(sides.Filled(ARGS, context, length))
+                outputs.append(np.array(side.run()))
+        for other in outputs[1:]:
+            assert np.abs(other - outputs[0]).max() < 1e-5 * np.abs(outputs[0]).max() + 1e-6
+
+
+def test_decode_is_gathered_beyond_the_switch_over():
+    side = sides.Ours(ARGS)
+    assert side.block.cheapest_form(1, 100_000, ARGS.index_topk) == GATHERED
+    assert sides.Ours(EIGHTH).block.cheapest_form(128, 65536, 2048) == GATHERED
+
+
+# -- the bench
+
+
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(course, "LEAST", 0.0)
+        patch.setattr(floor, "ROUNDS", 1)
+        return Course([512, 2304], chunk=4, rounds=1, batches=(1, 2), hf_up_to=512, true_context=None).run()
+
+
+def test_a_run_measures_all_sides_and_its_record_says_the_same(found, tmp_path):
+    assert [(c.kind, c.context, c.batch) for c in found.cases] == [
+        ("prefill", 512, 1), ("decode", 512, 1), ("prefill", 2304, 1), ("decode", 2304, 1), ("prefill", 512, 2), ("decode", 512, 2)
+    ]  # fmt: skip
+    assert all(len(timed.seconds) >= 1 and timed.median > 0 for case in found.cases for timed in case.sides.values())
+    assert {p.part for p in found.parts} == {"indexer", "attention", "projections", "feed-forward", "head"}
+    again = Bench.of_dict(json.loads(json.dumps(found.as_dict())))
+    assert list(told.summary(again)) == list(told.summary(found))
+    files = draw(found, tmp_path)
+    assert [f.name for f in files] == [
+        f"{kind}-{what}.svg" for kind in ("prefill", "decode") for what in ("rate", "memory", "parts")
+    ]
+    for file in files:
+        assert ET.fromstring(file.read_text()).tag.endswith("svg")  # noqa: S314 - written by ourselves
+
+
+def test_sides_that_compute_something_else_are_not_compared():
+    ours = sides.Ours(ARGS)
+    other = sides.Ours(ARGS)
+    other.block.o_proj.weight = other.block.o_proj.weight * 1.01
+    filled = sides.Filled(ARGS, 40, 3)
+    ours.fill(filled)
+    other.fill(filled)
+    with pytest.raises(ValueError, match="do not compute the same"):
+        alike(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--contexts", "many"], "--contexts many: a number of tokens is due"),
+        (["--chunk", "0"], "1 or more is due"),
+        (["--rounds", "0"], "1 or more is due"),
+        (["--hf-up-to", "x"], "--hf-up-to x"),
+        (["--paper", "--context", "2k"], "more than index_topk = 2048 is due"),
+        (["--paper", "--kv-bits", "4"], "16 or 8 is due"),
+        (["--paper", "--bits", "-1"], "a number above 0 is due"),
+        (["--paper", "--config", "/no/such"], "No such file"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(capsys, arguments, said):
+    assert verify.__main__.main(["bench", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("verify: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_on_paper_it_says_what_fits(capsys):
+    assert verify.__main__.main(["bench", "--paper"]) == 0
+    said = capsys.readouterr().out
+    assert "latents 50.1, index keys 5.6" in said
+    assert "fits into 512" in said
+    assert verify.__main__.main(["bench", "--paper", "--memory", "256"]) == 0
+    assert "does NOT fit into 256" in capsys.readouterr().out
+
+
+def test_the_readmes_table_is_that_of_the_record(capsys):
+    record = Bench.of_dict(json.loads(bench_command.KEPT.read_text()))
+    written = re.search(r"<!-- bench -->\n(.*?)\n<!-- end of bench -->", README, re.DOTALL)
+    assert written[1] == told.readme_table(record)
+    assert verify.__main__.main(["bench", "--kept"]) == 0
+    assert "target" in capsys.readouterr().out
+
+
+def test_the_readmes_commands_run(capsys, tmp_path, monkeypatch):
+    """Those on paper as they stand; of the others the options."""
+    lines = re.findall(r"^python -m verify bench(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    with pytest.raises(SystemExit, match="0"):
+        verify.__main__.main(["bench", "--help"])
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--keep"}
+    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(lines))) == options
+    (tmp_path / "F").write_text(sides.TRUE.read_text())
+    monkeypatch.chdir(tmp_path)
+    on_paper = [line for line in lines if "--paper" in line]
+    assert len(on_paper) == 2
+    for line in on_paper:
+        assert verify.__main__.main(["bench", *line.split()]) == 0
+        assert "together" in capsys.readouterr().out
+
+
+def test_an_interrupted_or_refused_run_leaves_nothing(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert verify.__main__.main(["bench", "--contexts", "512", "--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith("verify: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,126 @@
+"""`python -m verify bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from glm_dsa import ModelArgs
+from glm_dsa.errors import GlmDsaError, printable
+
+from .saved import whole
+
+CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
+KEPT = Path(__file__).parent / "bench" / "measured.json"
+GLM_5_2 = Path(__file__).parent / "configs" / "glm-5.2.json"
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="what attention costs as the context grows: ours beside mlx-lm's and HF's (8 minutes)",
+        description="Attention and indexer of one layer at an eighth of GLM-5.2's widths, on caches that are filled, ours beside "
+        "mlx-lm's and HF's on the same weights. Exit status 0 where every target is met.",
+    )
+    parser.add_argument("--contexts", metavar="LIST", default=CONTEXTS, help=f"default {CONTEXTS}")
+    parser.add_argument(
+        "--chunk", metavar="N", type=int, help="tokens of a chunk in prefill (default 128; on paper 2048)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=int, default=3, help="of each side, in both orders (default 3)")
+    parser.add_argument(
+        "--hf-up-to", metavar="T", default="16k", help="the longest context for HF (default 16k; 0: none)"
+    )
+    parser.add_argument(
+        "--no-true-widths", action="store_true", help="leave out the layer of GLM-5.2's own widths (2 GB)"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write bench.json and a figure for each table there")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the record that the README shows")
+    parser.add_argument("--keep", action="store_true", help="make it the record that is kept, and the README's")
+    paper = parser.add_argument_group("on paper")
+    paper.add_argument(
+        "--paper", action="store_true", help="run nothing: memory, bytes and operations of a whole model"
+    )
+    paper.add_argument("--config", metavar="F", type=Path, default=GLM_5_2, help="a config.json (default: GLM-5.2's)")
+    paper.add_argument("--context", metavar="T", default="1M", help="tokens (default 1M: 2^20)")
+    paper.add_argument("--bits", type=float, default=3.5, help="a weight (default 3.5)")
+    paper.add_argument("--kv-bits", type=int, default=8, help="of the KV cache, 16 or 8 (default 8)")
+    paper.add_argument("--memory", metavar="GB", type=float, default=512.0, help="of the machine (default 512)")
+    paper.add_argument("--bandwidth", metavar="GB/S", type=float, default=819.0, help="default 819")
+    paper.add_argument("--rate", metavar="TFLOPS", type=float, default=28.0, help="default 28")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    try:
+        if chosen.paper:
+            return _paper(chosen)
+        return _bench(chosen)
+    except (ValueError, OSError, GlmDsaError) as error:
+        print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    from .bench import told
+    from .bench.course import Bench, Course
+    from .bench.figures import draw
+
+    if chosen.kept:
+        found = Bench.of_dict(json.loads(KEPT.read_text()))
+        print("\n".join(told.summary(found)))
+        return 0
+    contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",")})
+    chunk = 128 if chosen.chunk is None else chosen.chunk
+    if chunk < 1 or chosen.rounds < 1:
+        raise ValueError(f"--chunk {chunk} --rounds {chosen.rounds}: 1 or more is due")
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}  {elapsed}", leave=False, file=sys.stderr) as bar:
+        hf = 0 if chosen.hf_up_to == "0" else tokens(chosen.hf_up_to, "--hf-up-to")
+        course = Course(
+            contexts, chunk, chosen.rounds, hf_up_to=hf, true_context=None if chosen.no_true_widths else 16384,
+            tell=lambda line: bar.set_description_str(line),
+        )  # fmt: skip
+        found = course.run()
+    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    print("\n".join(told.summary(found)), flush=True)
+    text = json.dumps(found.as_dict(), indent=1) + "\n"
+    files = [] if chosen.out is None else [chosen.out / "bench.json"]
+    for file in (*files, *([KEPT] if chosen.keep else [])):
+        with whole(file) as part:
+            part.write_text(text)
+    if chosen.out is not None:
+        files += draw(found, chosen.out)
+        print("\n".join(["", *map(str, files)]))
+    return 0 if all(t.met for t in found.targets) else 1
+
+
+def _paper(chosen: argparse.Namespace) -> int:
+    from .bench.paper import Machine, paper
+
+    for name in ("bits", "memory", "bandwidth", "rate"):
+        if not 0 < getattr(chosen, name) < 1e6:
+            raise ValueError(f"--{name} {getattr(chosen, name):g}: a number above 0 is due")
+    args = ModelArgs.from_dict(json.loads(chosen.config.read_text()))
+    machine = Machine(chosen.memory, chosen.bandwidth, chosen.rate)
+    chunk = 2048 if chosen.chunk is None else chosen.chunk
+    if chunk < 1:
+        raise ValueError(f"--chunk {chunk}: 1 or more is due")
+    found = paper(args, tokens(chosen.context, "--context"), chosen.bits, chosen.kv_bits, chunk, machine)
+    print("\n".join(found.lines()))
+    return 0
+
+
+def tokens(text: str, option: str) -> int:
+    """ "16k" -> 16384. Raises ValueError."""
+    times = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if times > 1 else text
+    if not digits.isdigit() or not 0 < int(digits) * times <= 1 << 24:
+        raise ValueError(f"{option} {text}: a number of tokens is due, 16k or 1M say")
+    return int(digits) * times
