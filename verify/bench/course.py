@@ -141,8 +141,8 @@ class Bench:
             "format": 1, "command": self.command, "date": self.date, "versions": self.versions,
             "processor": self.processor, "device": self.device, "chunk": self.chunk,
             "rounds": self.rounds, "config": self.config, "cases": [c.as_dict() for c in self.cases],
-            "parts": [p.as_dict() for p in self.parts], "pairs": [p.as_dict() for p in self.pairs], "targets": [asdict(t) for t in self.targets],
-            "left_out": self.left_out,
+            "parts": [p.as_dict() for p in self.parts], "pairs": [p.as_dict() for p in self.pairs],
+            "targets": [asdict(t) for t in self.targets], "left_out": self.left_out,
         }  # fmt: skip
 
     @classmethod

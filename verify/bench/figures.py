@@ -59,6 +59,8 @@ def _peaks(kind: str, cases: list[Case], folder: Path) -> Path:
 def _lines(
     cases: list[Case], series: dict[str, Callable[[Case], float | None]], title: str, folder: Path, name: str
 ) -> Path:
+    from matplotlib import ticker
+
     figure, axes = _figure(title)
     for label, value in series.items():
         points = [(c.context, v) for c in cases if (v := value(c)) is not None]
@@ -68,6 +70,8 @@ def _lines(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _contexts(axes, [c.context for c in cases])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.legend(frameon=False)
     return _save(figure, folder / f"{name}.svg")
 
