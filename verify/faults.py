@@ -602,7 +602,7 @@ def _equivalent() -> Iterator[Fault]:
     yield Fault("indexer-selection-reversed", "indexer", "selected keys in another order",
                 (Edit("indexer.Indexer.best", "[..., rest:]", "[..., rest:][..., ::-1]"),
                  Edit("indexer.Indexer.select_tiled", "mx.sort(LAST - best[0].astype(mx.uint32), axis=-1)",
-                      "LAST - best[0].astype(mx.uint32)")), "", "", SPARSE,
+                      "LAST - best[0].astype(mx.uint32)")), INDEXER, "self_attn.indexer.topk", SPARSE,
                 equivalent="attention sums over the selected set; its order changes rounding only")
     yield Fault("router-choice-reversed", "router", "chosen experts in another order",
                 (Edit("moe.Router.choose", "axis=-1)[..., : self.topk]", "axis=-1)[..., : self.topk][..., ::-1]"),), "", "",
