@@ -129,11 +129,9 @@ BLOCK, AXIS, EMPTY = (
 EQUIVALENT = {
     ("attention.MultiHeadLatentAttention.attend_gathered", "1 -> 2"): BLOCK,
     ("attention.MultiHeadLatentAttention.attend_gathered", "self.latent + self.rope -> self.latent - self.rope"): BLOCK,
-    ("attention.MultiHeadLatentAttention.attend_gathered", "-2 -> 2"): AXIS,
     ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
-    ("indexer.Indexer.select_blockwise", "1 -> 2"): BLOCK,
     ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
     ("model.Model.draft", "-1 -> 1"): AXIS,
     ("moe.Router.__call__", "1e-20 -> 2e-20"): "sigmoids sum to far more",
