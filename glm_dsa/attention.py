@@ -142,7 +142,7 @@ class MultiHeadLatentAttention(nn.Module):
         """The absorbed form over selection [B, S, K], in blocks of queries. Nothing here is as long as the context."""
         batch, length, chosen = selection.shape
         queries = mx.concatenate([self.embed_q(q_nope), q_rope], axis=-1).swapaxes(1, 2)  # [B, S, H, R + rope]
-        block = max(1, elements() // (batch * chosen * (self.latent + self.rope)))
+        block = self.block(batch, chosen)
         summed: list[mx.array] = []
         for rows in ranges(length, block):
             part = slice(rows.start, rows.stop)
@@ -159,6 +159,10 @@ class MultiHeadLatentAttention(nn.Module):
                 (weights @ keys)[..., : self.latent]
             )  # [B, s, H, R]; cheaper than a copy of the latents alone
         return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
+
+    def block(self, batch: int, chosen: int) -> int:
+        """Queries at a time: gathered vectors of so many are held at once."""
+        return max(1, elements() // (batch * chosen * (self.latent + self.rope)))
 
 
 def selection_mask(selection: mx.array, keys: int, mask: mx.array | None) -> mx.array:

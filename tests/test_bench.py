@@ -87,6 +87,22 @@ def test_peak_memory_is_set_by_the_tile():
     assert peaks[1] <= 1.2 * peaks[0]
 
 
+def test_tiles_are_as_large_as_they_may_be(monkeypatch):
+    in_tiles_of(monkeypatch, 1 << 19)
+    indexer = Indexer(EIGHTH)  # 4 heads, index_topk 2048
+    assert indexer.tile(1, 128) == (16, 8192)
+    assert indexer.tile(2, 128) == (8, 8192)
+    assert indexer.tile(1, 4) == (4, 32768)
+    assert indexer.tile(1, 1) == (1, 131072)
+    in_tiles_of(monkeypatch, 1)
+    assert indexer.tile(1, 128) == (1, 8192)
+    attention = MultiHeadLatentAttention(EIGHTH, with_indexer=False)
+    assert attention.block(1, 2048) == 1
+    in_tiles_of(monkeypatch, 1 << 19)
+    assert attention.block(1, 2048) == (1 << 19) // (2048 * 72) == 3
+    assert attention.block(3, 2048) == 1
+
+
 def test_nothing_of_the_contexts_size_is_made_on_shared_layers_in_decode():
     side, context = sides.Ours(EIGHTH, shared=True), 65536
     side.fill(sides.Filled(EIGHTH, context, 1))

@@ -127,8 +127,6 @@ BLOCK, AXIS, EMPTY = (
     "nothing is appended",
 )
 EQUIVALENT = {
-    ("attention.MultiHeadLatentAttention.attend_gathered", "1 -> 2"): BLOCK,
-    ("attention.MultiHeadLatentAttention.attend_gathered", "self.latent + self.rope -> self.latent - self.rope"): BLOCK,
     ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",

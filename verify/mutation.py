@@ -160,7 +160,7 @@ TESTS = (
     "verify/",
     *(
         f"tests/test_{part}.py"
-        for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare")
+        for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare", "bench")
     ),
 )
 PROCESSES = 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from glm_dsa.tiles import elements, transposed
+from glm_dsa.tiles import transposed
 
 from .sides import Ours
 from .timing import of
@@ -71,7 +71,7 @@ def attention(ours: Ours, batch: int, queries: int, context: int) -> Iterator[Pr
     """Of the gathered form: rows taken, scores, softmax, sums."""
     a = ours.args
     width, chosen = a.kv_lora_rank + a.qk_rope_head_dim, min(a.index_topk, context)
-    block = min(queries, max(1, elements() // (batch * chosen * width)))
+    block = min(queries, ours.block.block(batch, chosen))
     times = queries / block
     held = _random(batch * context, width)
     picked = mx.sort(mx.random.randint(0, batch * context, (batch, block, chosen)), axis=-1)
