@@ -155,9 +155,7 @@ class MultiHeadLatentAttention(nn.Module):
             if allowed is not None:
                 scores = mx.where(allowed[:, :, None], scores, mx.finfo(scores.dtype).min)
             weights = mx.softmax(scores, axis=-1, precise=True)
-            summed.append(
-                (weights @ keys)[..., : self.latent]
-            )  # [B, s, H, R]; cheaper than a copy of the latents alone
+            summed.append((weights @ keys)[..., : self.latent])  # [B, s, H, R]; as in the absorbed form
         return self.unembed_out(mx.concatenate(summed, axis=1).swapaxes(1, 2))
 
     def block(self, batch: int, chosen: int) -> int:

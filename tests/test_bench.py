@@ -60,7 +60,7 @@ def test_the_experts_are_counted():
 
 
 def test_the_weights_on_paper_are_those_of_the_model():
-    """GLM-5.2: 743 billion without MTP; what is left out are norms and biases."""
+    """GLM-5.2: 743 billion without MTP."""
     args = ModelArgs.from_dict(sides.read(sides.TRUE))
     found = paper(args, 1 << 20, 8.0, 16, 2048, Machine())
     assert found.weights == pytest.approx(743.38e9, rel=1e-4)

@@ -23,7 +23,7 @@ GLM_5_2 = Path(__file__).parent / "configs" / "glm-5.2.json"
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
-        help="what attention costs as the context grows: ours beside mlx-lm's and HF's (8 minutes)",
+        help="what attention costs as the context grows: ours beside mlx-lm's and HF's (5 to 10 minutes)",
         description="Attention and indexer of one layer at an eighth of GLM-5.2's widths, on caches that are filled, ours beside "
         "mlx-lm's and HF's on the same weights. Exit status 0 where every target is met.",
     )
@@ -35,9 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--hf-up-to", metavar="T", default="16k", help="the longest context for HF (default 16k; 0: none)"
     )
-    parser.add_argument(
-        "--no-true-widths", action="store_true", help="leave out the layer of GLM-5.2's own widths (2 GB)"
-    )
+    parser.add_argument("--no-true-widths", action="store_true", help="leave out the layer of GLM-5.2's own widths")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write bench.json and a figure for each table there")
     parser.add_argument("--kept", action="store_true", help="run nothing: the record that the README shows")
     parser.add_argument("--keep", action="store_true", help="make it the record that is kept, and the README's")

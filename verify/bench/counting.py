@@ -17,8 +17,6 @@ import mlx.core as mx
 from glm_dsa import ModelArgs
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED
 
-PARTS = ("projections", "indexer", "attention", "feed-forward", "head")
-
 
 @dataclass(frozen=True)
 class Count:
@@ -98,10 +96,12 @@ def head(a: ModelArgs, queries: int, sizes: Sizes) -> Count:
     return Count(queries * weights, weights * sizes.weights)
 
 
-def layer_parts(a: ModelArgs, layer: int, queries: int, context: int, form: str, sizes: Sizes) -> dict[str, Count]:
+def layer_parts(
+    a: ModelArgs, layer: int, queries: int, context: int, form: str, sizes: Sizes, block: int | None = None
+) -> dict[str, Count]:
     return {
         "projections": projections(a, queries, sizes, absorbed=form in (ABSORBED, GATHERED)),
-        "indexer": indexer(a, queries, context, sizes) if a.runs_indexer(layer) else Count(),
+        "indexer": indexer(a, queries, context, sizes, block) if a.runs_indexer(layer) else Count(),
         "attention": attention(a, form, queries, context, sizes),
         "feed-forward": feed_forward(a, layer, queries, sizes),
     }

@@ -194,7 +194,8 @@ class Course:
         found.left_out["int8 at these widths"] = (
             "a rotary key of 8 holds no group of 32 values: measured at GLM-5.2's true widths"
         )
-        self.ours, self.shared = Ours(self.args), Ours(self.args, shared=True)
+        self.ours = Ours(self.args)
+        self.shared = Ours(self.args, shared=True, like=self.ours)
         self.stock, self.hf = Stock(self.ours, config), Hf(self.ours, config)
         for context in self.contexts:
             for kind in (PREFILL, DECODE):
@@ -254,7 +255,7 @@ class Course:
         self.tell(f"{what} behind {near} and {far} tokens, in turns")
         runs: dict[int, Callable[[], Any]] = {}
         for context in (near, far):
-            ours = Ours(self.args, shared=True)
+            ours = Ours(self.args, shared=True, like=self.ours)
             ours.fill(Filled(self.args, context, self.chunk if what == ATTENTION else 1))
             attend = ours.attend_apart() if what == ATTENTION else ours.once
             runs[context] = partial(_evaluated, attend)
@@ -289,7 +290,10 @@ class Course:
         self.tell(f"decode through one layer of true widths behind {context} tokens")
         filled = Filled(args, context, 1)
         ours = Ours(args)
-        sides: list[Side] = [ours, Ours(args, shared=True), Ours(args, kv_bits=8), Ours(args, shared=True, kv_bits=8)]
+        sides: list[Side] = [
+            ours,
+            *(Ours(args, shared, bits, ours) for shared, bits in ((True, None), (False, 8), (True, 8))),
+        ]
         sides.append(Stock(ours, config))
         for side in sides:
             side.fill(filled)
@@ -330,7 +334,7 @@ def _taking(found: Bench, pair: Pair) -> str:
 def targets(found: Bench) -> Iterator[Target]:
     """What is asked of long contexts, as far as this run can tell."""
 
-    def floor_note(context: int, shared: float) -> tuple[float, str]:
+    def floor_note(context: int, shared: bool) -> tuple[float, str]:
         parts = [p for p in found.parts if (p.kind, p.context) == (PREFILL, context)]
         times = {"indexer": 1 / FREQ if shared else 1.0}
         took = sum(p.seconds * times.get(p.part, 1.0) for p in parts)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-from glm_dsa import ModelArgs
+from glm_dsa import ModelArgs, inventory
 from glm_dsa.attention import GATHERED
 
 from . import counting
@@ -104,21 +105,11 @@ def paper(
     layers = range(args.num_hidden_layers)
     found.latents = len(layers) * context * (args.kv_lora_rank + args.qk_rope_head_dim) * sizes.latents
     found.index_keys = sum(map(args.runs_indexer, layers)) * context * args.index_head_dim * sizes.index_keys
-    found.weights = sum(counting.feed_forward(args, i, 1 << 20, sizes).bytes for i in layers)  # every expert is chosen
-    found.weights += len(layers) * counting.projections(args, 1, sizes).bytes + 2 * counting.head(args, 1, sizes).bytes
-    found.weights += sum(map(args.runs_indexer, layers)) * (
-        args.q_lora_rank * args.index_n_heads * args.index_head_dim
-        + args.hidden_size * (args.index_head_dim + args.index_n_heads)
-    ) * sizes.weights  # fmt: skip
+    own = (spec for spec in inventory(args) if spec.component != "mtp")
+    found.weights = sum(prod(spec.shape) for spec in own) * sizes.weights
     for counts, queries in ((found.decode, 1), (found.prefill, chunk)):
         for i in layers:
-            of_layer = {
-                "projections": counting.projections(args, queries, sizes),
-                "indexer": counting.indexer(args, queries, context, sizes, block) if args.runs_indexer(i) else Count(),
-                "attention": counting.attention(args, GATHERED, queries, context, sizes),
-                "feed-forward": counting.feed_forward(args, i, queries, sizes),
-            }
-            for name, count in of_layer.items():
+            for name, count in counting.layer_parts(args, i, queries, context, GATHERED, sizes, block).items():
                 counts[name] = counts.get(name, Count()) + count * (1 / queries)
     found.decode["head"] = counting.head(args, 1, sizes)  # of a prompt only the last token's logits are asked for
     found.dense = counting.attention(args, "absorbed", 1, context, sizes) * len(layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ class Side(ABC):
     """`fill`, then `run` as often as wanted: each run begins from what was filled."""
 
     name: str
+    in_mlx = True  # whose memory mlx can tell
 
     @abstractmethod
     def fill(self, filled: Filled) -> None: ...
@@ -68,14 +68,18 @@ class Side(ABC):
 
 
 class Ours(Side):
-    """shared: the layer is handed the selection of a full one."""
+    """shared: the layer is handed the selection of a full one. like: whose weights these are."""
 
-    def __init__(self, args: ModelArgs, shared: bool = False, kv_bits: int | None = None) -> None:
+    def __init__(
+        self, args: ModelArgs, shared: bool = False, kv_bits: int | None = None, like: Ours | None = None
+    ) -> None:
         mx.random.seed(1)
         self.args, self.shared = args, shared
         self.packing = None if kv_bits is None else KvQuantization(kv_bits, 64)
         self.name = "ours" + (", shared layer" if shared else "") + ("" if kv_bits is None else f", int{kv_bits} KV")
-        self.block = MultiHeadLatentAttention(args, with_indexer=True)
+        self.block: MultiHeadLatentAttention = (
+            MultiHeadLatentAttention(args, with_indexer=True) if like is None else like.block
+        )
         self.rotary = RotaryEmbedding(args)
         mx.eval(self.block.parameters())
 
@@ -95,16 +99,8 @@ class Ours(Side):
         held.length = self.cache.index_keys.length = filled.context
         self.rotation = self.rotary(mx.arange(filled.context, filled.context + filled.chunk))
         mx.eval(held.buffers, self.cache.index_keys.buffers, self.rotation)
-        self.__dict__.pop("selection", None)
-        if self.shared:
-            self.selection  # noqa: B018
-
-    @cached_property
-    def selection(self) -> mx.array | None:
-        """The indexer's, for the chunk."""
-        found = self.select()
-        mx.eval(found)
-        return found
+        self.selection = self.select()  # for the chunk
+        mx.eval(self.selection)
 
     def select(self) -> mx.array | None:
         x = self.filled.x
@@ -179,6 +175,7 @@ class Hf(Side):
     """HF's modules on torch, eager, in float32."""
 
     name = "HF on torch"
+    in_mlx = False
 
     def __init__(self, ours: Ours, config: dict[str, Any]) -> None:
         due = GlmMoeDsaConfig(**{k: v for k, v in config.items() if k != "model_type"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .sides import Ours, Side, Stock
+from .sides import Side
 
 
 @dataclass
@@ -48,10 +48,9 @@ def rounds(sides: Sequence[Side], count: int, least: float = 0.0) -> dict[str, T
         for side in sides if turn % 2 == 0 else reversed(sides):
             timed, repeat = found[side.name], True
             while repeat:  # what is over in no time is run more often
-                is_mlx = isinstance(side, (Ours, Stock))
-                before = _start_peak() if is_mlx else 0
+                before = _start_peak()
                 timed.seconds.append(once(side.run))
-                if is_mlx:
+                if side.in_mlx:
                     timed.peak = max(timed.peak or 0, mx.get_peak_memory() - before)
                 repeat = sum(timed.seconds) < least * (turn + 1) / count
     return found
