@@ -1,7 +1,7 @@
 """`python -m glm_dsa inventory PATH`: what a config or a checkpoint folder holds, counted and checked.
 
 Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
-`attach DIR` lets any mlx-lm load a checkpoint with this definition.
+`plan` says what a model takes, before it is converted. `attach DIR` lets any mlx-lm load a checkpoint with this definition.
 `generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm.py`).
 """
 
@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import __version__, weights
+from . import __version__, gguf, plan, recipe, weights
 from .checkpoint import ITEM_BYTES, assemble, check_values
 from .config import ModelArgs
-from .errors import CheckpointError, GlmDsaError, printable
+from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 
 MLX_LM = (
     "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
@@ -51,6 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
     )
     attach.add_argument("path", type=Path, help="the folder of a checkpoint")
     attach.add_argument("--force", action="store_true", help="replace another model_file")
+    planning = commands.add_parser(
+        "plan", help="what a model takes by component, cache and machine: as stored, by a recipe, or as a GGUF"
+    )
+    planning.add_argument("path", type=Path, help="a config.json, or the folder of a build")
+    planning.add_argument(
+        "--recipe", metavar="R", help=f"a recipe's .toml, or one that is kept: {', '.join(recipe.kept())}"
+    )
+    planning.add_argument(
+        "--custom-q", metavar="RULES", help="llama.cpp's and ik_llama.cpp's: a file, or PATTERN=TYPE,..."
+    )
+    planning.add_argument("--gguf", metavar="TYPE", help="as a GGUF: the type of what no rule names (default bf16)")
+    planning.add_argument("--context", metavar="N", default="1M", help="tokens: 1000000, 128k, 1M (2^20, the default)")
+    planning.add_argument("--kv-bits", metavar="B", type=int, default=16, help="of the latents in the cache (default 16)")
+    planning.add_argument(
+        "--chunk", metavar="N", type=int, default=plan.CHUNK, help="of a prompt at a time (default 2048)"
+    )
+    planning.add_argument("--size", metavar="BYTES", help="of a build without MTP, e.g. 392.992GiB: its bits a weight")
+    planning.add_argument("--json", action="store_true", help="for machines")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments and arguments[0] in MLX_LM:  # whose options mlx-lm parses
@@ -66,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
             from . import mlx_lm
 
             print(f"{mlx_lm.attach(options.path, options.force)}: written; config.json names it as model_file")
+        elif options.command == "plan":
+            print(plan.render(planned(options), options.json))
         else:
             print(render(count(options.path, options.values), options.json))
         return 0
@@ -79,6 +99,26 @@ def main(arguments: list[str] | None = None) -> int:
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
+
+
+def planned(options: argparse.Namespace) -> plan.Plan:
+    """Raises `GlmDsaError`."""
+    if options.recipe is not None and (options.custom_q is not None or options.gguf is not None):
+        raise RecipeError("--recipe is an MLX build's, --custom-q and --gguf a GGUF's: one of both is due")
+    if not 1 <= options.chunk <= 1 << 20:
+        raise RecipeError(f"--chunk {options.chunk}: 1 to {1 << 20:,} tokens are due")
+    rules = None
+    if options.custom_q is not None or options.gguf is not None:
+        rules = gguf.rules_of(options.custom_q, options.gguf or "bf16")
+    return plan.plan(
+        options.path,
+        None if options.recipe is None else recipe.load(options.recipe),
+        rules,
+        plan.tokens(options.context),
+        options.kv_bits,
+        options.chunk,
+        None if options.size is None else plan.nbytes(options.size),
+    )
 
 
 def count(path: Path, values: bool = False) -> dict[str, Any]:

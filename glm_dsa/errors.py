@@ -24,6 +24,10 @@ class WeightsError(GlmDsaError):
     """Tensors that do not make this model: names them."""
 
 
+class RecipeError(GlmDsaError):
+    """A recipe that cannot be followed: names the file and the rule."""
+
+
 class CacheError(GlmDsaError):
     """A cache that cannot do what it was asked to; it is unchanged."""
 

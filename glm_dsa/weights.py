@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -29,32 +29,43 @@ MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as HF checkpoints hold it. `component` groups tensors as people talk about them."""
+    """A tensor as HF checkpoints hold it. `component` groups tensors as people talk about them: all of the MTP layer's are
+    "mtp", and `part` says what they are there ("attention", "experts", ..); elsewhere both are the same."""
 
     name: str
     shape: tuple[int, ...]
     component: str
+    part: str = ""
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether it can be kept in few bits: matrices can, but for the router's."""
+        return len(self.shape) > 1 and self.part != "router"
 
 
 def inventory(args: ModelArgs) -> Iterator[TensorSpec]:
     """Every tensor of the model in HF layout, in order. No weights are touched."""
     hidden, vocabulary = args.hidden_size, args.vocab_size
-    yield TensorSpec("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
+    yield _tensor("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
     for layer in range(args.num_hidden_layers + args.num_nextn_predict_layers):
         prefix = f"model.layers.{layer}."
         is_mtp = layer >= args.num_hidden_layers
-        for name, shape, component in _layer(args, layer, is_mtp):
-            yield TensorSpec(prefix + name, shape, "mtp" if is_mtp else component)
-    yield TensorSpec("model.norm.weight", (hidden,), "norms")
+        for spec in _layer(args, layer, is_mtp):
+            yield spec._replace(name=prefix + spec.name, component="mtp" if is_mtp else spec.component)
+    yield _tensor("model.norm.weight", (hidden,), "norms")
     if not args.tie_word_embeddings:
-        yield TensorSpec("lm_head.weight", (vocabulary, hidden), "head")
+        yield _tensor("lm_head.weight", (vocabulary, hidden), "head")
+
+
+def _tensor(name: str, shape: tuple[int, ...], component: str) -> TensorSpec:
+    return TensorSpec(name, shape, component, component)
 
 
 def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
     hidden, heads, latent = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
     rows = latent + args.qk_rope_head_dim
-    yield TensorSpec("input_layernorm.weight", (hidden,), "norms")
-    yield TensorSpec("post_attention_layernorm.weight", (hidden,), "norms")
+    yield _tensor("input_layernorm.weight", (hidden,), "norms")
+    yield _tensor("post_attention_layernorm.weight", (hidden,), "norms")
     attention = {
         "q_a_proj.weight": (args.q_lora_rank, hidden),
         "q_a_layernorm.weight": (args.q_lora_rank,),
@@ -71,7 +82,7 @@ def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
             "o_proj.bias": (hidden,),
         }
     for name, shape in attention.items():
-        yield TensorSpec(f"self_attn.{name}", shape, "attention")
+        yield _tensor(f"self_attn.{name}", shape, "attention")
     if args.runs_indexer(layer):
         for name, shape in {
             "wq_b.weight": (args.index_n_heads * args.index_head_dim, args.q_lora_rank),
@@ -80,30 +91,73 @@ def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
             "k_norm.bias": (args.index_head_dim,),
             "weights_proj.weight": (args.index_n_heads, hidden),
         }.items():
-            yield TensorSpec(f"self_attn.indexer.{name}", shape, "indexer")
+            yield _tensor(f"self_attn.indexer.{name}", shape, "indexer")
     if args.is_sparse(layer):
         inner = args.moe_intermediate_size
-        yield TensorSpec("mlp.gate.weight", (args.n_routed_experts, hidden), "router")
-        yield TensorSpec("mlp.gate.e_score_correction_bias", (args.n_routed_experts,), "router")
+        yield _tensor("mlp.gate.weight", (args.n_routed_experts, hidden), "router")
+        yield _tensor("mlp.gate.e_score_correction_bias", (args.n_routed_experts,), "router")
         for expert in range(args.n_routed_experts):
             yield from _swiglu(f"mlp.experts.{expert}", hidden, inner, "experts")
         yield from _swiglu("mlp.shared_experts", hidden, inner * args.n_shared_experts, "shared experts")
     else:
         yield from _swiglu("mlp", hidden, args.intermediate_size, "dense mlp")
     if is_mtp:
-        yield TensorSpec("eh_proj.weight", (hidden, 2 * hidden), "mtp")
+        yield _tensor("eh_proj.weight", (hidden, 2 * hidden), "mtp")
         for norm in ("enorm", "hnorm", "shared_head.norm"):
-            yield TensorSpec(f"{norm}.weight", (hidden,), "mtp")
+            yield _tensor(f"{norm}.weight", (hidden,), "norms")
         if args.mtp_owns_embeddings:
-            yield TensorSpec("embed_tokens.weight", (args.vocab_size, hidden), "mtp")
-            yield TensorSpec("shared_head.head.weight", (args.vocab_size, hidden), "mtp")
+            yield _tensor("embed_tokens.weight", (args.vocab_size, hidden), "embedding")
+            yield _tensor("shared_head.head.weight", (args.vocab_size, hidden), "head")
 
 
 def _swiglu(prefix: str, hidden: int, inner: int, component: str) -> Iterator[TensorSpec]:
     for name in PROJECTIONS:
-        yield TensorSpec(
+        yield _tensor(
             f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component
         )
+
+
+def module_inventory(args: ModelArgs) -> Iterator[TensorSpec]:
+    """`inventory` under the model's own names, as an MLX build holds it: experts stacked, kv_b_proj in its two halves."""
+    return _as_modules(args, lambda layer: True, lambda layer: True)
+
+
+def stored_inventory(args: ModelArgs, found: Iterable[str]) -> Iterator[TensorSpec]:
+    """`inventory`, as this checkpoint names it: layer by layer, experts apart or stacked, kv_b_proj whole or split."""
+    names = set(found)
+    stacked = {n.split(".mlp.")[0] for n in names if ".mlp.switch_mlp." in n}
+    split = {n.split(".self_attn.")[0] for n in names if ".self_attn.embed_q." in n or ".self_attn.unembed_out." in n}
+    return _as_modules(args, stacked.__contains__, split.__contains__)
+
+
+def stored_parts(name: str, found: Container[str]) -> list[str]:
+    """The tensors that a checkpoint keeps one as: itself, and its scales and biases where it is packed."""
+    path = name.removesuffix(".weight")
+    every = [name, f"{name}_scale_inv"]
+    if name.endswith(".weight"):
+        every += [f"{path}.{part}" for part in ("scales", "biases", "global_scale")]
+    return [part for part in every if part in found]
+
+
+def _as_modules(
+    args: ModelArgs, is_stacked: Callable[[str], bool], is_split: Callable[[str], bool]
+) -> Iterator[TensorSpec]:
+    heads = args.num_attention_heads
+    for spec in inventory(args):
+        layer, _, rest = spec.name.partition(".self_attn." if ".self_attn." in spec.name else ".mlp.")
+        if rest.startswith("experts.") and is_stacked(layer):
+            _, expert, projection = rest.split(".", 2)
+            if expert == "0":
+                name, shape = f"{layer}.mlp.switch_mlp.{projection}", (args.n_routed_experts, *spec.shape)
+                yield spec._replace(name=name, shape=shape)
+        elif rest == "kv_b_proj.weight" and is_split(layer):
+            for part, shape in (
+                ("embed_q", (heads, args.kv_lora_rank, args.qk_nope_head_dim)),
+                ("unembed_out", (heads, args.v_head_dim, args.kv_lora_rank)),
+            ):
+                yield spec._replace(name=f"{layer}.self_attn.{part}.weight", shape=shape)
+        else:
+            yield spec
 
 
 def is_ignorable(args: ModelArgs, name: str) -> bool:

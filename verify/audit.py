@@ -131,7 +131,7 @@ class _Auditor:
     def run(self) -> Audit:
         with_mtp = weights.has_mtp(self.args, self.found)
         missing = []
-        for spec in stored_inventory(self.args, self.found):
+        for spec in weights.stored_inventory(self.args, self.found):
             if weights.is_mtp(self.args, spec.name) and not with_mtp:
                 continue
             if spec.name in self.found:
@@ -308,29 +308,6 @@ def _policy_part(name: str) -> str:
     if ".indexer." in name:
         return "indexer"
     return "router" if name.endswith("mlp.gate.weight") else ""
-
-
-def stored_inventory(args: ModelArgs, found: Iterable[str]) -> Iterator[TensorSpec]:
-    """`weights.inventory`, as this checkpoint names it: layer by layer, experts apart or stacked, kv_b_proj whole or split."""
-    names = set(found)
-    stacked = {n.split(".mlp.")[0] for n in names if ".mlp.switch_mlp." in n}
-    split = {n.split(".self_attn.")[0] for n in names if ".self_attn.embed_q." in n or ".self_attn.unembed_out." in n}
-    heads = args.num_attention_heads
-    for spec in weights.inventory(args):
-        layer, _, rest = spec.name.partition(".self_attn." if ".self_attn." in spec.name else ".mlp.")
-        if rest.startswith("experts.") and layer in stacked:
-            _, expert, projection = rest.split(".", 2)
-            if expert == "0":
-                shape = (args.n_routed_experts, *spec.shape)
-                yield TensorSpec(f"{layer}.mlp.switch_mlp.{projection}", shape, spec.component)
-        elif rest == "kv_b_proj.weight" and layer in split:
-            for part, shape in (
-                ("embed_q", (heads, args.kv_lora_rank, args.qk_nope_head_dim)),
-                ("unembed_out", (heads, args.v_head_dim, args.kv_lora_rank)),
-            ):
-                yield TensorSpec(f"{layer}.self_attn.{part}.weight", shape, spec.component)
-        else:
-            yield spec
 
 
 def grouped(names: Iterable[str]) -> list[str]:

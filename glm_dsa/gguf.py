@@ -1,0 +1,229 @@
+"""What llama.cpp and ik_llama.cpp would store: the tensors of a GGUF, the exact size of each type, and recipes of regular
+expressions (`--custom-q` of ik_llama.cpp, `--tensor-type` of llama.cpp).
+
+    # attention
+    blk\\..*\\.attn_.*=q8_0
+    blk\\..*\\.ffn_(gate|up)_exps\\.weight=iq4_k, output\\.weight=iq6_k
+
+Rules are separated by commas or lines; each is searched for in the name, and the first that is found decides. Norms, biases
+and the router are stored in float32 and no rule is asked about them. Where a row is no multiple of a type's block, another
+type takes its place, as in ik_llama.cpp's llama-quantize (change_type_if_necessary). What no rule names is of one `base`
+type here; llama-quantize has mixtures of its own for it, which are not planned.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from . import weights
+from .components import Component, counted
+from .config import ModelArgs
+from .errors import RecipeError
+
+LARGEST = 1 << 20  # bytes of a file of rules
+
+
+class Type(NamedTuple):
+    """Values in a block, bytes of a block, and bytes that each row has besides."""
+
+    block: int
+    nbytes: int
+    row: int = 0
+
+    def of(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor whose rows are its last axis."""
+        return prod(shape[:-1]) * (self.row + shape[-1] // self.block * self.nbytes)
+
+    def fits(self, width: int) -> bool:
+        return width % self.block == 0
+
+
+# ggml's (gguf-py, GGML_QUANT_SIZES; a test holds this table to it) ..
+TYPES = {
+    "f64": Type(1, 8), "f32": Type(1, 4), "f16": Type(1, 2), "bf16": Type(1, 2),
+    "i8": Type(1, 1), "i16": Type(1, 2), "i32": Type(1, 4), "i64": Type(1, 8),
+    "q4_0": Type(32, 18), "q4_1": Type(32, 20), "q5_0": Type(32, 22), "q5_1": Type(32, 24),
+    "q8_0": Type(32, 34), "q8_1": Type(32, 40),
+    "q2_K": Type(256, 84), "q3_K": Type(256, 110), "q4_K": Type(256, 144), "q5_K": Type(256, 176),
+    "q6_K": Type(256, 210), "q8_K": Type(256, 292),
+    "iq1_s": Type(256, 50), "iq1_m": Type(256, 56), "iq2_xxs": Type(256, 66), "iq2_xs": Type(256, 74),
+    "iq2_s": Type(256, 82), "iq3_xxs": Type(256, 98), "iq3_s": Type(256, 110), "iq4_nl": Type(32, 18),
+    "iq4_xs": Type(256, 136), "tq1_0": Type(256, 54), "tq2_0": Type(256, 66), "mxfp4": Type(32, 17),
+}  # fmt: skip
+# .. and ik_llama.cpp's own (ggml-common.h, the block structs; ggml.c, row_meta_size), as of August 2026
+IK_TYPES = {
+    "q6_0": Type(32, 26), "iq2_k": Type(256, 76), "iq3_k": Type(256, 110), "iq4_k": Type(256, 144),
+    "iq5_k": Type(256, 176), "iq6_k": Type(256, 212), "iq2_ks": Type(256, 70, 2), "iq2_kl": Type(256, 86, 2),
+    "iq3_ks": Type(256, 102, 2), "iq4_ks": Type(256, 136, 4), "iq4_kss": Type(256, 128, 4),
+    "iq5_ks": Type(256, 168, 4), "iq1_kt": Type(256, 56, 4), "iq2_kt": Type(256, 68, 4),
+    "iq3_kt": Type(256, 100, 4), "iq4_kt": Type(256, 128, 4),
+}  # fmt: skip
+ALL = TYPES | IK_TYPES
+# Of types with blocks of 256, what takes their place in rows that are no multiple of it.
+INSTEAD = (
+    {name: "iq4_nl" for name in (
+        "iq1_s", "iq1_m", "iq1_kt", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_k", "iq2_ks", "iq2_kl", "iq2_kt", "iq3_xxs", "iq3_s",
+        "iq3_k", "iq3_ks", "iq3_kt", "iq4_xs", "iq4_ks", "iq4_kss", "iq4_kt", "q2_K", "q3_K",
+    )}
+    | {"q4_K": "q5_0", "iq4_k": "q5_0", "iq5_ks": "q5_0", "q5_K": "q6_0", "iq5_k": "q6_0", "q6_K": "q8_0", "iq6_k": "q8_0"}
+)  # fmt: skip
+
+# The end of a tensor's name here, and what it is called there (gguf-py, constants.py).
+GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.embed_q": "attn_k_b",
+    "self_attn.unembed_out": "attn_v_b",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
+    "mlp.switch_mlp.up_proj": "ffn_up_exps",
+    "mlp.switch_mlp.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "eh_proj": "nextn.eh_proj",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
+    "embed_tokens": "nextn.embed_tokens",
+}
+
+
+def inventory(args: ModelArgs) -> Iterator[weights.TensorSpec]:
+    """Every tensor of the model's GGUF; shapes have the rows last, as everywhere here (GGUF counts them first)."""
+    for spec in weights.module_inventory(args):
+        yield spec._replace(name=name_of(spec.name))
+
+
+def name_of(name: str) -> str:
+    """model.layers.3.self_attn.embed_q.weight -> blk.3.attn_k_b.weight."""
+    layer = weights.LAYER.fullmatch(name)
+    within = name if layer is None else layer[2]
+    known = GLOBAL if layer is None else IN_LAYER
+    if within in known:
+        theirs = known[within]
+    else:
+        path, _, suffix = within.rpartition(".")
+        theirs = f"{known[path]}.{suffix}"
+    return theirs if layer is None else f"blk.{layer[1]}.{theirs}"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """(pattern, type) in order, and the type of what none of them names."""
+
+    rules: tuple[tuple[str, str], ...]
+    base: str
+    source: str = ""
+
+    def type_of(self, name: str) -> tuple[str, str | None]:
+        """(type, the pattern that decides)."""
+        for pattern, kind in self.rules:
+            if re.search(pattern, name):
+                return kind, pattern
+        return self.base, None
+
+    def told(self) -> str:
+        return f"{self.source or 'custom-q'}, {self.base} for the rest" if self.rules else self.base
+
+
+def rules_of(said: str | None, base: str = "bf16") -> Rules:
+    """A file of rules, or the rules themselves. Raises `RecipeError`."""
+    if said is None:
+        return Rules((), known(base, "--gguf"))
+    source, text = "--custom-q", said
+    if "=" not in said or ("\n" not in said and os.path.isfile(said)):
+        source = said
+        try:
+            if Path(said).stat().st_size > LARGEST:
+                raise RecipeError(f"{said}: more than {LARGEST:,} bytes; a file of rules is due")
+            text = Path(said).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "no text in UTF-8"
+            raise RecipeError(f"--custom-q {said}: {why}; a file of rules, or PATTERN=TYPE,... is due") from None
+    rules = []
+    lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    for item in (part.strip() for line in lines for part in line.split(",")):
+        if not item:
+            continue
+        pattern, equals, kind = item.rpartition("=")
+        if not equals or not pattern:
+            raise RecipeError(f"{source}: {item!r}: PATTERN=TYPE is due")
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise RecipeError(f"{source}: {pattern!r}: no regular expression: {error}") from None
+        rules.append((pattern, known(kind.strip(), f"{source}: {pattern!r}")))
+    if not rules:
+        raise RecipeError(f"{source}: no rules; PATTERN=TYPE, one a line, is due")
+    return Rules(tuple(rules), known(base, "--gguf"), source)
+
+
+def known(kind: str, where: str) -> str:
+    """A type as ggml writes it, whatever its letters' case. Raises `RecipeError`."""
+    found = next((name for name in ALL if name.lower() == kind.lower()), None)
+    if found is None:
+        raise RecipeError(f"{where}: unknown type {kind!r}; known are {', '.join(ALL)}")
+    return found
+
+
+def stored_as(spec: weights.TensorSpec, rules: Rules) -> tuple[str, str | None, str]:
+    """(type, the pattern that decided, the type that was asked for) of a tensor of `inventory`. Raises `RecipeError`."""
+    if not spec.is_packable:
+        return "f32", None, "f32"
+    asked, pattern = rules.type_of(spec.name)
+    kind = asked
+    if not ALL[kind].fits(spec.shape[-1]):
+        kind = INSTEAD.get(kind, kind)
+    if not ALL[kind].fits(spec.shape[-1]):
+        raise RecipeError(
+            f"{pattern or '--gguf'}: {spec.name} has rows of {spec.shape[-1]}, which blocks of {ALL[kind].block} ({kind}) "
+            "do not divide"
+        )
+    return kind, pattern, asked
+
+
+def planned(args: ModelArgs, rules: Rules) -> tuple[dict[str, Component], list[str]]:
+    """By component, and what is worth saying of the rules. Raises `RecipeError`."""
+    used: dict[str, int] = {pattern: 0 for pattern, _ in rules.rules}
+    replaced: dict[tuple[str, str], list[str]] = {}
+    rest, rows = 0, []
+    for spec in inventory(args):
+        kind, pattern, asked = stored_as(spec, rules)
+        if pattern is not None:
+            used[pattern] += 1
+        elif spec.is_packable:
+            rest += 1
+        if kind != asked:
+            replaced.setdefault((asked, kind), []).append(spec.name)
+        rows.append((spec, ALL[kind].of(spec.shape), kind))
+    notes = [f"{pattern!r} decides for no tensor" for pattern, count in used.items() if not count]
+    notes += [
+        f"{len(names)} tensors of rows that no block of {asked} divides are {kind} instead ({names[0]}, ...)"
+        for (asked, kind), names in replaced.items()
+    ]
+    if rules.rules and rest:
+        notes.append(f"no rule names {rest} tensors: {rules.base} is planned for them (--gguf TYPE for another)")
+    return counted(rows), notes

@@ -1,0 +1,353 @@
+"""`python -m glm_dsa plan CONFIG_OR_DIR`: what a model takes, before anybody converts it. Counted, not estimated, from the
+inventory that loads and audits, by a recipe, as llama.cpp would store it (`gguf.py`), or as the files of a build hold it.
+
+GB are 10^9 bytes, GiB 2^30; a machine's memory is told in GB as it is sold, and has so many 2^30.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import gguf, weights
+from .cache import Widths, cache_bytes
+from .checkpoint import Stored, read_headers
+from .components import Component, counted
+from .config import ModelArgs
+from .errors import CacheError, ConfigError, RecipeError, printable
+from .formats import Format
+from .keys import read_json
+from .recipe import Recipe
+from .store import BITS, KvQuantization, fitting
+from .tiles import ELEMENTS
+from .weights import TensorSpec
+
+MEMORIES = (32, 64, 96, 128, 192, 256, 512)  # GB as sold: 2^30 bytes each
+USABLE = 0.75  # of a Mac's memory every macOS lets the GPU hold; more by iogpu.wired_limit_mb
+ITEM = 2  # bytes of a value of the model's dtype, in 16 bit
+CHUNK = 2048  # tokens of a prompt at a time, as mlx-lm has it
+IN_FLIGHT = 12  # arrays of the largest kind that a chunk of prefill has in memory at once, at most (measured: 5 to 13)
+MOST_CONTEXT = 1 << 32
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+SIZES = {"": 1, "b": 1, "gb": 10**9, "gib": 1 << 30, "mb": 10**6, "mib": 1 << 20}
+FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Bytes of one sequence of `tokens`: the main model's latents (with rotary keys) and index keys; the MTP layer's own."""
+
+    tokens: int
+    kv_bits: int
+    kept: str
+    latents: int
+    index_keys: int
+    mtp: int
+
+    @staticmethod
+    def of(args: ModelArgs, tokens: int, kv_bits: int) -> Cache:
+        """kv_bits: 16, or what `KvQuantization` packs to. Raises `CacheError`."""
+        quantization, kept = None, "16 bit"
+        if kv_bits != 8 * ITEM:
+            groups = (g for g in (64, 32, 128) if args.kv_lora_rank % g == 0 and args.qk_rope_head_dim % g == 0)
+            group = next(groups, None)
+            if kv_bits not in BITS:
+                raise CacheError(f"--kv-bits {kv_bits}: 16, or one of {', '.join(map(str, BITS))} is due")
+            if group is None:
+                raise CacheError(f"--kv-bits {kv_bits}: {fitting(args.kv_lora_rank, args.qk_rope_head_dim)}")
+            quantization = KvQuantization(kv_bits, group)
+            kept = str(quantization)
+        each = [cache_bytes(_widths(args, i), ITEM, quantization) for i in range(args.num_hidden_layers)]
+        mtp = sum(cache_bytes(_widths(args, args.num_hidden_layers), ITEM, quantization))
+        latents, index_keys = (tokens * sum(column) for column in zip(*each, strict=True))
+        return Cache(
+            tokens, kv_bits, kept, latents, index_keys, tokens * mtp if args.num_nextn_predict_layers else 0
+        )
+
+    @property
+    def main(self) -> int:
+        return self.latents + self.index_keys
+
+
+@dataclass
+class Plan:
+    """components: of the main model. mtp: its MTP layer's, where there is one. loaded: bytes of the weights in memory."""
+
+    source: str
+    model_type: str
+    how: str
+    components: dict[str, Component]
+    mtp: Component | None
+    cache: Cache
+    prefill: int
+    loaded: int
+    chunk: int
+    notes: list[str] = field(default_factory=list)
+    conventions: list[str] = field(default_factory=list)
+
+    @property
+    def main(self) -> Component:
+        return Component.sum(self.components.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory: weights, cache and prefill of the main model."""
+        return self.loaded + self.cache.main + self.prefill
+
+    def machines(self) -> dict[int, dict[str, Any]]:
+        """{GB as sold: what is left of it, whether that holds the total, and whether macOS lends the GPU so much unasked}."""
+        out = {}
+        for gb in MEMORIES:
+            memory = gb << 30
+            out[gb] = {
+                "rest_bytes": memory - self.total,
+                "holds": self.total <= memory,
+                "within_default": self.total <= USABLE * memory,
+            }
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        main = self.main
+        every = Component.sum([main, *([self.mtp] if self.mtp else [])])
+        return {
+            "source": self.source,
+            "model_type": self.model_type,
+            "as": self.how,
+            "components": {name: c.as_dict() for name, c in self.components.items()},
+            "without_mtp": main.as_dict() | {"gb": main.nbytes / 1e9, "gib": main.nbytes / 2**30},
+            "mtp": self.mtp.as_dict() if self.mtp else None,
+            "with_mtp": every.as_dict() | {"gb": every.nbytes / 1e9, "gib": every.nbytes / 2**30},
+            "cache": {
+                "tokens": self.cache.tokens, "kv_bits": self.cache.kv_bits, "kept": self.cache.kept,
+                "latents_bytes": self.cache.latents, "index_keys_bytes": self.cache.index_keys,
+                "mtp_bytes": self.cache.mtp,
+            },
+            "memory": {
+                "weights_bytes": self.loaded, "cache_bytes": self.cache.main, "prefill_bytes_at_most_about": self.prefill,
+                "chunk": self.chunk, "total_bytes": self.total,
+            },
+            "machines": self.machines(),
+            "notes": self.notes,
+            "conventions": self.conventions,
+        }  # fmt: skip
+
+
+# -- what is planned
+
+
+def of_recipe(args: ModelArgs, recipe: Recipe, with_mtp: bool) -> dict[str, Component]:
+    """By component, "mtp" among them. Raises `RecipeError`."""
+    kept = recipe.formats(args, with_mtp)
+    return counted(
+        (spec, kept[spec.name].nbytes(spec.shape), str(kept[spec.name]))
+        for spec in weights.module_inventory(args)
+        if spec.name in kept
+    )
+
+
+def unpacked(args: ModelArgs, with_mtp: bool, dtype: str = "bfloat16") -> dict[str, Component]:
+    """As an unpacked MLX build holds it: the correction bias in float32."""
+    formats = {True: Format("float32"), False: Format(dtype)}
+
+    def kept(spec: TensorSpec) -> Format:
+        return formats[spec.name.endswith("e_score_correction_bias")]
+
+    specs = (s for s in weights.module_inventory(args) if with_mtp or s.component != "mtp")
+    return counted((spec, kept(spec).nbytes(spec.shape), str(kept(spec))) for spec in specs)
+
+
+def on_disk(args: ModelArgs, stored: Mapping[str, Stored]) -> tuple[dict[str, Component], int]:
+    """By component, as the files hold it; and what it takes once loaded (FP8 is unpacked then). Raises `ConfigError`."""
+    with_mtp = weights.has_mtp(args, stored)
+    loaded = 0
+    rows = []
+    for spec in weights.stored_inventory(args, stored):
+        if spec.component == "mtp" and not with_mtp:
+            continue
+        parts = [stored[name] for name in weights.stored_parts(spec.name, stored)]
+        if not parts:
+            raise ConfigError(f"{spec.name}: missing; python -m verify audit says what else is wrong with these files")
+        size = sum(part.nbytes for part in parts)
+        rows.append((spec, size, _kind(spec, parts)))
+        if spec.component != "mtp":
+            loaded += prod(spec.shape) * ITEM if parts[0].dtype == "F8_E4M3" else size
+    return counted(rows), loaded
+
+
+def _kind(spec: TensorSpec, parts: Sequence[Stored]) -> str:
+    first = parts[0]
+    if len(parts) > 1 and first.dtype == "U32" and first.shape and parts[1].shape:
+        bits, group = first.shape[-1] * 32 // spec.shape[-1], spec.shape[-1] // parts[1].shape[-1]
+        mode = weights.MODES.get((bits, group), "") if parts[1].dtype == "U8" else "affine"
+        return str(Format("bfloat16", bits, group, mode))
+    return "fp8" if first.dtype == "F8_E4M3" else FLOATS.get(first.dtype, first.dtype)
+
+
+def prefill_bytes(args: ModelArgs, chunk: int, elements: int = ELEMENTS[mx.DeviceType.gpu], item: int = ITEM) -> int:
+    """At most about so much above weights and cache: a few of the largest arrays of a chunk. The context is not in it."""
+    pairs = chunk * args.num_experts_per_tok
+    largest = max(
+        pairs * args.hidden_size * 4,  # the experts' answers, weighed in float32
+        chunk * args.num_attention_heads * (args.kv_lora_rank + args.qk_rope_head_dim) * item,  # absorbed queries
+        4 * elements if args.has_indexer else 0,  # a tile of the indexer's scores
+    )
+    return IN_FLIGHT * largest
+
+
+def _widths(args: ModelArgs, layer: int) -> Widths:
+    return Widths(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim if args.runs_indexer(layer) else 0)
+
+
+# -- the command
+
+
+def plan(
+    path: Path,
+    recipe: Recipe | None = None,
+    rules: gguf.Rules | None = None,
+    context: int = 1 << 20,
+    kv_bits: int = 16,
+    chunk: int = CHUNK,
+    size: int | None = None,
+) -> Plan:
+    """Of a config.json, or of the folder of a build. Without recipe or rules a folder with weights is told as it is stored,
+    a config as unpacked in bfloat16. `size`: bytes of a build of that model without its MTP layer, for its bits a weight.
+
+    Raises `GlmDsaError`.
+    """
+    args = ModelArgs.from_file(path)
+    stored = _stored(path)
+    with_mtp = args.num_nextn_predict_layers > 0 and (not stored or weights.has_mtp(args, stored))
+    cache, notes = Cache.of(args, context, kv_bits), []
+    loaded = None
+    if rules is not None:
+        components, notes = gguf.planned(args, rules)
+        how = f"GGUF, {rules.told()}"
+    elif recipe is not None:
+        components = of_recipe(args, recipe, with_mtp)
+        how = f"recipe {recipe.source}" + (f" ({recipe.name})" if recipe.name != recipe.source else "")
+    elif stored:
+        components, loaded = on_disk(args, stored)
+        how = f"as stored, {len({s.file for s in stored.values()})} files"
+    else:
+        components, how = unpacked(args, with_mtp), "unpacked, bfloat16"
+        notes = _notes(path)
+    mtp = components.pop("mtp", None)
+    main = Component.sum(components.values())
+    if size is not None:
+        notes.append(
+            f"a build of {size:,} bytes ({size / 1e9:.2f} GB, {size / 2**30:.3f} GiB) without MTP has "
+            f"{8 * size / main.parameters:.3f} bits per weight"
+        )
+    return Plan(
+        str(path), args.model_type, how, components, mtp, cache, prefill_bytes(args, chunk),
+        main.nbytes if loaded is None else loaded, chunk, notes, [str(c) for c in args.conventions],
+    )  # fmt: skip
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    """Headers of a folder that has weights."""
+    if not path.is_dir():
+        return {}
+    has_weights = any(path.glob("model*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+    return read_headers(path) if has_weights else {}
+
+
+def _notes(path: Path) -> list[str]:
+    """What a config alone leaves open. Raises `ConfigError` where it says that its weights are packed, and not how each is."""
+    file = path / "config.json" if path.is_dir() else path
+    said = read_json(file)
+    if isinstance(said.get("quantization"), dict):
+        raise ConfigError(
+            f"{file}: it says that its weights are packed, and the files say how: give the build's folder, or --recipe"
+        )
+    packed = said.get("quantization_config")
+    if isinstance(packed, dict):
+        method = packed.get("quant_method", "packed")
+        return [f"published as {method}; loading unpacks it to bfloat16, as is planned here"]
+    return []
+
+
+def tokens(text: str) -> int:
+    """ "1M" -> 2^20, "128k" -> 2^17, "1000000" -> 10^6. Raises `RecipeError`."""
+    match = re.fullmatch(r"(\d{1,12})([kKmM]?)", text)
+    count = int(match[1]) * UNITS[match[2].lower()] if match else 0
+    if not 1 <= count <= MOST_CONTEXT:
+        raise RecipeError(f"--context {text}: a number of tokens is due, up to 2^32: 1000000, 128k (2^17), 1M (2^20)")
+    return count
+
+
+def nbytes(text: str) -> int:
+    """ "392.992GiB", "328.48 GB", "421972000000" -> bytes. Raises `RecipeError`."""
+    match = re.fullmatch(r"(\d{1,16}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in SIZES or not float(match[1]):
+        raise RecipeError(f"--size {text}: bytes are due, e.g. 392.992GiB, 421.97GB, 421972000000")
+    return round(float(match[1]) * SIZES[unit])
+
+
+# -- what is printed
+
+
+def render(found: Plan, as_json: bool = False) -> str:
+    if as_json:
+        return json.dumps(found.as_dict(), indent=2)
+    out = [printable(f"{found.source}: {found.model_type}, {found.how}"), ""]
+    rows: list[tuple[str, ...]] = [("component", "tensors", "parameters", "bits", "GB", "GiB", "kept as")]
+    rows += [_row(name, c) for name, c in found.components.items()]
+    main = found.main
+    rows.append(_row("together" if found.mtp is None else "without MTP", main))
+    if found.mtp is not None:
+        rows += [_row("mtp", found.mtp), _row("with MTP", Component.sum([main, found.mtp]))]
+    out += table(rows, right=(1, 2, 3, 4, 5))
+    cache = found.cache
+    sizes = [
+        ("weights", found.loaded, ""),
+        ("latents, rotary keys", cache.latents, cache.kept),
+        *([("index keys", cache.index_keys, "16 bit")] if cache.index_keys else []),
+        ("prefill", found.prefill, f"chunks of {found.chunk:,}, on a GPU: at most about"),
+        ("together", found.total, ""),
+    ]
+    rows = [(f"memory, {cache.tokens:,} tokens", "GB", "GiB", "")]
+    rows += [(name, f"{n / 1e9:.2f}", f"{n / 2**30:.2f}", how) for name, n, how in sizes]
+    out += ["", *table(rows, right=(1, 2))]
+    if found.mtp is not None:
+        out.append(
+            f"(with the MTP layer {(found.mtp.nbytes + cache.mtp) / 1e9:.2f} GB more: its weights, and "
+            f"{cache.mtp / 1e9:.2f} of cache)"
+        )
+    rows = [("machine", "rest, GB", "")]
+    for gb, fits in found.machines().items():
+        how = "holds it" if fits["within_default"] else "holds it, with iogpu.wired_limit_mb raised"
+        rest = f"{fits['rest_bytes'] / 1e9:.1f}" if fits["holds"] else "-"
+        rows.append((f"{gb} GB", rest, how if fits["holds"] else "too small"))
+    out += ["", *table(rows, right=(1,))]
+    if found.notes:
+        out += ["", "notes", *(f"  {printable(note)}" for note in found.notes)]
+    return "\n".join([*out, "", "conventions", *(f"  {c}" for c in found.conventions)])
+
+
+def _row(name: str, c: Component) -> tuple[str, ...]:
+    return (
+        name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.bits:.3f}", f"{c.nbytes / 1e9:.2f}", f"{c.nbytes / 2**30:.3f}",
+        c.told(),
+    )  # fmt: skip
+
+
+def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    """Lines of aligned columns; those of `right` to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
