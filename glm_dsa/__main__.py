@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -63,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     planning.add_argument("--gguf", metavar="TYPE", help="as a GGUF: the type of what no rule names (default bf16)")
     planning.add_argument("--context", metavar="N", default="1M", help="tokens: 1000000, 128k, 1M (2^20, the default)")
-    planning.add_argument("--kv-bits", metavar="B", type=int, default=16, help="of the latents in the cache (default 16)")
+    planning.add_argument(
+        "--kv-bits", metavar="B", type=int, default=16, help="of the latents in the cache (default 16)"
+    )
     planning.add_argument(
         "--chunk", metavar="N", type=int, default=plan.CHUNK, help="of a prompt at a time (default 2048)"
     )
@@ -85,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(f"{mlx_lm.attach(options.path, options.force)}: written; config.json names it as model_file")
         elif options.command == "plan":
-            print(plan.render(planned(options), options.json))
+            show(plan.render(planned(options), options.json))
         else:
-            print(render(count(options.path, options.values), options.json))
+            show(render(count(options.path, options.values), options.json))
         return 0
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "mlx_lm":
@@ -99,6 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
+
+
+def show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def planned(options: argparse.Namespace) -> plan.Plan:

@@ -66,13 +66,15 @@ IK_TYPES = {
 }  # fmt: skip
 ALL = TYPES | IK_TYPES
 # Of types with blocks of 256, what takes their place in rows that are no multiple of it.
-INSTEAD = (
-    {name: "iq4_nl" for name in (
+INSTEAD = {
+    "iq4_nl": (
         "iq1_s", "iq1_m", "iq1_kt", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_k", "iq2_ks", "iq2_kl", "iq2_kt", "iq3_xxs", "iq3_s",
         "iq3_k", "iq3_ks", "iq3_kt", "iq4_xs", "iq4_ks", "iq4_kss", "iq4_kt", "q2_K", "q3_K",
-    )}
-    | {"q4_K": "q5_0", "iq4_k": "q5_0", "iq5_ks": "q5_0", "q5_K": "q6_0", "iq5_k": "q6_0", "q6_K": "q8_0", "iq6_k": "q8_0"}
-)  # fmt: skip
+    ),
+    "q5_0": ("q4_K", "iq4_k", "iq5_ks"),
+    "q6_0": ("q5_K", "iq5_k"),
+    "q8_0": ("q6_K", "iq6_k"),
+}  # fmt: skip
 
 # The end of a tensor's name here, and what it is called there (gguf-py, constants.py).
 GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -196,7 +198,7 @@ def stored_as(spec: weights.TensorSpec, rules: Rules) -> tuple[str, str | None, 
     asked, pattern = rules.type_of(spec.name)
     kind = asked
     if not ALL[kind].fits(spec.shape[-1]):
-        kind = INSTEAD.get(kind, kind)
+        kind = next((other for other, kinds in INSTEAD.items() if kind in kinds), kind)
     if not ALL[kind].fits(spec.shape[-1]):
         raise RecipeError(
             f"{pattern or '--gguf'}: {spec.name} has rows of {spec.shape[-1]}, which blocks of {ALL[kind].block} ({kind}) "

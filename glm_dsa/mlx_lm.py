@@ -6,18 +6,23 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
+import inspect
 import json
 import logging
 import os
 import pkgutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 try:
@@ -31,10 +36,15 @@ except ModuleNotFoundError as error:
 
 from .cache import LayerCache, cache_bytes
 from .config import ModelArgs
-from .errors import CacheError, CheckpointError, GlmDsaError
+from .errors import CacheError, CheckpointError, GlmDsaError, RecipeError
+from .formats import AFFINE, Format
 from .linear import QuantizedMultiLinear, QuantizedSwitchLinear, SwitchLinear
-from .model import Model
+from .model import Model, parameters_of
+from .recipe import Recipe
+from .recipe import kept as kept_recipes
+from .recipe import load as load_recipe
 from .store import KvQuantization
+from .weights import module_inventory
 
 __all__ = ["COMMANDS", "Model", "ModelArgs", "attach", "register", "run"]
 
@@ -184,8 +194,78 @@ def _dequantize_model(original: Callable[[Any], Any], model: Any) -> Any:
     return original(model)
 
 
+class ByRecipe:
+    """A recipe as mlx-lm's convert takes one: a predicate of modules."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.formats = recipe, dict[str, Format]()
+
+    def prepare(self, model: Any) -> None:
+        """Every tensor in the dtype that it is kept, or packed, in. Raises `RecipeError`."""
+        if not isinstance(model, Model):
+            raise RecipeError(f"{self.recipe.source}: recipes are for GLM-5.x and 4.7-Flash; this is another model")
+        packed = next((name for name, module in model.named_modules() if "scales" in module), None)
+        if packed is not None:
+            raise RecipeError(
+                f"{self.recipe.source}: {packed} is packed already; convert the original, or its bf16 build"
+            )
+        self.formats = self.recipe.formats(model.args, model.mtp is not None)
+        parameters = parameters_of(model)
+        cast = [(name, parameters[name].astype(getattr(mx, kept.dtype))) for name, kept in self.formats.items()]
+        model.update(tree_unflatten(cast))
+
+    def __call__(self, path: str, module: Any) -> bool | dict[str, Any]:
+        kept = self.formats[f"{path}.weight"]
+        return kept.packing() if kept.is_packed else False
+
+    def packings(self) -> list[Format]:
+        return [kept for kept in self.formats.values() if kept.is_packed]
+
+    def check(self, model: Any) -> None:
+        """What was planned is what will be written, to the byte."""
+        due = {
+            s.name: self.formats[s.name].nbytes(s.shape) for s in module_inventory(model.args) if s.name in self.formats
+        }
+        found: Counter[str] = Counter()
+        for name, value in parameters_of(model).items():
+            path, _, part = name.rpartition(".")
+            is_part = part in ("scales", "biases") and f"{path}.weight" in due
+            found[f"{path}.weight" if is_part else name] += value.nbytes
+        wrong = next((n for n in {**due, **found} if due.get(n) != found.get(n)), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"{self.recipe.source}: {wrong} takes {found.get(wrong)} bytes, {due.get(wrong)} were planned; nothing written"
+            )
+
+
+def _convert(original: Callable[..., Any], *args: Any, recipe: str | Path | None = None, **kwargs: Any) -> Any:
+    """mlx-lm's convert, which takes a recipe besides: a file, or the name of one that comes with this package."""
+    if recipe is None:
+        return original(*args, **kwargs)
+    predicate = ByRecipe(load_recipe(recipe))
+    said = inspect.signature(original).bind(*args, **kwargs).arguments
+    for option in ("q_bits", "q_group_size", "quant_predicate", "dtype", "dequantize"):
+        if said.get(option):
+            raise RecipeError(f"--recipe and --{option.replace('_', '-')} conflict: a recipe says all of it")
+    if said.get("q_mode", AFFINE) != AFFINE:
+        raise RecipeError("--recipe and --q-mode conflict: a recipe says all of it")
+    chosen = {"quantize": True, "quant_predicate": predicate, "dtype": predicate.recipe.dtype}
+    return original(*args, **kwargs | chosen)
+
+
 def _quantize_model(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Says so where a predicate packs the indexer: it may be asked for, but is no default."""
+    """By a recipe, where there is one. Says so where a predicate packs the indexer: it may be asked for, but is no default."""
+    by = kwargs.get("quant_predicate")
+    if isinstance(by, ByRecipe):
+        by.prepare(model)
+        if not by.packings():
+            return model, args[0]
+        config = {k: v for k, v in args[0].items() if k not in ("quantization", "quantization_config")}
+        # mlx-lm leaves alone whatever the group that it is told does not divide
+        least = min(by.packings(), key=lambda kept: kept.group_size)
+        model, config = original(model, config, least.group_size, least.bits, mode=least.mode, quant_predicate=by)
+        by.check(model)
+        return model, config
     before = set(_packed_indexers(model))
     model, config = original(model, *args, **kwargs)
     if isinstance(model, Model) and not any("scales" in module for _, module in model.named_modules()):
@@ -224,6 +304,7 @@ WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mlx_lm.fuse", "dequantize_model"): _dequantize_model,
     ("mlx_lm.utils", "quantize_model"): _quantize_model,
     ("mlx_lm.convert", "quantize_model"): _quantize_model,
+    ("mlx_lm.convert", "convert"): _convert,
     ("mlx_lm.convert", "mixed_quant_predicate_builder"): _mixed_recipe,
 }
 
@@ -277,9 +358,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if command == "cache_prompt":
         _check_target(arguments)
     module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
+    arguments, within = _with_recipe(command, arguments)
     sys.argv = [f"python -m glm_dsa {command}", *arguments]
     try:
-        module.main()
+        with within:
+            module.main()
     except (KeyboardInterrupt, EOFError):
         return 130
     except Exception as error:  # mlx-lm's commands have no error type for a user's mistakes
@@ -295,6 +378,33 @@ def run(command: str, arguments: Sequence[str]) -> int:
             "%(tokens)d", _waiting_for,
         )  # fmt: skip
     return 0
+
+
+def _with_recipe(command: str, arguments: Sequence[str]) -> tuple[list[str], AbstractContextManager[Any]]:
+    """The arguments that mlx-lm knows, and what puts the recipe of the others in force."""
+    if command != "convert":
+        return list(arguments), nullcontext()
+    parser = argparse.ArgumentParser(prog="python -m glm_dsa convert", add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    own, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        kept = ", ".join(kept_recipes())
+        print(f"--recipe R: besides mlx-lm's own options, bits by component: a .toml, or one that is kept ({kept})\n")
+    if own.recipe is None:
+        return rest, nullcontext()
+    load_recipe(own.recipe)  # before anything is read
+    module = importlib.import_module("mlx_lm.convert")
+    return rest, _with_default(module, "convert", recipe=own.recipe)
+
+
+@contextmanager
+def _with_default(holder: Any, name: str, **chosen: Any) -> Iterator[None]:
+    function = getattr(holder, name)
+    setattr(holder, name, functools.partial(function, **chosen))
+    try:
+        yield
+    finally:
+        setattr(holder, name, function)
 
 
 def _check_target(arguments: Sequence[str]) -> None:

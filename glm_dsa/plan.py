@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -67,9 +67,7 @@ class Cache:
         each = [cache_bytes(_widths(args, i), ITEM, quantization) for i in range(args.num_hidden_layers)]
         mtp = sum(cache_bytes(_widths(args, args.num_hidden_layers), ITEM, quantization))
         latents, index_keys = (tokens * sum(column) for column in zip(*each, strict=True))
-        return Cache(
-            tokens, kv_bits, kept, latents, index_keys, tokens * mtp if args.num_nextn_predict_layers else 0
-        )
+        return Cache(tokens, kv_bits, kept, latents, index_keys, tokens * mtp if args.num_nextn_predict_layers else 0)
 
     @property
     def main(self) -> int:
@@ -225,7 +223,8 @@ def plan(
     args = ModelArgs.from_file(path)
     stored = _stored(path)
     with_mtp = args.num_nextn_predict_layers > 0 and (not stored or weights.has_mtp(args, stored))
-    cache, notes = Cache.of(args, context, kv_bits), []
+    cache = Cache.of(args, context, kv_bits)
+    notes: list[str] = []
     loaded = None
     if rules is not None:
         components, notes = gguf.planned(args, rules)
@@ -326,9 +325,10 @@ def render(found: Plan, as_json: bool = False) -> str:
     rows = [("machine", "rest, GB", "")]
     for gb, fits in found.machines().items():
         how = "holds it" if fits["within_default"] else "holds it, with iogpu.wired_limit_mb raised"
-        rest = f"{fits['rest_bytes'] / 1e9:.1f}" if fits["holds"] else "-"
-        rows.append((f"{gb} GB", rest, how if fits["holds"] else "too small"))
-    out += ["", *table(rows, right=(1,))]
+        if fits["holds"]:
+            rows.append((f"{gb} GB", f"{fits['rest_bytes'] / 1e9:.1f}", how))
+    none = f"no machine of up to {MEMORIES[-1]} GB holds it"
+    out += ["", *(table(rows, right=(1,)) if len(rows) > 1 else [none])]
     if found.notes:
         out += ["", "notes", *(f"  {printable(note)}" for note in found.notes)]
     return "\n".join([*out, "", "conventions", *(f"  {c}" for c in found.conventions)])

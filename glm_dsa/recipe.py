@@ -185,7 +185,9 @@ def _rule(said: Mapping[str, Any], number: int, dtype: str, source: str) -> Rule
     tensors = said.get("tensors", "*")
     if not isinstance(tensors, str) or not tensors:
         raise RecipeError(f"{where}: tensors = {tensors!r}: a pattern of names is due, e.g. '*.o_proj.weight'")
-    return Rule(number, _components(said.get("component", []), where), tensors, _layers(said.get("layers"), where), kept)
+    return Rule(
+        number, _components(said.get("component", []), where), tensors, _layers(said.get("layers"), where), kept
+    )
 
 
 def _components(said: Any, where: str) -> tuple[str, ...]:

@@ -112,9 +112,7 @@ def _layer(args: ModelArgs, layer: int, is_mtp: bool) -> Iterator[TensorSpec]:
 
 def _swiglu(prefix: str, hidden: int, inner: int, component: str) -> Iterator[TensorSpec]:
     for name in PROJECTIONS:
-        yield _tensor(
-            f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component
-        )
+        yield _tensor(f"{prefix}.{name}.weight", (hidden, inner) if name == "down_proj" else (inner, hidden), component)
 
 
 def module_inventory(args: ModelArgs) -> Iterator[TensorSpec]:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from glm_dsa import recipe
 from glm_dsa.errors import GlmDsaError
 
 from . import audit, bench_command, drift_command, faults, release
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     auditing.add_argument(
         "release", metavar="DIR_OR_REPO", help="a checkpoint's folder, or a repository's name on the hub"
     )
+    auditing.add_argument("--recipe", metavar="R", help="a build is to follow it: a .toml, or the name of a kept one")
     auditing.add_argument("--json", action="store_true", help="for machines")
     drift_command.add(commands)
     bench_command.add(commands)
@@ -101,7 +103,8 @@ def _tell(line: str) -> None:
 
 def _audit(chosen: argparse.Namespace) -> int:
     try:
-        found = audit.audit(release.headers_of(chosen.release))
+        wanted = None if chosen.recipe is None else recipe.load(chosen.recipe)
+        found = audit.audit(release.headers_of(chosen.release), wanted)
     except GlmDsaError as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1

@@ -7,26 +7,27 @@ how precise each component is kept, and whether that is wise; what the model and
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from glm_dsa import ModelArgs, weights
-from glm_dsa.cache import Widths, cache_bytes
 from glm_dsa.checkpoint import Stored
-from glm_dsa.errors import ConfigError, WeightsError, printable
-from glm_dsa.store import KvQuantization
+from glm_dsa.components import Component
+from glm_dsa.errors import CacheError, ConfigError, WeightsError, printable
+from glm_dsa.formats import Format
+from glm_dsa.plan import FLOATS, MEMORIES, USABLE, Cache, table
+from glm_dsa.recipe import Recipe, Rule
 from glm_dsa.weights import FP8_BLOCK, TensorSpec
 
 from .release import Release
 
 FAULT, WARNING, NOTE = "FAULT", "warning", "note"
-FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPES = {  # as mlx reads them
     "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
     "F64": mx.float64,
@@ -39,8 +40,6 @@ USUAL = {  # of each mode, where nothing is said
 }
 LEAST_BITS = 6  # of embedding and head: below, a warning
 CONTEXTS = {"32k": 32 << 10, "128k": 128 << 10, "1M": 1 << 20}
-MEMORIES = (128, 192, 256, 512)  # GB
-USABLE = 0.75  # of a Mac's memory the GPU may hold by default
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,6 @@ class Finding:
 
     severity: str
     what: str
-
-
-@dataclass
-class Component:
-    """Tensors as people talk about them. `formats`: {format: tensors}."""
-
-    tensors: int = 0
-    parameters: int = 0
-    nbytes: int = 0
-    formats: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight, scales and biases of packed ones included."""
-        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
 
 
 @dataclass
@@ -92,7 +76,7 @@ class Audit:
         """{GB of memory: {cache: contexts that fit beside the weights}}."""
         return {
             memory: {
-                kind: [c for c, size in sizes.items() if self.nbytes + size <= USABLE * memory * 1e9]
+                kind: [c for c, size in sizes.items() if self.nbytes + size <= USABLE * (memory << 30)]
                 for kind, sizes in self.cache.items()
             }
             for memory in MEMORIES
@@ -110,13 +94,14 @@ class _Packed(NamedTuple):
         return len(self.shape)
 
 
-def audit(release: Release) -> Audit:
-    """Raises `ConfigError` where config.json is no model's at all; all else is a finding."""
+def audit(release: Release, recipe: Recipe | None = None) -> Audit:
+    """Raises `ConfigError` where config.json is no model's at all, and `RecipeError` where the recipe is not for this model;
+    all else is a finding."""
     try:
         args = ModelArgs.from_dict(release.config)
     except ConfigError as error:
         raise ConfigError(f"{release.origin}/config.json: {error}") from None
-    return _Auditor(args, release).run()
+    return _Auditor(args, release).run(recipe)
 
 
 class _Auditor:
@@ -127,8 +112,9 @@ class _Auditor:
         self.seen: set[str] = set()
         self.packed: dict[str, dict[str, Any]] = {}
         self.policy: dict[tuple[str, str], list[str]] = defaultdict(list)  # (component, format) -> tensors
+        self.kept: dict[str, Format | str] = {}  # what it is in, where that is a format that MLX builds have
 
-    def run(self) -> Audit:
+    def run(self, recipe: Recipe | None = None) -> Audit:
         with_mtp = weights.has_mtp(self.args, self.found)
         missing = []
         for spec in weights.stored_inventory(self.args, self.found):
@@ -142,6 +128,8 @@ class _Auditor:
         self._surplus()
         self._precision()
         self._against_config()
+        if recipe is not None:
+            self._against_recipe(recipe, with_mtp)
         mtp = "none" if not self.args.num_nextn_predict_layers else "present" if with_mtp else "absent"
         if mtp == "absent":
             self._say(
@@ -177,17 +165,17 @@ class _Auditor:
         else:
             kind = self._plain(spec, found)
         self.seen.update(parts)
-        component = self.components[spec.component]
-        component.tensors += 1
-        component.parameters += math.prod(spec.shape)
-        component.nbytes += sum(self.found[part].nbytes for part in parts if part in self.found)
-        component.formats[kind] = component.formats.get(kind, 0) + 1
+        nbytes = sum(self.found[part].nbytes for part in parts if part in self.found)
+        self.components[spec.component].add(spec.shape, nbytes, kind)
+        self.kept.setdefault(name, kind)
         self.policy[_policy_part(name), kind].append(name)
 
     def _plain(self, spec: TensorSpec, found: Stored) -> str:
         self._shape(spec.name, found.shape, spec.shape)
         if found.dtype not in FLOATS:
             self._say(FAULT, f"{spec.name} is {found.dtype}: floating point is due, or packed weights with scales")
+        elif found.dtype in DTYPE_NAMES:
+            self.kept[spec.name] = Format(DTYPE_NAMES[found.dtype])
         return FLOATS.get(found.dtype, found.dtype)
 
     def _fp8(self, spec: TensorSpec, found: Stored) -> None:
@@ -213,8 +201,9 @@ class _Auditor:
             last = part.shape[-1] if name.endswith(".weight") else spec.shape[-1] // packing["group_size"]
             self._shape(name, part.shape, (*spec.shape[:-1], last))
         self.packed[path] = packing
-        mode = "" if packing["mode"] == "affine" else f" {packing['mode']}"
-        return f"{packing['bits']} bit{mode}, groups of {packing['group_size']}"
+        scales = DTYPE_NAMES.get(parts[f"{path}.scales"].dtype, "")
+        self.kept[spec.name] = kept = Format(scales, **packing)
+        return str(kept)
 
     def _shape(self, name: str, found: tuple[int, ...], due: tuple[int, ...]) -> None:
         if found != due:
@@ -301,6 +290,33 @@ class _Auditor:
                 f"{self.packed[others[0]]}): mlx-lm's own loader goes by the key",
             )
 
+    def _against_recipe(self, recipe: Recipe, with_mtp: bool) -> None:
+        """That every tensor is kept as the recipe says: bits, group size, mode, dtype, and the dtype of scales."""
+        if weights.is_hf_layout(self.found):
+            self._say(FAULT, f"recipe {recipe.source}: these are the original's tensors; an MLX build is due (convert)")
+            return
+        others: dict[tuple[Rule | None, str, str], list[str]] = defaultdict(list)
+        for name, (due, rule) in recipe.decided(self.args, with_mtp).items():
+            kept = self.kept.get(name)
+            if kept is not None and not _is_as_due(kept, due):
+                others[rule, _told(kept, due), _told(due, kept)].append(name)
+        for (rule, kept, wanted), names in others.items():
+            by = rule or ("no rule names it" if len(names) == 1 else "no rule names them")
+            self._say(FAULT, f"recipe {recipe.source}: {'; '.join(grouped(names))}: {kept}, {wanted} is due: {by}")
+
+
+def _is_as_due(kept: Format | str, due: Format) -> bool:
+    if isinstance(kept, str) or not (kept.is_packed and due.is_packed and kept.mode != "affine"):
+        return kept == due
+    return kept.packing() == due.packing()  # scales of one byte, whatever the recipe's dtype
+
+
+def _told(one: Format | str, other: Format | str) -> str:
+    """A format; with the dtype of its scales, where that alone tells it from the other."""
+    if isinstance(one, Format) and str(one) == str(other):
+        return f"{one} with scales in {one.dtype or 'another dtype'}"
+    return str(one)
+
 
 def _policy_part(name: str) -> str:
     if name.endswith("e_score_correction_bias"):
@@ -338,23 +354,12 @@ def ranges(numbers: list[int]) -> str:
 def cache_sizes(args: ModelArgs) -> dict[str, dict[str, int]]:
     """Bytes of the KV cache of one sequence, by context, where the model runs in 16 bit."""
     sizes = {}
-    for kind, quantization in (("fp16", None), ("int8", _int8(args))):
-        if kind == "int8" and quantization is None:
+    for kind, bits in (("fp16", 16), ("int8", 8)):
+        try:
+            sizes[kind] = {context: Cache.of(args, tokens, bits).main for context, tokens in CONTEXTS.items()}
+        except CacheError:  # no group of values divides this model's widths
             continue
-        each = [sum(cache_bytes(_widths(args, layer), 2, quantization)) for layer in range(args.num_hidden_layers)]
-        sizes[kind] = {context: sum(each) * tokens for context, tokens in CONTEXTS.items()}
     return sizes
-
-
-def _widths(args: ModelArgs, layer: int) -> Widths:
-    return Widths(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim if args.runs_indexer(layer) else 0)
-
-
-def _int8(args: ModelArgs) -> KvQuantization | None:
-    for group in (64, 32):
-        if args.kv_lora_rank % group == 0 and args.qk_rope_head_dim % group == 0:
-            return KvQuantization(8, group)
-    return None
 
 
 # -- what is printed
@@ -369,39 +374,24 @@ def render(found: Audit) -> str:
         "",
     ]
     rows: list[tuple[str, ...]] = [("component", "tensors", "parameters", "GB", "bits a weight", "formats")]
-    total = Component()
     for name, c in found.components.items():
-        formats = "; ".join(f"{kind} ({n})" for kind, n in sorted(c.formats.items(), key=lambda f: -f[1]))
-        rows.append((name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.nbytes / 1e9:.3f}", f"{c.bits:.2f}", formats))
-        total.tensors, total.parameters, total.nbytes = (
-            total.tensors + c.tensors, total.parameters + c.parameters, total.nbytes + c.nbytes,
-        )  # fmt: skip
+        rows.append((name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.nbytes / 1e9:.3f}", f"{c.bits:.2f}", c.told()))
+    total = Component.sum(found.components.values())
     rows.append(
         ("total", f"{total.tensors:,}", f"{total.parameters:,}", f"{total.nbytes / 1e9:.3f}", f"{total.bits:.2f}", "")
     )
-    out += _table(rows, right=(1, 2, 3, 4))
+    out += table(rows, right=(1, 2, 3, 4))
     rows = [("KV cache, GB", *CONTEXTS)]
     rows += [(kind, *(f"{size / 1e9:.2f}" for size in sizes.values())) for kind, sizes in found.cache.items()]
-    out += ["", *_table(rows, right=(1, 2, 3))]
+    out += ["", *table(rows, right=(1, 2, 3))]
     rows = [("memory", *(f"{kind} cache" for kind in found.cache))]
     for memory, kinds in found.fits().items():
         rows.append((f"{memory} GB", *(f"up to {c[-1]}" if c else "no" for c in kinds.values())))
-    out += ["", f"what fits, weights and cache within {USABLE:.0%} of memory, one sequence", *_table(rows)]
+    out += ["", f"what fits, weights and cache within {USABLE:.0%} of memory, one sequence", *table(rows)]
     out += ["", "conventions in force", *(f"  {c}" for c in found.conventions)]
     out += ["", "findings"] if found.findings else ["", "findings: none"]
     out += [f"  {f.severity}: {f.what}" for f in found.findings]
     return "\n".join([*out, "", f"verdict: {found.verdict}"])
-
-
-def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def as_json(found: Audit) -> str:
