@@ -54,7 +54,8 @@ TYPES = {
     "q6_K": Type(256, 210), "q8_K": Type(256, 292),
     "iq1_s": Type(256, 50), "iq1_m": Type(256, 56), "iq2_xxs": Type(256, 66), "iq2_xs": Type(256, 74),
     "iq2_s": Type(256, 82), "iq3_xxs": Type(256, 98), "iq3_s": Type(256, 110), "iq4_nl": Type(32, 18),
-    "iq4_xs": Type(256, 136), "tq1_0": Type(256, 54), "tq2_0": Type(256, 66), "mxfp4": Type(32, 17),
+    "iq4_xs": Type(256, 136), "tq1_0": Type(256, 54), "tq2_0": Type(256, 66), "mxfp4": Type(32, 17), "nvfp4": Type(64, 36),
+    "q1_0": Type(128, 18),
 }  # fmt: skip
 # .. and ik_llama.cpp's own (ggml-common.h, the block structs; ggml.c, row_meta_size), as of August 2026
 IK_TYPES = {

@@ -53,7 +53,9 @@ class Indexer(nn.Module):
 
     def keys_so_far(self, x: mx.array, rotation: Rotation, cache: LayerCache | None) -> mx.array:
         """[B, S, hidden] -> the keys of x behind those in the cache, which keeps them: [B, T, D], normalized and rotated."""
-        k = self.k_norm(self.wk(x))[:, :, None]
+        k = self.k_norm(self.wk(x))[:, :, None].astype(
+            self.k_norm.weight.dtype
+        )  # beside other dtypes it would be float32
         k = tap(self, "k", self._rotate_first(k, rotation)[:, :, 0])
         return k if cache is None else cache.append_index_keys(k)
 

@@ -17,7 +17,7 @@ import pytest
 
 import glm_dsa
 import verify.__main__
-from glm_dsa import KvQuantization, LayerCache, Model, Widths
+from glm_dsa import KvQuantization, LayerCache, Model, Widths, plan, recipe
 from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
@@ -79,18 +79,79 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
         *options_of("judge", capsys),
         *options_of("drift", capsys),
         *options_of("bench", capsys),
+        *options_of("audit", capsys),
+        *options_of("quality", capsys),
+        *options_of_plan(capsys),
         "--drift",  # of python -m tests.carried
         "--json",
         "--version",
         "--max-kv-size",
         *options_of_mlx_lm("generate", capsys),
     }
+    planned: set[str] = set()
     for line in commands():
         named = set(re.findall(r"--[a-z][a-z-]+", line))
         if line.split()[0] in COMMANDS:
-            assert named <= options_of_mlx_lm(line.split()[0], capsys), line
+            own = {"--recipe"} if line.startswith("convert ") else set()
+            assert named <= options_of_mlx_lm(line.split()[0], capsys) | own, line
+        if line.startswith("plan "):
+            planned |= named
         known |= named
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+    assert planned == options_of_plan(capsys) - {"--help"}
+
+
+def options_of_plan(capsys) -> set[str]:
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    return set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+
+
+def test_what_plan_says_of_glm_5_2_is_what_it_says(capsys):
+    written = README.split("<!-- plan -->\n")[1].split("\n<!-- end of plan -->")[0]
+    config = ROOT / "verify" / "configs" / "glm-5.2.json"
+    found = plan.plan(config, recipe.load("glm-5.2-3.5bit"), kv_bits=8)
+    found.source = "glm-5.2.json"
+    text = plan.render(found).split("\n\nconventions")[0]
+    assert written == f"```\n{text}\n```", f"it should read:\n{text}"
+
+
+def test_the_table_of_recipes_is_generated():
+    configs = {"glm-5.2-3.5bit": "glm-5.2", "glm-5.1-4.5bit": "glm-5.1", "glm-4.7-flash-8-5bit": "glm-4.7-flash"}
+    rows = ["| recipe | for | bits a weight | GiB, without MTP |", "|---|---|---|---|"]
+    for name in recipe.kept():
+        rules = recipe.load(name)
+        total = plan.plan(ROOT / "verify" / "configs" / f"{configs[name]}.json", rules).main
+        rows.append(f"| `{name}` | {rules.purpose} | {total.bits:.3f} | {total.nbytes / 2**30:.2f} |")
+    written = README.split("<!-- recipes -->\n")[1].split("\n<!-- end of recipes -->")[0]
+    due = "\n".join(rows)
+    assert written == due, f"the table should read:\n{due}"
+
+
+def test_the_recipe_in_the_readme_is_one(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "r.toml").write_text(text)
+    formats = recipe.load(tmp_path / "r.toml").formats(
+        ModelArgs.from_file(ROOT / "verify" / "configs" / "glm-5.2.json"), with_mtp=True
+    )
+    assert str(formats["model.layers.77.mlp.switch_mlp.down_proj.weight"]) == "4 bit mxfp4, groups of 32"
+    assert str(formats["model.layers.76.mlp.switch_mlp.down_proj.weight"]) == "bf16"
+
+
+def test_the_commands_of_quality_and_audit_run(two_builds, capsys, monkeypatch):
+    monkeypatch.chdir(two_builds)
+    lines = re.findall(r"^python -m verify quality (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert len(lines) == 3
+    named = set()
+    for line in lines:
+        arguments = [a.replace("DIR", "original") for a in shlex.split(line)]
+        small = [] if "--context" in line else ["--context", "32", "--tokens", "100"]
+        assert verify.__main__.main(["quality", *arguments, *small]) == 0, line
+        assert "KL(base || candidate)" in capsys.readouterr().out
+        named |= set(re.findall(r"--[a-z][a-z-]+", line))
+    assert named == options_of("quality", capsys) - {"--help"}
+    lines = re.findall(r"^python -m verify audit (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(lines))) | {"--json", "--help"} == options_of("audit", capsys)
 
 
 def options_of_the_trainer(capsys) -> set[str]:
@@ -133,7 +194,12 @@ def test_every_command_of_the_command_line_runs(registered, tmp_path, capsys, mo
     assert len(commands()) >= 10
     monkeypatch.setattr(sys, "argv", sys.argv)
     for line in commands():
-        paths = {"DIR": folder, "config.json": folder / "config.json", "OUT": tmp_path / "out"}
+        paths = {
+            "DIR": folder,
+            "config.json": folder / "config.json",
+            "OUT": tmp_path / "out",
+            "OUT/build": tmp_path / "build",
+        }
         arguments = [str(paths.get(a, a)).replace("OUT", str(tmp_path / "cache")) for a in shlex.split(line)]
         if arguments[0] in ("server", "lora"):
             continue  # tried in test_mlx_lm.py, and their options above

@@ -1,4 +1,4 @@
-"""`python -m verify audit | drift | bench | judge | faults`: what stands beside the gate itself."""
+"""`python -m verify audit | drift | quality | bench | judge | faults`: what stands beside the gate itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from glm_dsa import recipe
 from glm_dsa.errors import GlmDsaError
 
-from . import audit, bench_command, drift_command, faults, release
+from . import audit, bench_command, drift_command, faults, quality_command, release
 
 RANDOM = 50  # sound checkpoints beside the faults
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     auditing.add_argument("--recipe", metavar="R", help="a build is to follow it: a .toml, or the name of a kept one")
     auditing.add_argument("--json", action="store_true", help="for machines")
     drift_command.add(commands)
+    quality_command.add(commands)
     bench_command.add(commands)
     judging = commands.add_parser(
         "judge",
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _judge(chosen)
     if chosen.command == "drift":
         return drift_command.run(chosen)
+    if chosen.command == "quality":
+        return quality_command.run(chosen)
     if chosen.command == "bench":
         return bench_command.run(chosen)
     return _audit(chosen)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from glm_dsa.errors import GlmDsaError, printable
 
 from . import stages
+from .progress import line
 from .saved import whole
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
     try:
         _check(chosen)
-        with _Progress() as tell:
+        with line() as tell:
             found = compare(
                 chosen.candidate, chosen.against, prompt_file=chosen.prompt_file, length=chosen.tokens, seed=chosen.seed,
                 layers=_layers(chosen.layers), stages=chosen.stages, thorough=chosen.thorough,
@@ -141,14 +141,3 @@ def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], 
                 np.savez(part, **arrays)
 
     return keep
-
-
-class _Progress:
-    """Which run is under way, on a terminal's last line."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        self.bar = tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}  {elapsed}", leave=False, file=sys.stderr)
-        return lambda line: self.bar.set_description_str(printable(line)[:100], refresh=True)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()

@@ -92,6 +92,9 @@ class OurLayers:
 
     def head(self, x: mx.array, rows: slice) -> mx.array:
         """Logits of some tokens of the vocabulary, with the head's own kind of matmul: x [.., hidden] -> [.., rows]."""
+        return self.head_of(rows)(x)
+
+    def head_of(self, rows: slice) -> Callable[[mx.array], mx.array]:
         path = "model.embed_tokens" if self.args.tie_word_embeddings else "lm_head"
         linear: Any = nn.Linear(self.args.hidden_size, rows.stop - rows.start, bias=False)
         holder = nn.Module()
@@ -100,7 +103,7 @@ class OurLayers:
             f"head.{p}": piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
         }
         _load(holder, tensors, self.dtype)
-        return holder.head(x)
+        return holder.head
 
     def experts(self, layer: int, first: int, count: int) -> Experts:
         """Experts `first`, ... of a layer, as the definition's own module."""

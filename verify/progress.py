@@ -5,11 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
+
+from glm_dsa.errors import printable
 
 
 def peak_memory() -> float:
@@ -20,6 +22,16 @@ def peak_memory() -> float:
         return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def line() -> Iterator[Callable[[str], None]]:
+    """What is under way, on a terminal's last line."""
+    bar = tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}  {elapsed}", leave=False, file=sys.stderr)
+    try:
+        yield lambda text: bar.set_description_str(printable(text)[:100], refresh=True)
+    finally:
+        bar.close()
 
 
 class Progress:

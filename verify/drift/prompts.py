@@ -36,7 +36,7 @@ class Prompt:
             raise ValueError(f"{source}: at least 2 token ids in a row are due")
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(f"{source}: token {int(ids.max())} is beyond the vocabulary of {vocabulary}")
-        return cls(ids[None].astype(np.int64), source, ids, _words(folders), note)
+        return cls(ids[None].astype(np.int64), source, ids, words_of(folders), note)
 
 
 def prompt_of(
@@ -92,7 +92,7 @@ def encoded(
             raise ValueError(f"--prompt-file {source}: UTF-8 is due") from None
         except OSError as error:
             raise ValueError(f"--prompt-file {source}: {error.strerror}") from None
-    tokenizer = _tokenizer(folders)
+    tokenizer = tokenizer_of(folders)
     if tokenizer is None:
         raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
     assert text is not None
@@ -117,7 +117,7 @@ def pieces(prompt: Prompt, topk: int, most: int, times: int) -> Array | None:
     return np.unique(found, axis=0) if len(np.unique(found, axis=0)) >= TEXTS else None
 
 
-def _tokenizer(folders: Sequence[Path]) -> Any:
+def tokenizer_of(folders: Sequence[Path]) -> Any:
     from tokenizers import Tokenizer
 
     for folder in folders:
@@ -131,8 +131,8 @@ def _tokenizer(folders: Sequence[Path]) -> Any:
     return None
 
 
-def _words(folders: Sequence[Path]) -> Callable[[Any], str]:
-    tokenizer = _tokenizer(folders)
+def words_of(folders: Sequence[Path]) -> Callable[[Any], str]:
+    tokenizer = tokenizer_of(folders)
 
     @cache
     def word(token: int) -> str:

@@ -1,0 +1,332 @@
+"""`python -m verify quality`: figures held to a direct computation, to mlx-lm's, and to what they must be where it is known."""
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+from mlx_lm.perplexity import eval_ppl
+
+import glm_dsa
+from glm_dsa.__main__ import main as converting
+from reference import checkpoints
+from verify import faults
+from verify.__main__ import main
+from verify.cases import TRAINED, probes
+from verify.drift import sides
+from verify.quality import measure
+from verify.quality.figures import Gathered, Quality
+from verify.quality.windows import Text, is_plain
+
+BASE = TRAINED / "interleaved"
+LENGTH, CONTEXT, STRIDE = 400, 128, 64
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """The trained checkpoint in 4 bit, groups of 32."""
+    out = tmp_path_factory.mktemp("quality") / "4bit"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [])
+        arguments = ["convert", "--hf-path", BASE, "--mlx-path", out, "-q", "--q-bits", "4", "--q-group-size", "32"]
+        assert converting(list(map(str, arguments))) == 0
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unregistered():
+    import pkgutil
+    import sys
+
+    kept = {(o, n): getattr(pkgutil.resolve_name(o), n) for o, n in glm_dsa.mlx_lm.WRAPPERS}
+    modules = {t: sys.modules.get(f"mlx_lm.models.{t}") for t in glm_dsa.mlx_lm.MODEL_TYPES}
+    yield
+    for (owner, name), original in kept.items():
+        setattr(pkgutil.resolve_name(owner), name, original)
+    for name, module in modules.items():
+        if module is None:
+            sys.modules.pop(f"mlx_lm.models.{name}", None)
+        else:
+            sys.modules[f"mlx_lm.models.{name}"] = module
+
+
+@pytest.fixture(scope="module")
+def found(build):
+    return measure(str(build), str(BASE), length=LENGTH, context=CONTEXT, stride=STRIDE)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    from tokenizers import Tokenizer
+
+    text = "\n".join(probes()["texts"])
+    return np.array(Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(text).ids)[:LENGTH]
+
+
+def logits_of(folder, windows):
+    """Of the whole model at once, float32 [n, S, V]."""
+    model = glm_dsa.load(folder, dtype=mx.float32)
+    model.set_dtype(mx.float32)
+    return [torch.from_numpy(np.array(model(mx.array(w[None]))[0])).double() for w in windows]
+
+
+def close(found, due, share=1e-6):
+    assert found == pytest.approx(due, rel=share)
+
+
+# -- against a direct computation
+
+
+def test_kl_and_agreement_are_those_of_the_whole_models(found, build, ids):
+    """torch, in float64, on one run of each whole model per window; each token once, in its last window."""
+    begins = range(0, LENGTH - CONTEXT + STRIDE, STRIDE)
+    windows = [ids[b : b + CONTEXT] for b in begins]
+    base, mine = logits_of(BASE, windows), logits_of(build, windows)
+    kl, top1, top5, done = [], [], [], 1
+    for begin, p, q in zip(begins, base, mine, strict=True):
+        rows = slice(done - begin - 1, len(p) - 1)
+        logp, logq = (torch.log_softmax(x[rows], -1) for x in (p, q))
+        kl.append(torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="none").sum(-1))
+        top1.append((logp.argmax(-1) == logq.argmax(-1)).double())
+        best = [set(map(int, r)) for r in logp.topk(5).indices], [set(map(int, r)) for r in logq.topk(5).indices]
+        top5 += [len(a & b) / 5 for a, b in zip(*best, strict=True)]
+        done = begin + len(p)
+    kl, top1 = torch.cat(kl).numpy(), torch.cat(top1).numpy()
+    assert len(kl) == LENGTH - 1
+    close(found.kl.value, kl.mean())
+    close(found.kl.error, kl.std(ddof=1) / math.sqrt(len(kl)))
+    for name, share in (("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)):
+        close(found.percentiles[name], np.quantile(kl, share))
+    close(found.top1.value, top1.mean())
+    close(found.top5.value, np.mean(top5))
+    assert found.worst[0] == int(kl.argmax()) + 1
+    assert 1e-4 < found.kl.value < 1  # 4 bit costs something
+    assert found.top1.value < 1
+
+
+def test_perplexities_are_those_of_the_whole_models(found, build, ids):
+    for folder, side in ((BASE, 0), (build, 1)):
+        plain = [ids[b : b + CONTEXT] for b in range(0, LENGTH - CONTEXT + 1, CONTEXT)]
+        nll = [nll_of(x, w) for x, w in zip(logits_of(folder, plain), plain, strict=True)]
+        close(found.plain[side].value, math.exp(np.concatenate(nll).mean()))
+        assert found.plain[side].tokens == len(plain) * (CONTEXT - 1)
+        begins = range(0, LENGTH - CONTEXT + STRIDE, STRIDE)
+        windows = [ids[b : b + CONTEXT] for b in begins]
+        strided, done = [], 1
+        for begin, x, w in zip(begins, logits_of(folder, windows), windows, strict=True):
+            strided.append(nll_of(x, w)[done - begin - 1 :])
+            done = begin + len(w)
+        strided = np.concatenate(strided)
+        assert found.strided[side].tokens == strided.size == LENGTH - 1
+        close(found.strided[side].value, math.exp(strided.mean()))
+        # the trained checkpoint's tokens are bytes, but for the special ones
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
+        scored = len("\n".join(probes()["texts"]).encode()[: len(tokenizer.decode(ids.tolist()).encode())])
+        first = len(tokenizer.decode(ids[:1].tolist()).encode())
+        close(found.bits_per_byte[side], strided.sum() / math.log(2) / (scored - first))
+
+
+def nll_of(logits, window):
+    logp = torch.log_softmax(logits[:-1], -1)
+    return -logp[torch.arange(len(window) - 1), torch.from_numpy(window[1:])].numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mlx_lms_perplexity_is_the_same(dtype, build, ids, registered, capsys):
+    """To its printed digits, on the same tokens; a window at a time, as here."""
+    model, _ = mlx_lm.load(str(build))
+    model.set_dtype(getattr(mx, dtype))
+    data = mx.array(ids[: LENGTH // CONTEXT * CONTEXT].reshape(-1, CONTEXT))
+    value, error = eval_ppl(model, data, batch_size=1)
+    found = measure(
+        f"{build},dtype={dtype}", str(BASE), token_ids=ids.tolist(), context=CONTEXT, stride=CONTEXT
+    ).plain[1]  # fmt: skip
+    # mlx-lm's model ends one token earlier in each window: it does not run what nothing follows
+    assert f"{found.value:.3f} ± {found.error:.3f}" == f"{value:.3f} ± {error:.3f}"
+
+
+def test_streaming_gives_the_same(found, build, monkeypatch):
+    """A layer at a time, embedding and head in rows, as for what does not fit."""
+    monkeypatch.setattr(sides, "SMALL", 0)
+    streamed = measure(str(build), str(BASE), length=LENGTH, context=CONTEXT, stride=STRIDE)
+    close(streamed.kl.value, found.kl.value, 1e-4)
+    close(streamed.strided[1].value, found.strided[1].value)
+    close(streamed.plain[0].value, found.plain[0].value)
+
+
+def test_hf_on_the_same_weights_is_as_near_as_float32(found):
+    with_hf = measure(str(BASE), f"hf@{BASE}", length=200, context=100, stride=100)
+    assert with_hf.kl.value < 1e-7
+    assert with_hf.top1.value == 1
+    assert found.kl.value > 1e4 * with_hf.kl.value
+
+
+def test_a_packed_cache_costs_something():
+    found = measure(f"{BASE},kv_bits=4,kv_group_size=32", str(BASE), length=200, context=100, stride=50)
+    assert 1e-7 < found.kl.value < 1
+    model = glm_dsa.load(BASE, dtype=mx.float32)
+    model.set_dtype(mx.float32)
+    tokens = mx.array(np.array([[5, 9, 31, 7, 8, 20, 41, 9]]))
+    packed = model(tokens, model.make_cache(kv_bits=4, kv_group_size=32))
+    again = measure(
+        f"{BASE},kv_bits=4,kv_group_size=32", str(BASE), token_ids=tokens[0].tolist(), context=8, stride=8
+    )  # fmt: skip
+    p, q = (torch.log_softmax(torch.from_numpy(np.array(x[0, :-1])).double(), -1) for x in (model(tokens), packed))
+    close(again.kl.value, (p.exp() * (p - q)).sum(-1).mean().item(), 1e-5)
+
+
+def test_the_same_model_twice_is_exactly_itself():
+    found = measure(str(BASE), str(BASE), length=100, context=64, stride=32)
+    assert found.kl.value == found.percentiles["max"] == 0
+    assert found.top1.value == found.top5.value == 1
+    assert found.strided[0] == found.strided[1]
+
+
+def test_a_wrong_model_is_told():
+    """An indexer run under the other layout, on windows beyond index_topk."""
+    found = measure(f"{BASE},indexer_rope=half-split", str(BASE), length=300, context=300, stride=300)
+    with faults.seeded("router-no-scale"):
+        other = measure(str(BASE), f"hf@{BASE}", length=100, context=100, stride=100)
+    assert found.kl.value > 1e-3
+    assert other.kl.value > 1e-2
+
+
+# -- windows
+
+
+@settings(max_examples=200, deadline=None)
+@for_all(st.integers(2, 300), st.integers(1, 40), st.integers(1, 10))
+def test_every_token_is_scored_once_with_as_much_context_as_there_is(count, stride, times):
+    context = max(2, stride * times)
+    if context % stride:
+        stride = 1
+    windows = Text(np.zeros(count, np.int64), "").windows(context, stride)
+    scored = [t for w in windows for t in range(w.scored, w.end)]
+    assert scored == list(range(1, count))
+    for w in windows:
+        assert w.length <= context
+        assert list(range(w.scored - 1 - w.begin, w.length - 1)) == list(range(w.fresh.start, w.fresh.stop))
+        assert w.begin == 0 or w.scored - w.begin >= context - stride
+    plain = [w for w in windows if is_plain(w, context, count)]
+    assert [w.begin for w in plain] == (list(range(0, count - context + 1, context)) if count >= context else [0])
+
+
+# -- figures
+
+
+def test_figures_where_they_are_known():
+    """Uniform predictions: perplexity V; the same in all but one place: a KL by hand."""
+    found, width = Gathered(), 7
+    base, mine = np.zeros((3, width), np.float32), np.zeros((3, width), np.float32)
+    mine[1, 2] = math.log(8)  # 8 of 14 there, 1 of 14 elsewhere
+    found.add(base, mine, np.array([0, 2, 3]), np.ones(3, bool), True)
+    quality = Quality.of(
+        found, nbytes=6, candidate="", base="", source="", tokens=4, context=4, stride=4, windows=1
+    )  # fmt: skip
+    close(quality.strided[0].value, 7)
+    close(quality.strided[1].value, (7 * 14 / 8 * 7) ** (1 / 3))
+    kl = sum(math.log((1 / 7) / q) / 7 for q in [8 / 14, *[1 / 14] * 6])
+    close(quality.kl.value, kl / 3)
+    close(quality.percentiles["max"], kl)
+    assert quality.percentiles["median"] == 0
+    close(quality.bits_per_byte[0], 3 * math.log2(7) / 6)
+    assert quality.worst[0] == 2
+
+
+def test_kl_is_summed_over_the_whole_vocabulary_in_float64():
+    """Half of the mass in 100,000 tokens of 5e-6 each, on which both differ by a tenth: float32 would lose digits."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 1, (2, 100_000)).astype(np.float32)
+    mine = base + rng.normal(0, 0.1, base.shape).astype(np.float32)
+    found = Gathered()
+    found.add(base, mine, np.array([1, 2]), np.ones(2, bool), False)
+    p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (base, mine))
+    np.testing.assert_allclose(found.kl[0], (p.exp() * (p - q)).sum(-1).numpy(), rtol=1e-10)
+
+
+# -- the command
+
+
+def test_the_command(build, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The lightning indexer scores every key. Ünïcode too. " * 6, encoding="utf-8")
+    arguments = [str(build), "--against", str(BASE), "--text", str(text), "--context", "64"]
+    assert main(["quality", *arguments, "--json", str(tmp_path / "q.json")]) == 0
+    out = capsys.readouterr().out
+    said = json.loads((tmp_path / "q.json").read_text())
+    assert f"{said['kl']['mean']:.6g}" in out
+    assert said["stride"] == 32
+    assert said["versions"] in out
+    assert "python -m verify" in said["command"]
+    assert said["perplexity"]["plain"]["base"]["tokens"] % 63 == 0
+    assert said["bits_per_byte"]["base"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--against", BASE], "no such folder"),
+        ([BASE, "--against", BASE, "--stride", "100"], "--stride 100: a divisor of --context 2048"),
+        ([BASE, "--against", BASE, "--context", "1"], "--context 1"),
+        ([BASE, "--against", BASE, "--tokens", "1"], "--tokens 1"),
+        ([BASE, "--against", BASE, "--text", "nowhere.txt"], "--text nowhere.txt: No such file"),
+        ([BASE, "--against", BASE, "--text", TRAINED], "--text"),
+        ([BASE, "--against", BASE, "--json", "nowhere/x.json"], "--json nowhere/x.json"),
+        ([f"{BASE},device=gpu", "--against", BASE, "--tokens", "9"], "device=gpu"),
+        ([f"{BASE},kv_bits=7", "--against", BASE, "--tokens", "9"], "bits 7"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, said, capsys):
+    if "device=gpu" in str(arguments[0]) and mx.metal.is_available():
+        pytest.skip("there is a GPU here")
+    assert main(["quality", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("verify: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_text_is_due_where_none_is_kept(tmp_path, capsys):
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.tiny(num_hidden_layers=4))
+    assert main(["quality", str(folder), "--against", str(folder)]) == 1
+    assert "--text F is due" in capsys.readouterr().err
+    text = tmp_path / "t.txt"
+    text.write_text("some text")
+    assert main(["quality", str(folder), "--against", str(folder), "--text", str(text)]) == 1
+    assert "a tokenizer.json is due" in capsys.readouterr().err
+    assert main(["quality", str(folder), "--against", str(BASE), "--text", str(text)]) == 1
+    assert "vocabularies of" in capsys.readouterr().err
+
+
+def test_logits_that_are_not_finite_are_no_figures(tmp_path, capsys):
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.tiny(num_hidden_layers=4))
+    import verify.quality.runs as runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.OurRun, "logits", lambda self, window, rows: np.full((3, 160), np.nan, np.float32))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            measure(str(folder), str(folder), token_ids=[5, 6, 7, 8])
+
+
+def test_files_of_other_tokenizers_are_refused(build, tmp_path):
+    import shutil
+
+    other = Path(shutil.copytree(build, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.get)[40:42]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = tmp_path / "t.txt"
+    text.write_text("".join(chr(c) for c in range(32, 127)))
+    with pytest.raises(ValueError, match="cut it differently"):
+        measure(str(other), str(BASE), text=text)

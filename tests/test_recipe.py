@@ -1,0 +1,398 @@
+"""Recipes: planned, converted and audited alike, to the byte; and what is no recipe is refused in a line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import glm_dsa
+from glm_dsa import Model, ModelArgs, plan, recipe, weights
+from glm_dsa.__main__ import main
+from glm_dsa.errors import RecipeError
+from glm_dsa.mlx_lm import ByRecipe
+from glm_dsa.model import parameters_of
+from reference import checkpoints
+from verify import audit, release
+from verify.__main__ import main as verifying
+
+FOR = {"glm-5.2-3.5bit": checkpoints.packable, "glm-5.1-4.5bit": checkpoints.packable, "glm-4.7-flash-8-5bit": None}
+
+
+def flash():
+    wide = {
+        "kv_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "q_lora_rank": 64,
+        "intermediate_size": 128, "moe_intermediate_size": 64, "vocab_size": 320,
+    }  # fmt: skip
+    return checkpoints.glm_4_7(**wide)
+
+
+def config_of(name):
+    return flash() if FOR[name] is None else FOR[name](num_hidden_layers=5, first_k_dense_replace=1)
+
+
+def stored(folder):
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def faults(folder, rules):
+    found = audit.audit(release.headers_of(str(folder)), rules)
+    return [f.what for f in found.findings if f.severity == audit.FAULT]
+
+
+@pytest.fixture(scope="module", params=sorted(FOR))
+def build(request, tmp_path_factory):
+    """(recipe's name, a small checkpoint converted with it by the command)."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    source = checkpoints.write_tokenizer(checkpoints.write(folder / "hf", config_of(name)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [])
+        code = main(["convert", "--hf-path", str(source), "--mlx-path", str(folder / "mlx"), "--recipe", name])
+    assert code == 0
+    return name, folder / "mlx"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unregistered():
+    """What convert registers is for this process: other modules begin without."""
+    import pkgutil
+    import sys
+
+    kept = {(o, n): getattr(pkgutil.resolve_name(o), n) for o, n in glm_dsa.mlx_lm.WRAPPERS}
+    modules = {t: sys.modules.get(f"mlx_lm.models.{t}") for t in glm_dsa.mlx_lm.MODEL_TYPES}
+    yield
+    for (owner, name), original in kept.items():
+        setattr(pkgutil.resolve_name(owner), name, original)
+    for name, module in modules.items():
+        if module is None:
+            sys.modules.pop(f"mlx_lm.models.{name}", None)
+        else:
+            sys.modules[f"mlx_lm.models.{name}"] = module
+
+
+# -- converted
+
+
+def test_kept_recipes_are_these():
+    assert recipe.kept() == sorted(FOR)
+    for name in FOR:
+        assert len(recipe.load(name).purpose) > 20
+
+
+def test_planned_bytes_are_the_files(build):
+    """Of all tensors together, of each, and by component."""
+    name, folder = build
+    rules, args = recipe.load(name), ModelArgs.from_file(folder)
+    formats, found = rules.formats(args, with_mtp=True), stored(folder)
+    for spec in weights.module_inventory(args):
+        parts = [found[part] for part in weights.stored_parts(spec.name, found)]
+        assert formats[spec.name].nbytes(spec.shape) == sum(t.nbytes for t in parts), spec.name
+    planned, there = plan.plan(folder, rules), plan.plan(folder)
+    assert planned.components == there.components
+    assert planned.mtp == there.mtp
+    assert planned.main.nbytes + planned.mtp.nbytes == sum(t.nbytes for t in found.values())
+
+
+def test_audit_accepts_the_build(build, capsys):
+    name, folder = build
+    assert faults(folder, recipe.load(name)) == []
+    assert verifying(["audit", str(folder), "--recipe", name]) == 0
+    assert "headers are as they should be" in capsys.readouterr().out
+
+
+def test_the_build_runs_and_mlx_lm_loads_it_by_its_config(build, registered):
+    """Bits a module stand in config.json: stock loading goes by them."""
+    _, folder = build
+    ours, (theirs, _) = glm_dsa.load(folder), mlx_lm.load(str(folder))
+    tokens = mx.array([[5, 9, 31, 7, 8]])
+    assert mx.isfinite(ours(tokens)).all()
+    assert mx.array_equal(ours(tokens), theirs(tokens))
+    said = json.loads((folder / "config.json").read_text())["quantization"]
+    bits = {p: m.bits for p, m in ours.named_modules() if hasattr(m, "bits")}
+    assert {p: said[p]["bits"] for p in bits} == bits
+
+
+def test_audit_rejects_one_tensor_off(build, tmp_path):
+    """A tensor of each kind: packed in other bits, unpacked, in another dtype, scales in another dtype."""
+    name, folder = build
+    rules, args = recipe.load(name), ModelArgs.from_file(folder)
+    formats = rules.formats(args, with_mtp=True)
+    packed = next(n for n, f in formats.items() if f.is_packed and "o_proj" in n)
+    plain = next(n for n, f in formats.items() if not f.is_packed and f.dtype == "bfloat16")
+    path, kept = packed.removesuffix("weight"), formats[packed]
+    others = {"bits": 8 if kept.bits < 8 else 4}
+    changes = {
+        "bits": lambda t: requantized(t, packed, kept, **others),
+        "group": lambda t: requantized(t, packed, kept, group_size=32),
+        "unpacked": lambda t: unpacked(t, packed, kept),
+        "dtype": lambda t: t | {plain: t[plain].float()},
+        "half": lambda t: t | {plain: t[plain].half()},
+        "scales": lambda t: t | {f"{path}{part}": t[f"{path}{part}"].half() for part in ("scales", "biases")},
+    }
+    for what, change in changes.items():
+        other = Path(shutil.copytree(folder, tmp_path / what))
+        (file,) = other.glob("*.safetensors")
+        save_file(change(load_file(file)), file, {"format": "mlx"})
+        (other / "model.safetensors.index.json").unlink()
+        found = faults(other, rules)
+        assert len(found) == 1, (what, found)
+        assert (plain if what in ("dtype", "half") else packed) in found[0]
+        assert f"recipe {name}" in found[0]
+        assert "is due" in found[0]
+
+
+def requantized(tensors, name, kept, **changes):
+    import torch
+
+    path = name.removesuffix(".weight")
+    parts = [mx.array(tensors[f"{path}.{p}"].view(torch.uint8).numpy()) for p in ("weight", "scales", "biases")]
+    words, scales, biases = (p.view(mx.uint32 if i == 0 else mx.bfloat16) for i, p in enumerate(parts))
+    plain = mx.dequantize(words, scales, biases, **kept.packing())
+    new = mx.quantize(plain, **{**kept.packing(), **changes})
+    views = [torch.from_numpy(np.array(p.view(mx.uint8))) for p in new]
+    kinds = (torch.uint32, torch.bfloat16, torch.bfloat16)
+    return tensors | {
+        f"{path}.{p}": v.view(kind) for p, v, kind in zip(("weight", "scales", "biases"), views, kinds, strict=True)
+    }
+
+
+def unpacked(tensors, name, kept):
+    import torch
+
+    path = name.removesuffix(".weight")
+    rows = tensors[name].shape[0]
+    width = tensors[f"{path}.scales"].shape[-1] * kept.group_size
+    left = {n: t for n, t in tensors.items() if not n.startswith(f"{path}.")}
+    return left | {name: torch.zeros(rows, width, dtype=torch.bfloat16)}
+
+
+def test_a_recipe_is_for_mlx_builds(tmp_path, capsys):
+    source = checkpoints.write(tmp_path / "hf", config_of("glm-5.1-4.5bit"))
+    assert verifying(["audit", str(source), "--recipe", "glm-5.1-4.5bit"]) == 1
+    assert "an MLX build is due (convert)" in capsys.readouterr().out
+
+
+def test_another_models_recipe_is_refused_in_a_line(tmp_path, capsys):
+    source = checkpoints.write(tmp_path / "hf", flash())
+    assert verifying(["audit", str(source), "--recipe", "glm-5.2-3.5bit"]) in (0, 1)
+    capsys.readouterr()
+    assert main(["plan", str(source), "--recipe", "glm-5.2-3.5bit"]) == 1
+    error = capsys.readouterr().err
+    assert "rule 5 (indexer: fp16) matches no tensor of this model" in error
+    assert error.count("\n") == 1
+
+
+# -- conversion
+
+
+def test_convert_refuses_options_that_a_recipe_decides(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    source = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4)))
+    for extra in (["--q-bits", "4"], ["--dtype", "float16"], ["-d"], ["--q-mode", "mxfp4"], ["--q-group-size", "32"],
+                  ["--quant-predicate", "mixed_3_6"]):  # fmt: skip
+        out = tmp_path / "out"
+        arguments = ["convert", "--hf-path", str(source), "--mlx-path", str(out), "--recipe", "glm-5.1-4.5bit", *extra]
+        assert main(arguments) == 1, extra
+        error = capsys.readouterr().err
+        assert "conflict: a recipe says all of it" in error
+        assert not out.exists()
+
+
+def test_convert_refuses_before_it_reads_anything(tmp_path, capsys):
+    assert main(["convert", "--hf-path", str(tmp_path), "--mlx-path", str(tmp_path / "o"), "--recipe", "none"]) == 1
+    assert capsys.readouterr().err.startswith("glm-dsa: none: no recipe")
+
+
+def test_convert_says_that_it_takes_recipes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    assert "--recipe R" in capsys.readouterr().out
+
+
+def test_a_packed_source_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    source = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4)))
+    once = ["convert", "--hf-path", str(source), "--mlx-path", str(tmp_path / "a"), "--recipe", "glm-5.1-4.5bit"]
+    assert main(once) == 0
+    again = [
+        "convert",
+        "--hf-path",
+        str(tmp_path / "a"),
+        "--mlx-path",
+        str(tmp_path / "b"),
+        "--recipe",
+        "glm-5.1-4.5bit",
+    ]
+    assert main(again) == 1
+    assert "is packed already" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+WIDE = ModelArgs.from_dict(checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1))
+PACKINGS = st.one_of(
+    st.builds(
+        lambda b, g: f"bits = {b}\ngroup_size = {g}", st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64])
+    ),
+    st.sampled_from(['mode = "mxfp4"', 'mode = "mxfp8"', 'mode = "nvfp4"', "bits = 4"]),
+    st.builds(lambda d: f'dtype = "{d}"', st.sampled_from(["float32", "float16", "bfloat16"])),
+)
+PLACES = st.one_of(
+    st.builds(
+        lambda cs: f"component = {json.dumps(cs)}",
+        st.lists(st.sampled_from(["embedding", "head", "attention", "indexer", "dense mlp", "experts", "shared experts", "mtp"]),
+                 min_size=1, max_size=3, unique=True),
+    ),
+    st.sampled_from(['tensors = "*"', 'tensors = "*_proj.weight"', 'layers = "0-2"', 'layers = 3\ncomponent = "experts"']),
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@for_all(
+    st.lists(st.tuples(PLACES, PACKINGS), min_size=1, max_size=5), st.sampled_from(["bfloat16", "float16", "float32"])
+)
+def test_any_recipe_makes_what_it_plans(rules, dtype):
+    """Packed by mlx itself: of every tensor bits, groups, mode and bytes; what the last rule says, that was done."""
+    text = f'dtype = "{dtype}"\n' + "".join(f"[[rule]]\n{place}\n{how}\n" for place, how in rules)
+    import tomllib
+
+    predicate = ByRecipe(recipe.parse(tomllib.loads(text), "any"))
+    model = Model(WIDE)
+    predicate.prepare(model)
+    nn.quantize(model, class_predicate=lambda p, m: hasattr(m, "to_quantized") and predicate(p, m))
+    predicate.check(model)
+    found = parameters_of(model)
+    components = plan.of_recipe(WIDE, predicate.recipe, with_mtp=True)
+    assert sum(c.nbytes for c in components.values()) == sum(a.nbytes for a in found.values())
+    assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == mx.float32
+
+
+def test_what_can_be_packed_is_what_has_a_packed_form():
+    model = Model(WIDE)
+    can = {f"{p}.weight" for p, m in model.named_modules() if hasattr(m, "to_quantized")}
+    assert {s.name for s in weights.module_inventory(WIDE) if s.is_packable} == can
+    assert {s.name: s.shape for s in weights.module_inventory(WIDE)} == {
+        n: a.shape for n, a in parameters_of(model).items()
+    }
+
+
+def test_a_build_that_is_not_as_planned_is_not_written(monkeypatch):
+    predicate = ByRecipe(recipe.load("glm-5.1-4.5bit"))
+    model = Model(WIDE)
+    predicate.prepare(model)
+    with pytest.raises(RecipeError, match="were planned; nothing written"):
+        predicate.check(model)
+
+
+# -- what a recipe says
+
+
+def parsed(text):
+    import tomllib
+
+    return recipe.parse(tomllib.loads(text), "r.toml")
+
+
+def test_the_last_rule_that_matches_decides():
+    rules = parsed(
+        """
+        [[rule]]
+        tensors = "*"
+        bits = 8
+        [[rule]]
+        component = "attention"
+        bits = 4
+        [[rule]]
+        tensors = "*.o_proj.weight"
+        layers = "1-2,4"
+        dtype = "float32"
+        """
+    )
+    formats = {n: str(f) for n, f in rules.formats(WIDE, True).items()}
+    assert formats["model.layers.0.self_attn.o_proj.weight"] == "4 bit, groups of 64"
+    assert formats["model.layers.1.self_attn.o_proj.weight"] == "fp32"
+    assert formats["model.layers.4.self_attn.o_proj.weight"] == "fp32"  # the MTP layer
+    assert formats["model.layers.0.self_attn.indexer.wk.weight"] == "8 bit, groups of 64"
+    assert formats["model.layers.1.mlp.gate.weight"] == "bf16"  # the router cannot be packed, and is passed by
+    assert formats["model.norm.weight"] == "bf16"
+
+
+def test_parts_of_the_mtp_layer_follow_the_rules_of_their_kind():
+    rules = parsed('[[rule]]\ncomponent="experts"\nbits=3\n[[rule]]\ncomponent="attention"\nbits=4')
+    formats = {n: str(f) for n, f in rules.formats(WIDE, True).items()}
+    assert formats["model.layers.4.mlp.switch_mlp.up_proj.weight"] == "3 bit, groups of 64"
+    assert formats["model.layers.4.eh_proj.weight"] == "bf16"
+    rules = parsed('[[rule]]\ncomponent="experts"\nbits=3\n[[rule]]\ncomponent="mtp"\nbits=8')
+    formats = {n: str(f) for n, f in rules.formats(WIDE, True).items()}
+    assert formats["model.layers.4.mlp.switch_mlp.up_proj.weight"] == "8 bit, groups of 64"
+    assert formats["model.layers.3.mlp.switch_mlp.up_proj.weight"] == "3 bit, groups of 64"
+
+
+BAD = {
+    '[[rule]]\ncomponent = "mla"\nbits = 4': r"rule 1: unknown component 'mla'; known are embedding",
+    '[[rule]]\ncomponent = "experts"\nbits = 7': r"rule 1: bits = 7: one of 2, 3, 4, 5, 6, 8",
+    '[[rule]]\ncomponent = "experts"\nbits = "4"': r"rule 1: bits = '4'",
+    '[[rule]]\ncomponent = "experts"\nbits = true': r"rule 1: bits = True",
+    '[[rule]]\ncomponent = "experts"\nbits = 4\ngroup_size = 48': r"group_size = 48: one of 32, 64, 128",
+    '[[rule]]\ncomponent = "experts"\nbits = 4\ngroup_size = 128': r"gate_proj.weight has rows of 64, which groups of 128",
+    '[[rule]]\ncomponent = "experts"\nbits = 3\nmode = "mxfp4"': r"bits = 3 and mode 'mxfp4' conflict",
+    '[[rule]]\ncomponent = "experts"\nmode = "mxfp5"': r"mode 'mxfp5': one of affine, mxfp4, mxfp8, nvfp4",
+    '[[rule]]\ncomponent = "experts"\nbits = 4\ndtype = "float16"': r"dtype and bits conflict",
+    '[[rule]]\ncomponent = "experts"\ndtype = "fp16"': r"dtype = 'fp16': one of float32, bfloat16, float16",
+    '[[rule]]\ncomponent = "experts"': r"bits .* or dtype is due",
+    '[[rule]]\ncomponent = "experts"\ngroup_size = 64': r"bits .* or dtype is due",
+    "[[rule]]\nbits = 4": r"what is it for\?",
+    '[[rule]]\ncomponent = "experts"\nbit = 4': r"unknown key 'bit'",
+    '[[rule]]\ntensors = "*.no_proj.weight"\nbits = 4': r"matches no tensor of this model",
+    '[[rule]]\ncomponent = "experts"\nlayers = "0"\nbits = 4': r"matches no tensor of this model",
+    '[[rule]]\ncomponent = "experts"\nlayers = "9-3"\nbits = 4': r"from the lower number to the higher",
+    '[[rule]]\ncomponent = "experts"\nlayers = "some"\nbits = 4': r"layers = 'some': numbers and ranges",
+    '[[rule]]\ncomponent = "experts"\nlayers = 1.5\nbits = 4': r"layers = 1.5",
+    '[[rule]]\ncomponent = "router"\nbits = 8': r"mlp.gate.weight cannot be packed",
+    '[[rule]]\ncomponent = ["attention", "norms"]\nbits = 8': r"layernorm.weight cannot be packed",
+    '[[rule]]\ntensors = "*correction_bias"\ndtype = "bfloat16"': r"is kept in float32, always",
+    '[[rule]]\ntensors = 3\nbits = 4': r"tensors = 3: a pattern",
+    '[[rule]]\ncomponent = [3]\nbits = 4': r"component = \[3\]",
+    "rule = 3": r"no rules",
+    "": r"no rules",
+    "x = 1": r"unknown key 'x'",
+    "name = 3\n[[rule]]": r"name = 3: a text is due",
+    "dtype = 'int8'\n[[rule]]": r"dtype = 'int8'",
+    "[[rule": r"not valid TOML",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", sorted(BAD))
+def test_bad_recipes_are_one_line_that_says_what_and_where(text, tmp_path, capsys):
+    file, config = tmp_path / "r.toml", tmp_path / "config.json"
+    file.write_text(text)
+    config.write_text(json.dumps(checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1)))
+    assert main(["plan", str(config), "--recipe", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"glm-dsa: {file}: ")
+    assert re.search(BAD[text], error), error
+    assert error.count("\n") == 1
+
+
+def test_files_that_are_no_recipes(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(checkpoints.packable()))
+    binary = tmp_path / "b.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    large = tmp_path / "l.toml"
+    large.write_bytes(b"#" * (recipe.LARGEST + 1))
+    for file, said in ((tmp_path, "no recipe"), (binary, "not valid TOML"), (large, "a recipe has at most")):
+        assert main(["plan", str(config), "--recipe", str(file)]) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
