@@ -256,9 +256,9 @@ def test_a_config_alone_that_says_packed(tmp_path, capsys):
 def test_a_folder_with_a_tensor_missing(tmp_path, capsys):
     params = checkpoints.packable(num_hidden_layers=4)
     formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
-    del formats["model.layers.1.mlp.gate.weight"]
+    del formats["model.layers.3.mlp.gate.weight"]
     write_sparse(tmp_path / "build", params, formats)
-    assert "model.layers.1.mlp.gate.weight: missing" in refused(capsys, tmp_path / "build")
+    assert "model.layers.3.mlp.gate.weight: missing" in refused(capsys, tmp_path / "build")
 
 
 # -- memory
@@ -284,15 +284,17 @@ def test_the_cache_planned_is_the_cache_that_is_there(bits):
     assert found.mtp == caches[-1].latents.nbytes + caches[-1].index_keys.nbytes
 
 
-@pytest.mark.parametrize(("chunk", "elements"), [(128, 1 << 19), (512, 1 << 19), (256, 1 << 22)])
+@pytest.mark.parametrize(("chunk", "elements"), [(256, 1 << 18), (128, 1 << 20)])
 def test_prefill_takes_no_more_than_is_said(chunk, elements, monkeypatch):
     """And no less than a twelfth: a plan's other figures are exact, this one is a bound."""
     monkeypatch.setitem(tiles.ELEMENTS, mx.DeviceType.cpu, elements)
     config = json.loads((ROOT / "verify" / "bench" / "eighth.json").read_text())
-    args = ModelArgs.from_dict(config | {"num_hidden_layers": 4, "n_routed_experts": 16, "vocab_size": 320})
+    args = ModelArgs.from_dict(
+        config | {"num_hidden_layers": 4, "n_routed_experts": 16, "vocab_size": 320, "index_topk": 256}
+    )
     model = Model(args)
     mx.eval(model.parameters())
-    caches, context = model.make_cache(), 8192
+    caches, context = model.make_cache(), 2048
     for cache in caches:
         cache.append(mx.random.normal((1, context, cache.widths.latent + cache.widths.rope)))
         if cache.has_indexer:

@@ -47,8 +47,8 @@ class Text:
     nbytes: int = 0
 
     def windows(self, context: int, stride: int) -> list[Window]:
-        """Every `stride` tokens one of `context`; the last ends with the text. Those that begin at multiples of `context` and
-        are whole are the plain cut."""
+        """Every `stride` tokens one of `context`; the last ends with the text. (Side by side, with a stride of `context`, the
+        first token of each window is predicted by none.)"""
         out: list[Window] = []
         done = 0
         for begin in range(0, len(self.ids), stride):
