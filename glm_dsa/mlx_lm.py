@@ -305,6 +305,7 @@ WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mlx_lm.utils", "quantize_model"): _quantize_model,
     ("mlx_lm.convert", "quantize_model"): _quantize_model,
     ("mlx_lm.convert", "convert"): _convert,
+    ("mlx_lm", "convert"): _convert,
     ("mlx_lm.convert", "mixed_quant_predicate_builder"): _mixed_recipe,
 }
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 import glm_dsa
+from glm_dsa import plan
+from glm_dsa import recipe as recipes
+from glm_dsa.components import Component
 from glm_dsa.model import parameters_of
 from reference import corpus
-from verify import compare, drift
+from verify import audit, compare, drift, release
 from verify.cases import TRAINED, probes
 from verify.drift.build import Build
 from verify.drift.checks import same_weights
@@ -98,15 +101,20 @@ def test_the_ranking_is_that_of_packing_each_component_alone(found, original):
 
 def test_the_recipe_keeps_its_budget_and_beats_uniform_bits_of_its_size(found, build, original, registered, tmp_path):
     suggested = found.sensitivity.recipe
-    suggested.write(tmp_path / "recipe.json")
+    suggested.write(tmp_path / "recipe.toml")
     assert suggested.bits <= 6.25
-    mlx_lm.convert(str(ORIGINAL), str(tmp_path / "better"), **drift.convert_arguments(tmp_path / "recipe.json"))
+    planned = plan.plan(ORIGINAL, recipes.load(tmp_path / "recipe.toml"))
+    every = Component.sum([planned.main, planned.mtp])
+    assert every.bits == pytest.approx(suggested.bits, abs=1e-9)
+    mlx_lm.convert(str(ORIGINAL), str(tmp_path / "better"), recipe=tmp_path / "recipe.toml")
     sizes = [
         sum(t.nbytes for t in glm_dsa.checkpoint.read_headers(Path(f)).values()) for f in (tmp_path / "better", build)
     ]
     assert sizes[0] <= sizes[1]
     weights = sum(a.size for a in parameters_of(original).values())
-    assert 8 * sizes[0] / weights == pytest.approx(suggested.bits, abs=0.02)  # the correction bias is float32
+    assert (sizes[0], weights) == (every.nbytes, every.parameters)
+    audited = audit.audit(release.headers_of(str(tmp_path / "better")), recipes.load(tmp_path / "recipe.toml"))
+    assert not any("recipe" in f.what for f in audited.findings)
     better, uniform = (glm_dsa.load(folder) for folder in (tmp_path / "better", build))
     kls = []
     for text in probes()["texts"][1:3]:

@@ -258,7 +258,7 @@ def test_the_commands_of_drift_run(two_builds, capsys, monkeypatch):
         assert (code in (0, 1), said.err) == (True, ""), line
         assert said.out.startswith("candidate  ")
     assert sorted(p.name for p in (two_builds / "OUT").iterdir()) == [
-        "layers.0.self_attn.heads.npz", "recipe.json", "report.html", "report.json", "report.jsonl"
+        "layers.0.self_attn.heads.npz", "recipe.toml", "report.html", "report.json", "report.jsonl"
     ]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--layers", metavar="LIST", help="report these layers only, e.g. 3,7-9")
     parser.add_argument("--stages", metavar="PATTERN", help="report these stages only, e.g. 'self_attn.indexer.*'")
     parser.add_argument(
-        "--suggest-bits", metavar="BITS", type=float, help="write a recipe of so many bits a weight: recipe.json"
+        "--suggest-bits", metavar="BITS", type=float, help="write a recipe of so many bits a weight: recipe.toml"
     )
     parser.add_argument(
         "--thorough", action="store_true", help="run models of more than 1 GiB too as often as small ones (20 times)"
@@ -117,7 +117,7 @@ def _write(found: Drift, chosen: argparse.Namespace) -> None:
     folder = chosen.out or Path()
     if found.sensitivity is not None and found.sensitivity.recipe is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        found.sensitivity.recipe.write(folder / "recipe.json")
+        found.sensitivity.recipe.write(folder / "recipe.toml")
     files = found.write(chosen.out) if chosen.out is not None else []
     try:
         print("\n".join([found.summary(), *(["", *map(str, files)] if files else [])]), flush=True)

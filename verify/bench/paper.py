@@ -9,6 +9,7 @@ from typing import Any
 
 from glm_dsa import ModelArgs, inventory
 from glm_dsa.attention import GATHERED
+from glm_dsa.plan import Cache
 
 from . import counting
 from .counting import Count, Sizes
@@ -103,8 +104,8 @@ def paper(
     sizes = Sizes(bits / 8, LATENT_BITS[kv_bits] / 8, 2.0)
     found = Paper(args, context, bits, kv_bits, chunk, machine)
     layers = range(args.num_hidden_layers)
-    found.latents = len(layers) * context * (args.kv_lora_rank + args.qk_rope_head_dim) * sizes.latents
-    found.index_keys = sum(map(args.runs_indexer, layers)) * context * args.index_head_dim * sizes.index_keys
+    cache = Cache.of(args, context, kv_bits)
+    found.latents, found.index_keys = cache.latents, cache.index_keys
     own = (spec for spec in inventory(args) if spec.component != "mtp")
     found.weights = sum(prod(spec.shape) for spec in own) * sizes.weights
     for counts, queries in ((found.decode, 1), (found.prefill, chunk)):

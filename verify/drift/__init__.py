@@ -16,13 +16,12 @@ from typing import Any
 from ..cases import TRAINED
 from .checks import Wanted
 from .prompts import prompt_of
-from .recipe import convert_arguments
 from .recording import Recording
 from .result import Drift
 from .session import Session
 from .sides import Side, sides_of
 
-__all__ = ["Drift", "Recording", "Side", "compare", "convert_arguments", "sides_of"]
+__all__ = ["Drift", "Recording", "Side", "compare", "sides_of"]
 
 
 def compare(

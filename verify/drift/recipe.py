@@ -6,29 +6,33 @@ Noise of b bits has a power of about 4^-b, and KL is of second order in it: of a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
+from glm_dsa.formats import AFFINE, Format
+from glm_dsa.weights import AFFINE_BITS
+
+from .. import stages
 from ..saved import whole
 from .build import Build, at, component_of, layer_of, stored_bytes
 
 if TYPE_CHECKING:
     from .bits import Sensitivity
 
-STEPS = (2, 3, 4, 5, 6, 8)  # bits that mlx packs to
+STEPS = AFFINE_BITS
+KEYS = ("group_size", "bits", "mode")
+DTYPE = "bfloat16"  # of scales, and of what is not packed
 GROUPS = (64, 32)
 UNPACKED = ("indexer", "router")  # what a recipe never packs
 
 
 @dataclass
 class Recipe:
-    """Bits of every module: what mlx-lm's config.json says under "quantization", and what its convert takes as a predicate."""
+    """Bits of every module, and as a recipe's file: what `glm_dsa.recipe` reads, and convert, plan and audit follow."""
 
     asked: float
     bits: float
@@ -36,13 +40,29 @@ class Recipe:
     file: str = ""
     predicted: float = 0.0  # of the build's KL, as a share
 
+    def text(self) -> str:
+        """TOML: a rule for modules of one kind that are packed alike."""
+        alike: dict[tuple[str, tuple[Any, ...]], list[int]] = defaultdict(list)
+        for path, packing in self.modules.items():
+            if isinstance(packing, dict):
+                layer = layer_of(path)
+                kind = path if layer is None else path.replace(f".{layer}.", ".*.", 1)
+                alike[kind, tuple(packing[key] for key in KEYS)].append(-1 if layer is None else layer)
+        out = [
+            f'name = "{self.bits:.3f} bits a weight"',
+            'purpose = "the least KL for its bytes, as python -m verify drift measured it"',
+            f'dtype = "{DTYPE}"',
+        ]
+        for (kind, (group_size, bits, mode)), layers in alike.items():
+            out += ["", "[[rule]]", f'tensors = "{kind}.weight"']
+            if layers != [-1]:
+                out.append(f'layers = "{stages.compact(layers)}"')
+            out += [f"bits = {bits}", f"group_size = {group_size}", *([f'mode = "{mode}"'] if mode != AFFINE else [])]
+        return "\n".join(out) + "\n"
+
     def write(self, file: Path) -> None:
-        packed = [m for m in self.modules.values() if isinstance(m, dict)]
-        sizes, all_bits = [m["group_size"] for m in packed], [m["bits"] for m in packed]
-        usual = max(set(all_bits), key=all_bits.count)
-        said = {"group_size": min(sizes), "bits": usual, "mode": "affine", **self.modules}
         with whole(file) as part:
-            part.write_text(json.dumps(said, indent=1) + "\n")
+            part.write_text(self.text())
         self.file = str(file)
 
 
@@ -69,12 +89,6 @@ def _layers(text: str) -> list[int]:
         first, _, last = part.partition("-")
         out += range(int(first), int(last or first) + 1)
     return out
-
-
-def packed_bytes(shape: Sequence[int], bits: int, group: int) -> int:
-    """Words, and a scale and a bias in 16 bit for each group."""
-    weights = int(np.prod(shape))
-    return weights * bits // 8 + weights // group * 4
 
 
 def group_of(width: int) -> int:
@@ -112,7 +126,9 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     chosen = {p: STEPS[0] for p in build.paths if component_of(p) not in UNPACKED and (layer_of(p) or 0) < layers}
     fixed = sum(stored_bytes(packed[p]) for p in every if p not in chosen)
     sizes = {
-        p: [packed_bytes(plain[p].weight.shape, b, group_of(plain[p].weight.shape[-1])) for b in STEPS] for p in chosen
+        p: [Format(DTYPE, b, group_of(shape[-1])).nbytes(shape) for b in STEPS]
+        for p in chosen
+        for shape in (plain[p].weight.shape,)
     }
     spent, most = fixed + sum(s[0] for s in sizes.values()), budget * weights / 8
     if spent > most:
@@ -141,26 +157,7 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
         p: {"group_size": group_of(plain[p].weight.shape[-1]), "bits": b, "mode": "affine"} for p, b in chosen.items()
     }
     for path in (p for p in every if p not in chosen and hasattr(plain[p], "to_quantized")):
-        own_packing = {k: getattr(packed[path], k, None) for k in ("group_size", "bits", "mode")}
+        own_packing = {k: getattr(packed[path], k, None) for k in KEYS}
         modules[path] = own_packing if path in build.paths else False
     before = sum(kl(p, own[p]) for p in chosen)
     return Recipe(budget, 8 * spent / weights, modules, predicted=sum(kl(p, b) for p, b in chosen.items()) / before)
-
-
-def convert_arguments(file: str | Path) -> dict[str, Any]:
-    """A recipe's file as mlx-lm's convert takes it: `mlx_lm.convert("hf", "mlx", **convert_arguments("recipe.json"))`.
-
-    (It asks for the recipe's smallest group: mlx-lm leaves alone whatever the group that it is told does not divide.)
-    """
-    recipe: dict[str, Any] = json.loads(Path(file).read_text())
-
-    def of_module(path: str, module: Any, *_: Any) -> bool | dict[str, Any]:
-        said = recipe.get(path, False)
-        return dict(said) if isinstance(said, dict) else bool(said)
-
-    return {
-        "quantize": True,
-        "q_group_size": recipe["group_size"],
-        "q_bits": recipe["bits"],
-        "quant_predicate": of_module,
-    }
