@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from . import __version__, gguf, plan, recipe, weights
 from .checkpoint import ITEM_BYTES, assemble, check_values
 from .config import ModelArgs
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
+from .output import show
 
 MLX_LM = (
     "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
@@ -102,13 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
         return 1
-
-
-def show(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def planned(options: argparse.Namespace) -> plan.Plan:

@@ -24,6 +24,7 @@ from .config import ModelArgs
 from .errors import CacheError, ConfigError, RecipeError, printable
 from .formats import Format
 from .keys import read_json
+from .output import table
 from .recipe import Recipe
 from .store import BITS, KvQuantization, fitting
 from .tiles import ELEMENTS
@@ -339,15 +340,3 @@ def _row(name: str, c: Component) -> tuple[str, ...]:
         name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.bits:.3f}", f"{c.nbytes / 1e9:.2f}", f"{c.nbytes / 2**30:.3f}",
         c.told(),
     )  # fmt: skip
-
-
-def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Lines of aligned columns; those of `right` to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from glm_dsa import recipe
 from glm_dsa.errors import GlmDsaError
+from glm_dsa.output import show
 
 from . import audit, bench_command, drift_command, faults, quality_command, release
 
@@ -113,10 +113,7 @@ def _audit(chosen: argparse.Namespace) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    try:
-        print(audit.as_json(found) if chosen.json else audit.render(found), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(audit.as_json(found) if chosen.json else audit.render(found))
     return 1 if found.verdict.startswith(audit.FAULT) else 0
 
 

@@ -20,7 +20,8 @@ from glm_dsa.checkpoint import Stored
 from glm_dsa.components import Component
 from glm_dsa.errors import CacheError, ConfigError, WeightsError, printable
 from glm_dsa.formats import Format
-from glm_dsa.plan import FLOATS, MEMORIES, USABLE, Cache, table
+from glm_dsa.output import table
+from glm_dsa.plan import FLOATS, MEMORIES, USABLE, Cache
 from glm_dsa.recipe import Recipe, Rule
 from glm_dsa.weights import FP8_BLOCK, TensorSpec
 

@@ -8,11 +8,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from glm_dsa import ModelArgs
 from glm_dsa.errors import GlmDsaError, printable
+from glm_dsa.output import show
 
+from .progress import line
 from .saved import whole
 
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
@@ -71,7 +71,7 @@ def _bench(chosen: argparse.Namespace) -> int:
 
     if chosen.kept:
         found = Bench.of_dict(json.loads(KEPT.read_text()))
-        print("\n".join(told.summary(found)))
+        show("\n".join(told.summary(found)))
         return 0
     contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",")})
     chunk = 128 if chosen.chunk is None else chosen.chunk
@@ -79,15 +79,15 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise ValueError(f"--chunk {chunk} --rounds {chosen.rounds}: 1 or more is due")
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}  {elapsed}", leave=False, file=sys.stderr) as bar:
+    with line() as tell:
         hf = 0 if chosen.hf_up_to == "0" else tokens(chosen.hf_up_to, "--hf-up-to")
         course = Course(
             contexts, chunk, chosen.rounds, hf_up_to=hf, true_context=None if chosen.no_true_widths else 16384,
-            tell=lambda line: bar.set_description_str(line),
+            tell=tell,
         )  # fmt: skip
         found = course.run()
     found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
-    print("\n".join(told.summary(found)), flush=True)
+    show("\n".join(told.summary(found)))
     text = json.dumps(found.as_dict(), indent=1) + "\n"
     files = [] if chosen.out is None else [chosen.out / "bench.json"]
     for file in (*files, *([KEPT] if chosen.keep else [])):
@@ -95,7 +95,7 @@ def _bench(chosen: argparse.Namespace) -> int:
             part.write_text(text)
     if chosen.out is not None:
         files += draw(found, chosen.out)
-        print("\n".join(["", *map(str, files)]))
+        show("\n".join(["", *map(str, files)]))
     return 0 if all(t.met for t in found.targets) else 1
 
 
@@ -111,7 +111,7 @@ def _paper(chosen: argparse.Namespace) -> int:
     if chunk < 1:
         raise ValueError(f"--chunk {chunk}: 1 or more is due")
     found = paper(args, tokens(chosen.context, "--context"), chosen.bits, chosen.kv_bits, chunk, machine)
-    print("\n".join(found.lines()))
+    show("\n".join(found.lines()))
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glm_dsa.errors import GlmDsaError, printable
+from glm_dsa.output import show
 
 from . import stages
 from .progress import line
@@ -119,10 +120,7 @@ def _write(found: Drift, chosen: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found.sensitivity.recipe.write(folder / "recipe.toml")
     files = found.write(chosen.out) if chosen.out is not None else []
-    try:
-        print("\n".join([found.summary(), *(["", *map(str, files)] if files else [])]), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show("\n".join([found.summary(), *(["", *map(str, files)] if files else [])]))
 
 
 def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], None] | None:

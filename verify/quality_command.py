@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
 from pathlib import Path
 
 from glm_dsa.errors import GlmDsaError, printable
+from glm_dsa.output import show
 
 from .saved import whole
 
@@ -66,8 +66,5 @@ def _run(chosen: argparse.Namespace) -> int:
     except (ValueError, LookupError, OSError, GlmDsaError, Failed) as error:
         print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
-    try:
-        print("\n".join(printable(text) for text in found.lines()), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show("\n".join(printable(text) for text in found.lines()))
     return 0
