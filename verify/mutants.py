@@ -130,6 +130,7 @@ EQUIVALENT = {
     ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
+    ("indexer.Indexer.select_tiled", "1 -> 2"): "waits for the last two blocks, not for the last",
     ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
     ("model.Model.draft", "-1 -> 1"): AXIS,
     ("moe.Router.__call__", "1e-20 -> 2e-20"): "sigmoids sum to far more",
