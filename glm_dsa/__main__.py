@@ -112,7 +112,7 @@ def planned(options: argparse.Namespace) -> plan.Plan:
         raise RecipeError(f"--chunk {options.chunk}: 1 to {1 << 20:,} tokens are due")
     rules = None
     if options.custom_q is not None or options.gguf is not None:
-        rules = gguf.rules_of(options.custom_q, options.gguf or "bf16")
+        rules = gguf.rules_of(options.custom_q, "bf16" if options.gguf is None else options.gguf)
     return plan.plan(
         options.path,
         None if options.recipe is None else recipe.load(options.recipe),

@@ -18,10 +18,26 @@ from . import weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError
 from .keys import LARGEST_JSON, parse_json, read_json
+from .linear import SwitchLinear
 from .model import Model, parameters_of
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {  # as mlx reads them
+    "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
+    "F64": mx.float64,
+}  # fmt: skip
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "U8": 1}
+
+
+class Described(NamedTuple):
+    """What `weights.packing_of` asks of an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
 
 class Stored(NamedTuple):
@@ -36,6 +52,10 @@ class Stored(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    @property
+    def described(self) -> Described:
+        return Described(self.shape, DTYPES[self.dtype])
 
 
 def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any) -> Model:
@@ -252,8 +272,12 @@ def quantize_as_stored(model: Model, tensors: dict[str, mx.array]) -> None:
     def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
             return False
-        has_scale = {"global_scale": True} if f"{path}.global_scale" in tensors else {}
-        return weights.packing_of(path, tensors, module.weight.shape[-1]) | has_scale
+        packing = weights.packing_of(path, tensors, module.weight.shape[-1])
+        if f"{path}.global_scale" not in tensors:
+            return packing
+        if packing["mode"] != "nvfp4" or not isinstance(module, SwitchLinear):
+            raise WeightsError(f"{path}.global_scale: mlx keeps one for experts in nvfp4 only")
+        return packing | {"global_scale": True}
 
     if any(name.endswith(".scales") for name in tensors):
         nn.quantize(model, class_predicate=packing)

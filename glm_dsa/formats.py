@@ -50,11 +50,11 @@ def packed(dtype: str, bits: int | None, group_size: int | None, mode: str | Non
     """The format asked for, what is not said filled in (affine; 4 bit in groups of 64). Raises ValueError."""
     mode = AFFINE if mode is None else mode
     if mode != AFFINE:
-        if mode not in FIXED:
+        if not isinstance(mode, str) or mode not in FIXED:
             raise ValueError(f"mode {mode!r}: one of {AFFINE}, {', '.join(sorted(FIXED))} is due")
         due = FIXED[mode]
         for name, value, its in (("bits", bits, due[0]), ("group_size", group_size, due[1])):
-            if value not in (None, its):
+            if value is not None and (type(value) is not int or value != its):
                 raise ValueError(f"{name} = {value} and mode {mode!r} conflict: {mode} has {its}")
         return Format(dtype, *due, mode)
     bits, group_size = 4 if bits is None else bits, 64 if group_size is None else group_size

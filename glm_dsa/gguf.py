@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -66,6 +68,7 @@ IK_TYPES = {
     "iq3_kt": Type(256, 100, 4), "iq4_kt": Type(256, 128, 4),
 }  # fmt: skip
 ALL = TYPES | IK_TYPES
+INTEGERS = ("i8", "i16", "i32", "i64")
 # Of types with blocks of 256, what takes their place in rows that are no multiple of it.
 INSTEAD = {
     "iq4_nl": (
@@ -141,11 +144,11 @@ class Rules:
     base: str
     source: str = ""
 
-    def type_of(self, name: str) -> tuple[str, str | None]:
-        """(type, the pattern that decides)."""
-        for pattern, kind in self.rules:
+    def type_of(self, name: str) -> tuple[str, int | None]:
+        """(type, the place of the rule that decides)."""
+        for place, (pattern, kind) in enumerate(self.rules):
             if re.search(pattern, name):
-                return kind, pattern
+                return kind, place
         return self.base, None
 
     def told(self) -> str:
@@ -156,29 +159,33 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
     """A file of rules, or the rules themselves. Raises `RecipeError`."""
     if said is None:
         return Rules((), known(base, "--gguf"))
+    if not said.strip():
+        raise RecipeError("--custom-q: empty; a file of rules, or PATTERN=TYPE,... is due")
     source, text = "--custom-q", said
     if "=" not in said or ("\n" not in said and os.path.isfile(said)):
         source = said
         try:
             if Path(said).stat().st_size > LARGEST:
                 raise RecipeError(f"{said}: more than {LARGEST:,} bytes; a file of rules is due")
-            text = Path(said).read_text(encoding="utf-8")
+            text = Path(said).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "no text in UTF-8"
             raise RecipeError(f"--custom-q {said}: {why}; a file of rules, or PATTERN=TYPE,... is due") from None
     rules = []
-    lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    lines = (re.split(r"(?:^|\s)#", line)[0] for line in text.splitlines())  # up to a comment
     for item in (part.strip() for line in lines for part in line.split(",")):
         if not item:
             continue
-        pattern, equals, kind = item.rpartition("=")
+        pattern, equals, kind = (part.strip() for part in item.rpartition("="))
         if not equals or not pattern:
             raise RecipeError(f"{source}: {item!r}: PATTERN=TYPE is due")
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise RecipeError(f"{source}: {pattern!r}: no regular expression: {error}") from None
-        rules.append((pattern, known(kind.strip(), f"{source}: {pattern!r}")))
+        rules.append((pattern, known(kind, f"{source}: {pattern!r}")))
     if not rules:
         raise RecipeError(f"{source}: no rules; PATTERN=TYPE, one a line, is due")
     return Rules(tuple(rules), known(base, "--gguf"), source)
@@ -187,42 +194,46 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
 def known(kind: str, where: str) -> str:
     """A type as ggml writes it, whatever its letters' case. Raises `RecipeError`."""
     found = next((name for name in ALL if name.lower() == kind.lower()), None)
+    if found in INTEGERS:
+        raise RecipeError(f"{where}: {found} keeps whole numbers; a type of weights is due")
     if found is None:
         raise RecipeError(f"{where}: unknown type {kind!r}; known are {', '.join(ALL)}")
     return found
 
 
-def stored_as(spec: weights.TensorSpec, rules: Rules) -> tuple[str, str | None, str]:
-    """(type, the pattern that decided, the type that was asked for) of a tensor of `inventory`. Raises `RecipeError`."""
+def stored_as(spec: weights.TensorSpec, rules: Rules) -> tuple[str, int | None, str]:
+    """(type, place of the rule that decided, the type that was asked for) of a tensor of `inventory`. Raises `RecipeError`."""
     if not spec.is_packable:
         return "f32", None, "f32"
-    asked, pattern = rules.type_of(spec.name)
+    asked, place = rules.type_of(spec.name)
     kind = asked
     if not ALL[kind].fits(spec.shape[-1]):
         kind = next((other for other, kinds in INSTEAD.items() if kind in kinds), kind)
     if not ALL[kind].fits(spec.shape[-1]):
+        rule = "--gguf" if place is None else repr(rules.rules[place][0])
         raise RecipeError(
-            f"{pattern or '--gguf'}: {spec.name} has rows of {spec.shape[-1]}, which blocks of {ALL[kind].block} ({kind}) "
-            "do not divide"
+            f"{rule}: {spec.name} has rows of {spec.shape[-1]}, which blocks of {ALL[kind].block} ({kind}) do not divide"
         )
-    return kind, pattern, asked
+    return kind, place, asked
 
 
-def planned(args: ModelArgs, rules: Rules) -> tuple[dict[str, Component], list[str]]:
+def planned(args: ModelArgs, rules: Rules, with_mtp: bool = True) -> tuple[dict[str, Component], list[str]]:
     """By component, and what is worth saying of the rules. Raises `RecipeError`."""
-    used: dict[str, int] = {pattern: 0 for pattern, _ in rules.rules}
+    used: Counter[int] = Counter()
     replaced: dict[tuple[str, str], list[str]] = {}
     rest, rows = 0, []
     for spec in inventory(args):
-        kind, pattern, asked = stored_as(spec, rules)
-        if pattern is not None:
-            used[pattern] += 1
+        if spec.component == "mtp" and not with_mtp:
+            continue
+        kind, place, asked = stored_as(spec, rules)
+        if place is not None:
+            used[place] += 1
         elif spec.is_packable:
             rest += 1
         if kind != asked:
             replaced.setdefault((asked, kind), []).append(spec.name)
         rows.append((spec, ALL[kind].of(spec.shape), kind))
-    notes = [f"{pattern!r} decides for no tensor" for pattern, count in used.items() if not count]
+    notes = [f"{pattern!r} decides for no tensor" for i, (pattern, _) in enumerate(rules.rules) if not used[i]]
     notes += [
         f"{len(names)} tensors of rows that no block of {asked} divides are {kind} instead ({names[0]}, ...)"
         for (asked, kind), names in replaced.items()

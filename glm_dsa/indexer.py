@@ -19,6 +19,7 @@ from .tiles import elements, ranges, transposed
 from .trace import is_listening, tap
 
 WIDEST = 4  # times index_topk: the width of a tile of keys, beside which what the best so far cost is little
+LOWEST = float(mx.finfo(mx.float32).min)
 LAST = (1 << 31) - 1  # a column's rank among equals counts down from here
 
 
@@ -77,7 +78,9 @@ class Indexer(nn.Module):
         for rows in ranges(length, block):
             part = slice(rows.start, rows.stop)
             best: list[mx.array] = []
-            for columns in ranges(k.shape[1], width):
+            for columns in ranges(
+                min(k.shape[1], max(mask.first + rows.stop, self.topk)), width
+            ):  # no later one is seen
                 # Each tile waits for the one before; evaluating here instead would forbid mx.grad and mx.compile.
                 queries, keys = q[:, part], k[:, columns.start : columns.stop]
                 if before := best or selections[-1:]:
@@ -101,6 +104,8 @@ class Indexer(nn.Module):
         per_head = mx.maximum(per_head, 0).reshape(batch, length, heads, -1)
         # A matmul sums the heads: mx.sum over a middle axis of very large arrays returned zeros on Metal (mlx 3784).
         scores = (w[:, :, None] @ per_head)[:, :, 0]  # [B, S, T]
+        # What overflows is the worst of what may be seen, and still before what may not.
+        scores = mx.where(scores >= LOWEST, scores, LOWEST)
         return scores if mask is None else mx.where(mask, scores, -mx.inf)
 
     def best(self, ranked: list[mx.array]) -> mx.array:

@@ -14,8 +14,11 @@ import json
 import logging
 import os
 import pkgutil
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -62,6 +65,7 @@ COMMANDS = {  # mlx-lm's commands that load a model: the module of each
     "evaluate": "evaluate",
     "dwq": "quant.dwq",
 }
+AS_THEY_COME = "as they come"  # no dtype that mlx-lm's convert knows, and so none that it casts to
 TRACEBACK = "GLM_DSA_TRACEBACK"  # environment variable: mlx-lm's errors as they come
 MODEL_FILE = "glm_dsa_model.py"
 MODEL_FILE_TEXT = '''\
@@ -211,8 +215,14 @@ class ByRecipe:
             )
         self.formats = self.recipe.formats(model.args, model.mtp is not None)
         parameters = parameters_of(model)
-        cast = [(name, parameters[name].astype(getattr(mx, kept.dtype))) for name, kept in self.formats.items()]
-        model.update(tree_unflatten(cast))
+        cast = {name: parameters[name].astype(getattr(mx, kept.dtype)) for name, kept in self.formats.items()}
+        for name, kept in self.formats.items():
+            is_narrowed = kept.dtype == "float16" and not kept.is_packed and parameters[name].dtype != mx.float16
+            if is_narrowed and (mx.isinf(cast[name]) & ~mx.isinf(parameters[name])).any().item():
+                raise RecipeError(
+                    f"{self.recipe.source}: {name} has values beyond float16 (65,504): keep it in bfloat16"
+                )
+        model.update(tree_unflatten(list(cast.items())))
 
     def __call__(self, path: str, module: Any) -> bool | dict[str, Any]:
         kept = self.formats[f"{path}.weight"]
@@ -239,7 +249,19 @@ class ByRecipe:
 
 
 def _convert(original: Callable[..., Any], *args: Any, recipe: str | Path | None = None, **kwargs: Any) -> Any:
-    """mlx-lm's convert, which takes a recipe besides: a file, or the name of one that comes with this package."""
+    """mlx-lm's convert, which takes a recipe besides (a file, or the name of one that comes with this package), and of which
+    nothing half-written is left behind."""
+    target = Path(inspect.signature(original).bind(*args, **kwargs).arguments.get("mlx_path", "mlx_model"))
+    was_there = target.exists() or target.is_symlink()
+    try:
+        return _convert_by(original, recipe, args, kwargs)
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _convert_by(original: Callable[..., Any], recipe: str | Path | None, args: Any, kwargs: dict[str, Any]) -> Any:
     if recipe is None:
         return original(*args, **kwargs)
     predicate = ByRecipe(load_recipe(recipe))
@@ -249,7 +271,8 @@ def _convert(original: Callable[..., Any], *args: Any, recipe: str | Path | None
             raise RecipeError(f"--recipe and --{option.replace('_', '-')} conflict: a recipe says all of it")
     if said.get("q_mode", AFFINE) != AFFINE:
         raise RecipeError("--recipe and --q-mode conflict: a recipe says all of it")
-    chosen = {"quantize": True, "quant_predicate": predicate, "dtype": predicate.recipe.dtype}
+    # No dtype of mlx-lm's: it would round all to it first, and what a rule keeps in more bits with it.
+    chosen = {"quantize": True, "quant_predicate": predicate, "dtype": AS_THEY_COME}
     return original(*args, **kwargs | chosen)
 
 
@@ -258,9 +281,10 @@ def _quantize_model(original: Callable[..., Any], model: Any, *args: Any, **kwar
     by = kwargs.get("quant_predicate")
     if isinstance(by, ByRecipe):
         by.prepare(model)
-        if not by.packings():
-            return model, args[0]
         config = {k: v for k, v in args[0].items() if k not in ("quantization", "quantization_config")}
+        config |= {key: by.recipe.dtype for key in ("dtype", "torch_dtype") if key in config}
+        if not by.packings():
+            return model, config
         # mlx-lm leaves alone whatever the group that it is told does not divide
         least = min(by.packings(), key=lambda kept: kept.group_size)
         model, config = original(model, config, least.group_size, least.bits, mode=least.mode, quant_predicate=by)
@@ -361,6 +385,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"mlx_lm.{COMMANDS[command]}")
     arguments, within = _with_recipe(command, arguments)
     sys.argv = [f"python -m glm_dsa {command}", *arguments]
+    if command == "convert" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written is cleared away
     try:
         with within:
             module.main()

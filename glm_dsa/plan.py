@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from .cache import Widths, cache_bytes
 from .checkpoint import Stored, read_headers
 from .components import Component, counted
 from .config import ModelArgs
-from .errors import CacheError, ConfigError, RecipeError, printable
+from .errors import CacheError, ConfigError, RecipeError, WeightsError, printable
 from .formats import Format
 from .keys import read_json
 from .output import table
@@ -32,13 +32,14 @@ from .weights import TensorSpec
 
 MEMORIES = (32, 64, 96, 128, 192, 256, 512)  # GB as sold: 2^30 bytes each
 USABLE = 0.75  # of a Mac's memory every macOS lets the GPU hold; more by iogpu.wired_limit_mb
-ITEM = 2  # bytes of a value of the model's dtype, in 16 bit
+ITEM = 2  # bytes of a value where the model runs in 16 bit
 CHUNK = 2048  # tokens of a prompt at a time, as mlx-lm has it
 IN_FLIGHT = 12  # arrays of the largest kind that a chunk of prefill has in memory at once, at most (measured: 5 to 13)
 MOST_CONTEXT = 1 << 32
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 SIZES = {"": 1, "b": 1, "gb": 10**9, "gib": 1 << 30, "mb": 10**6, "mib": 1 << 20}
 FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+FORMATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class Cache:
     tokens: int
     kv_bits: int
     kept: str
+    index_kept: str
     latents: int
     index_keys: int
     mtp: int
 
     @staticmethod
-    def of(args: ModelArgs, tokens: int, kv_bits: int) -> Cache:
-        """kv_bits: 16, or what `KvQuantization` packs to. Raises `CacheError`."""
-        quantization, kept = None, "16 bit"
-        if kv_bits != 8 * ITEM:
+    def of(args: ModelArgs, tokens: int, kv_bits: int, item: int = ITEM, index_item: int = ITEM) -> Cache:
+        """kv_bits: 16 (as the model runs), or what `KvQuantization` packs to. item, index_item: bytes of a value of the
+        model's dtype, and of its indexer's keys. Raises `CacheError`."""
+        quantization, kept = None, f"{8 * item} bit"
+        if kv_bits != 16:
             groups = (g for g in (64, 32, 128) if args.kv_lora_rank % g == 0 and args.qk_rope_head_dim % g == 0)
             group = next(groups, None)
             if kv_bits not in BITS:
@@ -65,10 +68,15 @@ class Cache:
                 raise CacheError(f"--kv-bits {kv_bits}: {fitting(args.kv_lora_rank, args.qk_rope_head_dim)}")
             quantization = KvQuantization(kv_bits, group)
             kept = str(quantization)
-        each = [cache_bytes(_widths(args, i), ITEM, quantization) for i in range(args.num_hidden_layers)]
-        mtp = sum(cache_bytes(_widths(args, args.num_hidden_layers), ITEM, quantization))
+
+        def of_layer(layer: int) -> tuple[int, int]:
+            widths = _widths(args, layer)
+            return cache_bytes(widths, item, quantization)[0], cache_bytes(widths, index_item)[1]
+
+        each = [of_layer(i) for i in range(args.num_hidden_layers)]
         latents, index_keys = (tokens * sum(column) for column in zip(*each, strict=True))
-        return Cache(tokens, kv_bits, kept, latents, index_keys, tokens * mtp if args.num_nextn_predict_layers else 0)
+        mtp = tokens * sum(of_layer(args.num_hidden_layers)) if args.num_nextn_predict_layers else 0
+        return Cache(tokens, kv_bits, kept, f"{8 * index_item} bit", latents, index_keys, mtp)
 
     @property
     def main(self) -> int:
@@ -141,52 +149,94 @@ class Plan:
 # -- what is planned
 
 
-def of_recipe(args: ModelArgs, recipe: Recipe, with_mtp: bool) -> dict[str, Component]:
-    """By component, "mtp" among them. Raises `RecipeError`."""
-    kept = recipe.formats(args, with_mtp)
+def of_formats(args: ModelArgs, formats: Mapping[str, Format]) -> dict[str, Component]:
+    """By component, "mtp" among them; of the tensors that have a format."""
     return counted(
-        (spec, kept[spec.name].nbytes(spec.shape), str(kept[spec.name]))
+        (spec, formats[spec.name].nbytes(spec.shape), str(formats[spec.name]))
         for spec in weights.module_inventory(args)
-        if spec.name in kept
+        if spec.name in formats
     )
 
 
-def unpacked(args: ModelArgs, with_mtp: bool, dtype: str = "bfloat16") -> dict[str, Component]:
+def unpacked(args: ModelArgs, with_mtp: bool, dtype: str = "bfloat16") -> dict[str, Format]:
     """As an unpacked MLX build holds it: the correction bias in float32."""
-    formats = {True: Format("float32"), False: Format(dtype)}
-
-    def kept(spec: TensorSpec) -> Format:
-        return formats[spec.name.endswith("e_score_correction_bias")]
-
-    specs = (s for s in weights.module_inventory(args) if with_mtp or s.component != "mtp")
-    return counted((spec, kept(spec).nbytes(spec.shape), str(kept(spec))) for spec in specs)
+    return {
+        spec.name: Format("float32" if spec.name.endswith("e_score_correction_bias") else dtype)
+        for spec in weights.module_inventory(args)
+        if with_mtp or spec.component != "mtp"
+    }
 
 
-def on_disk(args: ModelArgs, stored: Mapping[str, Stored]) -> tuple[dict[str, Component], int]:
-    """By component, as the files hold it; and what it takes once loaded (FP8 is unpacked then). Raises `ConfigError`."""
-    with_mtp = weights.has_mtp(args, stored)
-    loaded = 0
-    rows = []
-    for spec in weights.stored_inventory(args, stored):
-        if spec.component == "mtp" and not with_mtp:
-            continue
-        parts = [stored[name] for name in weights.stored_parts(spec.name, stored)]
-        if not parts:
-            raise ConfigError(f"{spec.name}: missing; python -m verify audit says what else is wrong with these files")
-        size = sum(part.nbytes for part in parts)
-        rows.append((spec, size, _kind(spec, parts)))
-        if spec.component != "mtp":
-            loaded += prod(spec.shape) * ITEM if parts[0].dtype == "F8_E4M3" else size
-    return counted(rows), loaded
+@dataclass
+class OnDisk:
+    """loaded: bytes of the main model once it is loaded (FP8 is unpacked then). dtypes: (tensor, what it computes in).
+    surplus: tensors that the config does not name."""
+
+    components: dict[str, Component]
+    loaded: int
+    dtypes: list[tuple[TensorSpec, str]]
+    surplus: list[str]
+
+    @staticmethod
+    def of(args: ModelArgs, stored: Mapping[str, Stored]) -> OnDisk:
+        """Raises `ConfigError` where the files are not this model's."""
+        with_mtp = weights.has_mtp(args, stored)
+        rows: list[tuple[TensorSpec, int, str]] = []
+        found = OnDisk({}, 0, [], [])
+        seen: set[str] = set()
+        for spec in weights.stored_inventory(args, stored):
+            if spec.component == "mtp" and not with_mtp:
+                continue
+            names = weights.stored_parts(spec.name, stored)
+            if spec.name not in names:
+                raise ConfigError(
+                    f"{spec.name}: missing; python -m verify audit says what else is wrong with these files"
+                )
+            size = sum(stored[name].nbytes for name in names)
+            kind, dtype = _kept_as(spec, stored)
+            rows.append((spec, size, kind))
+            found.dtypes.append((spec, dtype))
+            if spec.component != "mtp":
+                found.loaded += prod(spec.shape) * ITEM if kind == "fp8" else size
+            seen.update(names)
+        found.components = counted(rows)
+        found.surplus = [n for n in stored if n not in seen and not weights.is_ignorable(args, n)]
+        return found
 
 
-def _kind(spec: TensorSpec, parts: Sequence[Stored]) -> str:
-    first = parts[0]
-    if len(parts) > 1 and first.dtype == "U32" and first.shape and parts[1].shape:
-        bits, group = first.shape[-1] * 32 // spec.shape[-1], spec.shape[-1] // parts[1].shape[-1]
-        mode = weights.MODES.get((bits, group), "") if parts[1].dtype == "U8" else "affine"
-        return str(Format("bfloat16", bits, group, mode))
-    return "fp8" if first.dtype == "F8_E4M3" else FLOATS.get(first.dtype, first.dtype)
+def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:
+    """(the format's name, the dtype that it computes in). Raises `ConfigError` where its shape is not the config's."""
+    first, path, due = stored[spec.name], spec.name.removesuffix(".weight"), spec.shape
+    if f"{path}.scales" in stored and first.dtype == "U32":
+        names = (n for part in weights.PACKED if (n := f"{path}.{part}") in stored)
+        described: Any = {name: stored[name].described for name in names}
+        try:
+            packing = weights.packing_of(path, described, spec.shape[-1])
+        except WeightsError as error:
+            raise ConfigError(f"{error}; does config.json belong to these weights?") from None
+        due = (*spec.shape[:-1], spec.shape[-1] * packing["bits"] // 32)
+        dtype = FORMATS.get(stored[f"{path}.scales"].dtype, "bfloat16")
+        kind = str(Format(dtype, **packing))
+    else:
+        dtype = FORMATS.get(first.dtype, "bfloat16")
+        kind = "fp8" if first.dtype == "F8_E4M3" else FLOATS.get(first.dtype, first.dtype)
+    if first.shape != due:
+        raise ConfigError(
+            f"{spec.name} is {list(first.shape)}: {list(due)} is due; does config.json belong to these weights?"
+        )
+    return kind, dtype
+
+
+def items(dtypes: Iterable[tuple[TensorSpec, str]]) -> tuple[int, int]:
+    """Bytes of a value of the model's dtype, and of its indexer's keys, by what its tensors are kept in. Values of two dtypes
+    that meet make float32, and so does float32 itself; the router is computed in float32 whatever it is kept in."""
+    main, index = set(), set()
+    for spec, dtype in dtypes:
+        if spec.name.endswith("indexer.k_norm.weight") and spec.component != "mtp":
+            index.add(dtype)
+        elif spec.component not in ("mtp", "router", "indexer"):
+            main.add(dtype)
+    return (ITEM if len(main) == 1 and "float32" not in main else 4), (4 if "float32" in index else ITEM)
 
 
 def prefill_bytes(args: ModelArgs, chunk: int, elements: int = ELEMENTS[mx.DeviceType.gpu], item: int = ITEM) -> int:
@@ -224,21 +274,34 @@ def plan(
     args = ModelArgs.from_file(path)
     stored = _stored(path)
     with_mtp = args.num_nextn_predict_layers > 0 and (not stored or weights.has_mtp(args, stored))
-    cache = Cache.of(args, context, kv_bits)
     notes: list[str] = []
+    item = index_item = ITEM
     loaded = None
     if rules is not None:
-        components, notes = gguf.planned(args, rules)
+        components, notes = gguf.planned(args, rules, with_mtp)
         how = f"GGUF, {rules.told()}"
-    elif recipe is not None:
-        components = of_recipe(args, recipe, with_mtp)
-        how = f"recipe {recipe.source}" + (f" ({recipe.name})" if recipe.name != recipe.source else "")
-    elif stored:
-        components, loaded = on_disk(args, stored)
+    elif stored and recipe is None:
+        there = OnDisk.of(args, stored)
+        components, loaded = there.components, there.loaded
+        item, index_item = items(there.dtypes)
         how = f"as stored, {len({s.file for s in stored.values()})} files"
+        if there.surplus:
+            notes.append(
+                f"not counted: {len(there.surplus)} tensors that config.json does not name ({there.surplus[0]}, ...)"
+            )
     else:
-        components, how = unpacked(args, with_mtp), "unpacked, bfloat16"
-        notes = _notes(path)
+        if recipe is None:
+            formats, how = unpacked(args, with_mtp), "unpacked, bfloat16"
+            notes = _notes(path)
+        else:
+            formats = recipe.formats(args, with_mtp)
+            how = f"recipe {recipe.source}" + (f" ({recipe.name})" if recipe.name != recipe.source else "")
+        components = of_formats(args, formats)
+        item, index_item = items(
+            (s, formats[s.name].dtype) for s in weights.module_inventory(args) if s.name in formats
+        )
+    if item > ITEM:
+        notes.append("it runs, and keeps its cache, in float32: its tensors are in that, or in several dtypes")
     mtp = components.pop("mtp", None)
     main = Component.sum(components.values())
     if size is not None:
@@ -246,8 +309,9 @@ def plan(
             f"a build of {size:,} bytes ({size / 1e9:.2f} GB, {size / 2**30:.3f} GiB) without MTP has "
             f"{8 * size / main.parameters:.3f} bits per weight"
         )
+    cache = Cache.of(args, context, kv_bits, item, index_item)
     return Plan(
-        str(path), args.model_type, how, components, mtp, cache, prefill_bytes(args, chunk),
+        str(path), args.model_type, how, components, mtp, cache, prefill_bytes(args, chunk, item=item),
         main.nbytes if loaded is None else loaded, chunk, notes, [str(c) for c in args.conventions],
     )  # fmt: skip
 
@@ -269,10 +333,13 @@ def _notes(path: Path) -> list[str]:
             f"{file}: it says that its weights are packed, and the files say how: give the build's folder, or --recipe"
         )
     packed = said.get("quantization_config")
-    if isinstance(packed, dict):
-        method = packed.get("quant_method", "packed")
-        return [f"published as {method}; loading unpacks it to bfloat16, as is planned here"]
-    return []
+    if not isinstance(packed, dict):
+        return []
+    if packed.get("quant_method") != "fp8":
+        raise ConfigError(
+            f"{file}: packed by a quant_method that is not read here (fp8 is): give --recipe, to plan another build"
+        )
+    return ["published as fp8; loading unpacks it to bfloat16, as is planned here"]
 
 
 def tokens(text: str) -> int:
@@ -288,9 +355,10 @@ def nbytes(text: str) -> int:
     """ "392.992GiB", "328.48 GB", "421972000000" -> bytes. Raises `RecipeError`."""
     match = re.fullmatch(r"(\d{1,16}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
     unit = match[2].lower() if match else ""
-    if match is None or unit not in SIZES or not float(match[1]):
+    found = round(float(match[1]) * SIZES[unit]) if match and unit in SIZES else 0
+    if not found:
         raise RecipeError(f"--size {text}: bytes are due, e.g. 392.992GiB, 421.97GB, 421972000000")
-    return round(float(match[1]) * SIZES[unit])
+    return found
 
 
 # -- what is printed
@@ -311,7 +379,7 @@ def render(found: Plan, as_json: bool = False) -> str:
     sizes = [
         ("weights", found.loaded, ""),
         ("latents, rotary keys", cache.latents, cache.kept),
-        *([("index keys", cache.index_keys, "16 bit")] if cache.index_keys else []),
+        *([("index keys", cache.index_keys, cache.index_kept)] if cache.index_keys else []),
         ("prefill", found.prefill, f"chunks of {found.chunk:,}, on a GPU: at most about"),
         ("together", found.total, ""),
     ]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,7 +36,7 @@ from .formats import AFFINE, BYTES, Format, packed
 from .weights import LAYER, TensorSpec, module_inventory
 
 KEPT = Path(__file__).parent / "recipes"
-LARGEST = 1 << 20  # bytes of a recipe
+LARGEST, MOST_RULES = 1 << 20, 4096  # bytes of a recipe, and its rules
 RANGES = re.compile(r"\d{1,4}(-\d{1,4})?(\s*,\s*\d{1,4}(-\d{1,4})?)*")
 CORRECTION_BIAS = "e_score_correction_bias"
 
@@ -89,8 +89,9 @@ class Recipe:
         plain = Format(self.dtype)
         out: dict[str, tuple[Format, Rule | None]] = {}
         specs = [s for s in module_inventory(args) if with_mtp or s.component != "mtp"]
+        layers = args.num_hidden_layers + args.num_nextn_predict_layers
         for rule in self.rules:
-            self._check(rule, specs)
+            self._check(rule, specs, layers)
         for spec in specs:
             deciding = next((r for r in reversed(self.rules) if r.matches(spec) and r.acts_on(spec)), None)
             kept = plain if deciding is None else deciding.format
@@ -104,13 +105,20 @@ class Recipe:
             out[spec.name] = kept, deciding
         return out
 
-    def _check(self, rule: Rule, specs: Iterable[TensorSpec]) -> None:
-        """That the rule does something here, and something of each component that it names."""
+    def _check(self, rule: Rule, specs: Sequence[TensorSpec], layers: int) -> None:
+        """That the rule does something here, and something in each layer and to each component that it names. (A component
+        that the model does not have, the MTP layer, say, is passed by.)"""
         matched = [s for s in specs if rule.matches(s)]
         if not matched:
             raise RecipeError(f"{self.source}: {rule} matches no tensor of this model")
+        if rule.layers and max(rule.layers) >= layers:
+            raise RecipeError(
+                f"{self.source}: {rule}: layer {max(rule.layers)}; the last of this model is {layers - 1}"
+            )
         for component in rule.components or ("",):
             own = [s for s in matched if component in ("", s.component, s.part)]
+            if not own and any(component in (s.component, s.part) for s in specs):
+                raise RecipeError(f"{self.source}: {rule}: of component {component} nothing matches")
             if own and not any(rule.acts_on(s) for s in own):
                 why = "cannot be packed" if rule.format.is_packed else "is kept in float32, always"
                 raise RecipeError(f"{self.source}: {rule}: {own[0].name} {why}; name what can be")
@@ -132,7 +140,9 @@ def load(source: str | Path) -> Recipe:
         return parse(tomllib.loads(text.decode()), str(source))
     except OSError as error:
         raise RecipeError(f"{source}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except RecipeError:
+        raise
+    except (ValueError, RecursionError) as error:  # TOML's own; numbers of more digits than Python reads or writes
         raise RecipeError(f"{source}: not valid TOML ({error})") from None
 
 
@@ -151,6 +161,8 @@ def parse(said: Mapping[str, Any], source: str) -> Recipe:
             raise RecipeError(f"{source}: {key} = {said[key]!r}: a text is due")
     dtype = _dtype(said.get("dtype", "bfloat16"), source)
     rules = said.get("rule", [])
+    if isinstance(rules, list) and len(rules) > MOST_RULES:
+        raise RecipeError(f"{source}: {len(rules):,} rules; a recipe has at most {MOST_RULES:,}")
     if not isinstance(rules, list) or not rules or not all(isinstance(r, dict) for r in rules):
         raise RecipeError(f"{source}: no rules; each begins with a line [[rule]]")
     return Recipe(
@@ -185,14 +197,14 @@ def _rule(said: Mapping[str, Any], number: int, dtype: str, source: str) -> Rule
     tensors = said.get("tensors", "*")
     if not isinstance(tensors, str) or not tensors:
         raise RecipeError(f"{where}: tensors = {tensors!r}: a pattern of names is due, e.g. '*.o_proj.weight'")
-    return Rule(
-        number, _components(said.get("component", []), where), tensors, _layers(said.get("layers"), where), kept
-    )
+    return Rule(number, _components(said.get("component"), where), tensors, _layers(said.get("layers"), where), kept)
 
 
 def _components(said: Any, where: str) -> tuple[str, ...]:
+    if said is None:
+        return ()
     names = [said] if isinstance(said, str) else said
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise RecipeError(f"{where}: component = {said!r}: a name, or a list of names, is due")
     for name in names:
         if name not in COMPONENTS:

@@ -61,7 +61,7 @@ class KvQuantization:
 
 def fitting(latent: int, rope: int) -> str:
     sizes = [str(g) for g in GROUP_SIZES if latent % g == 0 and rope % g == 0]
-    return f"groups of {' or '.join(sizes)} do" if sizes else "none that MLX packs does: keep this cache unquantized"
+    return f"groups of {' or '.join(sizes)} do" if sizes else "no groups that MLX packs do: keep this cache unquantized"
 
 
 class Columns:

@@ -12,7 +12,7 @@ import pytest
 import verify.__main__
 from glm_dsa import ModelArgs
 from glm_dsa.attention import ABSORBED, EXPANDED, GATHERED, MultiHeadLatentAttention
-from glm_dsa.indexer import Indexer
+from glm_dsa.indexer import Indexer, ranks
 from glm_dsa.mask import CausalMask
 from glm_dsa.moe import MixtureOfExperts
 from reference import checkpoints
@@ -79,7 +79,7 @@ def measured(run):
 def test_peak_memory_is_set_by_the_tile():
     """Of the indexer: at 8 times the context the same."""
     indexer, peaks = Indexer(EIGHTH), []
-    for context in (16384, 131072):
+    for context in (32768, 262144):
         q, k, w = (mx.random.normal(s) for s in ((1, 64, 4, 16), (1, context, 16), (1, 64, 4)))
         mx.eval(q, k, w)
         mask = CausalMask(context - 64, 64)
@@ -127,6 +127,64 @@ def test_the_selection_is_the_same_in_tiles_of_any_size(monkeypatch, elements):
         due = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., : ARGS.index_topk], axis=-1)
         found = indexer.select_tiled(mx.array(q), mx.array(k), mx.array(w), mask)
         assert np.array_equal(np.array(found), due)
+
+
+@pytest.mark.parametrize("tile", [(20, 40), (20, 80), (40, 40), (7, 33)])
+def test_two_blocks_of_queries_and_of_keys(monkeypatch, tile):
+    indexer, random = Indexer(ARGS), np.random.default_rng(1)
+    monkeypatch.setattr(Indexer, "tile", lambda *_: tile)
+    q = random.integers(-1, 2, (1, 40, indexer.heads, indexer.width)).astype(np.float32)
+    k = random.integers(-1, 2, (1, 80, indexer.width)).astype(np.float32)
+    w = np.repeat(random.choice([-1.0, 1.0], (1, 40, 1)), indexer.heads, axis=-1).astype(np.float32)
+    k[:, ::2] = 0  # every second score is 0
+    mask = CausalMask(40, 40)
+    seen = np.array(mask.sees(range(40), mx.arange(80)))
+    scores = np.array(indexer.score(mx.array(q), mx.array(k), mx.array(w), mx.array(seen)))
+    due = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., : ARGS.index_topk], axis=-1)
+    assert np.array_equal(np.array(indexer.select_tiled(mx.array(q), mx.array(k), mx.array(w), mask)), due)
+
+
+def test_zeros_of_both_signs_are_equal_and_the_earlier_is_the_better():
+    """Negative weights on a ReLU's zeros make -0 where a product does not begin from 0."""
+    found = np.array(ranks(mx.array([[[-0.0, 0.0, -0.0, 1.0, -1.0, 0.0]]]), range(10, 16)))[0, 0]
+    assert list(np.argsort(-found)) == [3, 0, 1, 2, 5, 4]
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan, 3e38])
+@pytest.mark.parametrize("pads", [None, (9, 0)])
+def test_what_overflows_never_lets_a_masked_key_in(monkeypatch, value, pads):
+    """Queries, keys or weights beyond float32: of the future, and of pads, nothing is selected while other keys are left."""
+    indexer, random = Indexer(ARGS), np.random.default_rng(2)
+    batch, rows, context = len(pads or (0,)), 40, 80
+    for wrong in ("q", "k", "w"):
+        given = {
+            "q": random.normal(size=(batch, rows, indexer.heads, indexer.width)).astype(np.float32),
+            "k": random.normal(size=(batch, context, indexer.width)).astype(np.float32),
+            "w": random.normal(size=(batch, rows, indexer.heads)).astype(np.float32),
+        }
+        given[wrong][..., : given[wrong].shape[-1] // 2] = value
+        mask = CausalMask(context - rows, rows, pads)
+        seen = np.broadcast_to(np.array(mask.sees(range(rows), mx.arange(context))), (batch, rows, context))
+        for tile in ((40, 80), (7, 33)):
+            monkeypatch.setattr(Indexer, "tile", lambda *_, tile=tile: tile)
+            chosen = np.array(indexer.select_tiled(*(mx.array(given[n]) for n in ("q", "k", "w")), mask))
+            assert (np.diff(chosen.astype(np.int64), axis=-1) > 0).all()
+            assert np.take_along_axis(seen, chosen.astype(np.int64), -1).all(), (wrong, tile)
+
+
+def test_keys_that_no_query_sees_yet_are_not_scored(monkeypatch):
+    """Of a prompt's first chunk that is half of all pairs."""
+    scored = []
+    score = Indexer.score
+    monkeypatch.setattr(Indexer, "score", lambda self, q, k, w, m: scored.append(k.shape[1]) or score(self, q, k, w, m))
+    monkeypatch.setattr(Indexer, "tile", lambda *_: (10, 20))
+    indexer = Indexer(ARGS)
+    q, k, w = (
+        mx.random.normal(s)
+        for s in ((1, 100, indexer.heads, indexer.width), (1, 100, indexer.width), (1, 100, indexer.heads))
+    )
+    indexer.select_tiled(q, k, w, CausalMask(0, 100))
+    assert sum(scored) == sum(max(10 * (i + 1), ARGS.index_topk) for i in range(10))
 
 
 @pytest.mark.parametrize("length", [1, 9])

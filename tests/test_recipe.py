@@ -272,7 +272,7 @@ def test_any_recipe_makes_what_it_plans(rules, dtype):
     nn.quantize(model, class_predicate=lambda p, m: hasattr(m, "to_quantized") and predicate(p, m))
     predicate.check(model)
     found = parameters_of(model)
-    components = plan.of_recipe(WIDE, predicate.recipe, with_mtp=True)
+    components = plan.of_formats(WIDE, predicate.formats)
     assert sum(c.nbytes for c in components.values()) == sum(a.nbytes for a in found.values())
     assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == mx.float32
 

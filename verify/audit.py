@@ -11,9 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
-import mlx.core as mx
+from typing import Any
 
 from glm_dsa import ModelArgs, weights
 from glm_dsa.checkpoint import Stored
@@ -29,10 +27,6 @@ from .release import Release
 
 FAULT, WARNING, NOTE = "FAULT", "warning", "note"
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-DTYPES = {  # as mlx reads them
-    "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
-    "F64": mx.float64,
-}  # fmt: skip
 USUAL = {  # of each mode, where nothing is said
     "affine": {"group_size": 64, "bits": 4},
     "mxfp4": {"group_size": 32, "bits": 4},
@@ -82,17 +76,6 @@ class Audit:
             }
             for memory in MEMORIES
         }
-
-
-class _Packed(NamedTuple):
-    """What `weights.packing_of` asks of an array."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
 
 
 def audit(release: Release, recipe: Recipe | None = None) -> Audit:
@@ -193,7 +176,7 @@ class _Auditor:
     def _mlx_packed(self, spec: TensorSpec, path: str) -> str:
         parts = {p: self.found[p] for part in weights.PACKED if (p := f"{path}.{part}") in self.found}
         try:
-            arrays: Any = {p: _Packed(t.shape, DTYPES[t.dtype]) for p, t in parts.items()}
+            arrays: Any = {p: t.described for p, t in parts.items()}
             packing = weights.packing_of(path, arrays, spec.shape[-1])
         except WeightsError as error:
             self._say(FAULT, str(error))
@@ -202,9 +185,17 @@ class _Auditor:
             last = part.shape[-1] if name.endswith(".weight") else spec.shape[-1] // packing["group_size"]
             self._shape(name, part.shape, (*spec.shape[:-1], last))
         self.packed[path] = packing
-        scales = DTYPE_NAMES.get(parts[f"{path}.scales"].dtype, "")
-        self.kept[spec.name] = kept = Format(scales, **packing)
+        self._parts(spec, path, packing["mode"])
+        scales = {DTYPE_NAMES.get(t.dtype, "") for p, t in parts.items() if not p.endswith(".weight")}
+        self.kept[spec.name] = kept = Format(scales.pop() if len(scales) == 1 else "", **packing)
         return str(kept)
+
+    def _parts(self, spec: TensorSpec, path: str, mode: str) -> None:
+        """That nothing lies beside the words that this mode does not have."""
+        if mode != "affine" and f"{path}.biases" in self.found:
+            self._say(FAULT, f"{path}.biases: {mode} has none; the build does not load")
+        if f"{path}.global_scale" in self.found and (mode != "nvfp4" or ".switch_mlp." not in path):
+            self._say(FAULT, f"{path}.global_scale: mlx keeps one for experts in nvfp4 only; the build does not load")
 
     def _shape(self, name: str, found: tuple[int, ...], due: tuple[int, ...]) -> None:
         if found != due:
@@ -297,10 +288,17 @@ class _Auditor:
             self._say(FAULT, f"recipe {recipe.source}: these are the original's tensors; an MLX build is due (convert)")
             return
         others: dict[tuple[Rule | None, str, str], list[str]] = defaultdict(list)
+        absent = []
         for name, (due, rule) in recipe.decided(self.args, with_mtp).items():
             kept = self.kept.get(name)
-            if kept is not None and not _is_as_due(kept, due):
+            if kept is None:
+                absent.append(name)
+            elif not _is_as_due(kept, due):
                 others[rule, _told(kept, due), _told(due, kept)].append(name)
+        for line in grouped(absent):
+            self._say(
+                FAULT, f"recipe {recipe.source}: {line}: not there under this name, under which convert writes it"
+            )
         for (rule, kept, wanted), names in others.items():
             by = rule or ("no rule names it" if len(names) == 1 else "no rule names them")
             self._say(FAULT, f"recipe {recipe.source}: {'; '.join(grouped(names))}: {kept}, {wanted} is due: {by}")
@@ -315,7 +313,7 @@ def _is_as_due(kept: Format | str, due: Format) -> bool:
 def _told(one: Format | str, other: Format | str) -> str:
     """A format; with the dtype of its scales, where that alone tells it from the other."""
     if isinstance(one, Format) and str(one) == str(other):
-        return f"{one} with scales in {one.dtype or 'another dtype'}"
+        return f"{one} with scales and biases in {one.dtype or 'different dtypes'}"
     return str(one)
 
 

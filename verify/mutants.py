@@ -131,6 +131,7 @@ EQUIVALENT = {
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
     ("indexer.Indexer.select_tiled", "1 -> 2"): "waits for the last two blocks, not for the last",
+    ("indexer.Indexer.best", "rest <= 0 -> rest < 0"): "all of them, in another order",
     ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
     ("model.Model.draft", "-1 -> 1"): AXIS,
     ("moe.Router.__call__", "1e-20 -> 2e-20"): "sigmoids sum to far more",
