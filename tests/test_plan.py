@@ -8,12 +8,15 @@ from pathlib import Path
 
 import gguf as theirs
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
 
 from glm_dsa import Model, ModelArgs, gguf, plan, recipe, tiles, weights
 from glm_dsa.__main__ import main
 from glm_dsa.errors import ConfigError, RecipeError
+from glm_dsa.mlx_lm import ByRecipe
 from reference import checkpoints
 from tests.builds import write_sparse
 from verify import audit, release
@@ -184,6 +187,19 @@ def test_what_rules_leave_open_is_said(capsys):
     assert "bf16" in notes
 
 
+def test_rules_as_people_write_them(tmp_path):
+    """Spaces, comments behind a rule, Windows' line ends, a byte order mark; of a pattern that comes twice the second is idle."""
+    due = (("ffn_.*_exps", "q8_0"), ("attn_k_b", "q4_K"))
+    written = "# all\r\n  ffn_.*_exps = Q8_0   # was ffn=q4_0\r\n\r\nattn_k_b=q4_k,\r\n"
+    assert gguf.rules_of(written).rules == due
+    file = tmp_path / "rules"
+    file.write_bytes(b"\xef\xbb\xbf" + written.encode())
+    assert gguf.rules_of(str(file)).rules == due
+    args = ModelArgs.from_file(CONFIGS / "glm-5.1.json")
+    notes = gguf.planned(args, gguf.rules_of("_exps=q8_0,_exps=q4_K,[[a]exps=q8_0"))[1]
+    assert sum("'_exps' decides for no tensor" in note for note in notes) == 1
+
+
 def test_rules_from_a_file(tmp_path, capsys):
     file = tmp_path / "rules.txt"
     file.write_text(MIXED)
@@ -197,6 +213,8 @@ def test_rules_from_a_file(tmp_path, capsys):
         ("blk(=q8_0", "no regular expression"),
         ("blk=q9_9", "unknown type 'q9_9'"),
         ("nothing", "a file of rules, or PATTERN=TYPE"),
+        ("", "--custom-q: empty"),
+        ("a=i8", "i8 keeps whole numbers"),
         ("=q8_0", "PATTERN=TYPE is due"),
         (" # =q8_0\n", "no rules"),
         ("blk{1,2}=q8_0", "PATTERN=TYPE is due"),  # there too, commas part rules
@@ -261,6 +279,40 @@ def test_a_folder_with_a_tensor_missing(tmp_path, capsys):
     assert "model.layers.3.mlp.gate.weight: missing" in refused(capsys, tmp_path / "build")
 
 
+def test_a_build_of_another_config_is_refused(tmp_path, capsys):
+    params = checkpoints.packable(num_hidden_layers=4)
+    formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
+    for change, said in (
+        ({"vocab_size": 32000}, "model.embed_tokens.weight is [320, 12]: [32000, 12] is due"),
+        ({"moe_intermediate_size": 4096}, "does config.json belong to these weights?"),
+    ):
+        folder = write_sparse(tmp_path / said[:9], params, formats)
+        (folder / "config.json").write_text(json.dumps(params | change))
+        assert said in refused(capsys, folder)
+
+
+def test_tensors_too_many_are_said_and_not_counted(tmp_path, capsys):
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4))
+    before = asked(capsys, folder)
+    checkpoints.add_shard(folder, "model-more.safetensors", {"model.layers.0.extra.weight": torch.zeros(3)})
+    after = asked(capsys, folder)
+    assert "model.layers.0.extra.weight" in after["notes"][0]
+    assert after["with_mtp"] == before["with_mtp"]
+
+
+def test_a_gguf_of_a_build_without_mtp_has_none(tmp_path, capsys):
+    params = checkpoints.packable(num_hidden_layers=4)
+    formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
+    assert asked(capsys, write_sparse(tmp_path / "build", params, formats), "--gguf", "bf16")["mtp"] is None
+
+
+def test_what_is_published_in_a_packing_that_is_not_read(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    for method in ("awq", {"a": []}):
+        config.write_text(json.dumps(checkpoints.packable() | {"quantization_config": {"quant_method": method}}))
+        assert "give --recipe" in refused(capsys, config)
+
+
 # -- memory
 
 
@@ -282,6 +334,36 @@ def test_the_cache_planned_is_the_cache_that_is_there(bits):
     assert found.latents == sum(c.latents.nbytes for c in main_model)
     assert found.index_keys == sum(c.index_keys.nbytes for c in main_model)
     assert found.mtp == caches[-1].latents.nbytes + caches[-1].index_keys.nbytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rules", "item", "index_item"),
+    [
+        ("float32", 'component = "norms"\ndtype = "float32"', 4, 4),
+        ("bfloat16", 'component = "norms"\ndtype = "float32"', 4, 2),  # one float32 tensor, and all behind it is
+        ("bfloat16", 'component = "attention"\ndtype = "float16"', 4, 2),  # two that meet make float32
+        ("bfloat16", 'component = "indexer"\ndtype = "float32"', 2, 4),
+        ("bfloat16", 'component = "indexer"\ndtype = "float16"', 2, 2),
+        ("bfloat16", 'component = "router"\ndtype = "float32"', 2, 2),
+        ("float16", 'component = "experts"\nbits = 4', 2, 2),
+    ],
+)
+def test_the_cache_is_kept_in_what_the_model_runs_in(dtype, rules, item, index_item, tmp_path, capsys):
+    args = ModelArgs.from_dict(checkpoints.packable(num_hidden_layers=4))
+    file, config = tmp_path / "r.toml", tmp_path / "config.json"
+    file.write_text(f'dtype = "{dtype}"\n[[rule]]\n{rules}\n')
+    config.write_text(json.dumps(checkpoints.packable(num_hidden_layers=4)))
+    predicate, model = ByRecipe(recipe.load(file)), Model(args)
+    predicate.prepare(model)
+    nn.quantize(model, class_predicate=lambda p, m: hasattr(m, "to_quantized") and predicate(p, m))
+    caches = model.make_cache()
+    mx.eval(model(mx.arange(3, 259)[None], caches))
+    found = asked(capsys, config, "--recipe", file, "--context", 256)
+    assert found["cache"]["latents_bytes"] == sum(c.latents.nbytes for c in caches)
+    assert found["cache"]["index_keys_bytes"] == sum(c.index_keys.nbytes for c in caches)
+    assert {c.latents.plain.buffers[0].dtype.size for c in caches} == {item}
+    assert {c.index_keys.buffers[0].dtype.size for c in caches if c.has_indexer} == {index_item}
+    assert any("float32" in note for note in found["notes"]) == (item == 4)
 
 
 @pytest.mark.parametrize(("chunk", "elements"), [(256, 1 << 18), (128, 1 << 20)])
@@ -334,6 +416,9 @@ def test_index_keys_of_an_indexer_in_16_bit_stay_so_beside_other_dtypes():
         (["--recipe", "no-such"], "no-such: no recipe"),
         (["--recipe", "glm-5.1-4.5bit", "--gguf", "q8_0"], "one of both is due"),
         (["--gguf", "q0"], "--gguf: unknown type 'q0'"),
+        (["--gguf", ""], "--gguf: unknown type ''"),
+        (["--gguf", "i64"], "--gguf: i64 keeps whole numbers"),
+        (["--size", "0.000001"], "--size 0.000001: bytes are due"),
         (["--recipe", "glm-4.7-flash-8-5bit", "--custom-q", "a=q8_0"], "one of both is due"),
     ],
 )

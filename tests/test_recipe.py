@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+import torch
 from hypothesis import given as for_all
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import glm_dsa
 from glm_dsa import Model, ModelArgs, plan, recipe, weights
 from glm_dsa.__main__ import main
-from glm_dsa.errors import RecipeError
+from glm_dsa.errors import CheckpointError, RecipeError
 from glm_dsa.mlx_lm import ByRecipe
 from glm_dsa.model import parameters_of
 from reference import checkpoints
@@ -123,7 +124,7 @@ def test_the_build_runs_and_mlx_lm_loads_it_by_its_config(build, registered):
 
 
 def test_audit_rejects_one_tensor_off(build, tmp_path):
-    """A tensor of each kind: packed in other bits, unpacked, in another dtype, scales in another dtype."""
+    """Packed in other bits or groups, unpacked, in another dtype; scales, or biases alone, in another."""
     name, folder = build
     rules, args = recipe.load(name), ModelArgs.from_file(folder)
     formats = rules.formats(args, with_mtp=True)
@@ -137,6 +138,7 @@ def test_audit_rejects_one_tensor_off(build, tmp_path):
         "unpacked": lambda t: unpacked(t, packed, kept),
         "dtype": lambda t: t | {plain: t[plain].float()},
         "half": lambda t: t | {plain: t[plain].half()},
+        "biases": lambda t: t | {f"{path}biases": t[f"{path}biases"].float()},
         "scales": lambda t: t | {f"{path}{part}": t[f"{path}{part}"].half() for part in ("scales", "biases")},
     }
     for what, change in changes.items():
@@ -151,9 +153,61 @@ def test_audit_rejects_one_tensor_off(build, tmp_path):
         assert "is due" in found[0]
 
 
-def requantized(tensors, name, kept, **changes):
-    import torch
+def changed(folder, to, change):
+    """A build whose tensors are `change`d."""
+    other = Path(shutil.copytree(folder, to))
+    (file,) = other.glob("*.safetensors")
+    save_file(change(load_file(file)), file, {"format": "mlx"})
+    (other / "model.safetensors.index.json").unlink()
+    return other
 
+
+def test_audit_holds_what_is_named_otherwise(build, tmp_path):
+    """Experts one by one, and kv_b_proj whole: loading takes both, convert writes neither, in whatever bits they are."""
+    name, folder = build
+    experts = re.compile(r"(.*\.mlp)\.switch_mlp\.(.*)")
+
+    def apart(tensors):
+        out = {}
+        for n, t in tensors.items():
+            match = experts.fullmatch(n)
+            out |= {f"{match[1]}.experts.{e}.{match[2]}": t[e].clone() for e in range(len(t))} if match else {n: t}
+        return out
+
+    def whole(tensors):
+        halves = ("embed_q", "unembed_out")
+        out = {n: t for n, t in tensors.items() if not any(h in n for h in halves)}
+        args = ModelArgs.from_file(folder)
+        rows = args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim)
+        for layer in range(args.num_hidden_layers + 1):
+            out[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = torch.zeros(rows, args.kv_lora_rank).bfloat16()
+        return out
+
+    for change, where in ((apart, "switch_mlp.up_proj"), (whole, "embed_q")):
+        other = changed(folder, tmp_path / change.__name__, change)
+        found = faults(other, recipe.load(name))
+        assert any(where in what and "not there under this name" in what for what in found)
+        assert not any("recipe" in what for what in faults(other, None))
+
+
+@pytest.mark.parametrize(("mode", "part"), [("mxfp8", "biases"), ("affine", "global_scale"), ("nvfp4", "global_scale")])
+def test_parts_that_a_mode_does_not_have(mode, part, tmp_path, monkeypatch):
+    """Beside the head: audit says that the build does not load, and loading says it in a line."""
+    monkeypatch.setattr("sys.argv", [])
+    source = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", config_of("glm-5.1-4.5bit")))
+    file, out = tmp_path / "r.toml", tmp_path / "mlx"
+    file.write_text(f'[[rule]]\ncomponent = "head"\nmode = "{mode}"\n' + ("bits = 4\n" if mode == "affine" else ""))
+    assert main(["convert", "--hf-path", str(source), "--mlx-path", str(out), "--recipe", str(file)]) == 0
+    assert faults(out, recipe.load(file)) == []
+    other = changed(
+        out, tmp_path / "other", lambda t: t | {f"lm_head.{part}": torch.ones(320 if part == "biases" else 1)}
+    )
+    assert any("does not load" in what for what in faults(other, None))
+    with pytest.raises(CheckpointError, match=f"lm_head.{part}"):
+        glm_dsa.load(other)
+
+
+def requantized(tensors, name, kept, **changes):
     path = name.removesuffix(".weight")
     parts = [mx.array(tensors[f"{path}.{p}"].view(torch.uint8).numpy()) for p in ("weight", "scales", "biases")]
     words, scales, biases = (p.view(mx.uint32 if i == 0 else mx.bfloat16) for i, p in enumerate(parts))
@@ -167,8 +221,6 @@ def requantized(tensors, name, kept, **changes):
 
 
 def unpacked(tensors, name, kept):
-    import torch
-
     path = name.removesuffix(".weight")
     rows = tensors[name].shape[0]
     width = tensors[f"{path}.scales"].shape[-1] * kept.group_size
@@ -237,6 +289,91 @@ def test_a_packed_source_is_refused(tmp_path, capsys, monkeypatch):
     assert main(again) == 1
     assert "is packed already" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def converted(tmp_path, text, **source):
+    """(exit status, the build's tensors) of a checkpoint converted with this recipe."""
+    folder = checkpoints.write(
+        tmp_path / "hf", checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1), **source
+    )
+    checkpoints.write_tokenizer(folder)
+    (tmp_path / "r.toml").write_text(text)
+    arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", str(tmp_path / "r.toml")]
+    code = main(["convert", *arguments])
+    return code, stored(tmp_path / "mlx") if code == 0 else {}
+
+
+def test_what_a_rule_keeps_in_more_bits_is_not_rounded_before(tmp_path, monkeypatch):
+    """mlx-lm would cast everything to the recipe's own dtype first."""
+    monkeypatch.setattr("sys.argv", [])
+    text = '[[rule]]\ncomponent="indexer"\ndtype="float32"\n[[rule]]\ncomponent="attention"\ndtype="float16"'
+    code, found = converted(tmp_path, text, dtype=torch.float32)
+    assert code == 0
+    source = stored(tmp_path / "hf")
+    for name, dtype in (("self_attn.indexer.wk.weight", torch.float32), ("self_attn.o_proj.weight", torch.float16)):
+        name = f"model.layers.0.{name}"
+        assert torch.equal(found[name], source[name].to(dtype))
+        assert not torch.equal(found[name], source[name].bfloat16().to(dtype))
+    assert found["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_values_beyond_float16_are_not_made_infinite(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1))
+    checkpoints.write_tokenizer(folder)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name][3, 5] = 1e5
+            save_file(tensors, file, {"format": "pt"})
+    arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", "glm-5.2-3.5bit"]
+    assert main(["convert", *arguments]) == 1
+    assert f"{name} has values beyond float16" in capsys.readouterr().err
+    assert not (tmp_path / "mlx").exists()
+
+
+def test_nothing_half_written_is_left_behind(tmp_path, capsys, monkeypatch):
+    """By an error, or an interruption, while files are written: the same command can be given again."""
+    import mlx_lm.utils
+
+    monkeypatch.setattr("sys.argv", [])
+    folder = checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4))
+    checkpoints.write_tokenizer(folder)
+    arguments = ["convert", "--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx")]
+    for error, code in ((RuntimeError("Unable to write 134427 bytes"), 1), (KeyboardInterrupt(), 130)):
+
+        def fails(path, *_, error=error, **__):
+            Path(path).mkdir()
+            (Path(path) / "model.safetensors").write_bytes(b"half")
+            raise error
+
+        for extra in (["-q"], ["--recipe", "glm-5.1-4.5bit"]):
+            with monkeypatch.context() as patch:
+                patch.setattr(mlx_lm.utils, "save_model", fails)
+                assert main([*arguments, *extra]) == code
+            assert not (tmp_path / "mlx").exists()
+            capsys.readouterr()
+    (tmp_path / "mlx").mkdir()
+    assert main(arguments) == 1
+    assert (tmp_path / "mlx").is_dir()  # what was there before is the user's
+
+
+def test_a_recipe_that_packs_nothing_leaves_no_word_of_packing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    config = checkpoints.packable(num_hidden_layers=4) | {
+        "quantization_config": {"quant_method": "fp8"},
+        "dtype": "bfloat16",
+    }
+    folder = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4)))
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "r.toml").write_text('dtype = "float16"\n[[rule]]\ncomponent = "norms"\ndtype = "float16"')
+    arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", str(tmp_path / "r.toml")]
+    assert main(["convert", *arguments]) == 0
+    said = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert "quantization_config" not in said
+    assert said["dtype"] == "float16"
+    assert faults(tmp_path / "mlx", recipe.load(tmp_path / "r.toml")) == []
 
 
 WIDE = ModelArgs.from_dict(checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1))
@@ -363,6 +500,14 @@ BAD = {
     '[[rule]]\ntensors = "*correction_bias"\ndtype = "bfloat16"': r"is kept in float32, always",
     '[[rule]]\ntensors = 3\nbits = 4': r"tensors = 3: a pattern",
     '[[rule]]\ncomponent = [3]\nbits = 4': r"component = \[3\]",
+    '[[rule]]\ncomponent = "experts"\nmode = ["mxfp4"]': r"mode \['mxfp4'\]: one of",
+    '[[rule]]\ncomponent = "experts"\nmode = "mxfp4"\nbits = 4.0': r"bits = 4.0 and mode 'mxfp4' conflict",
+    '[[rule]]\ncomponent = "experts"\nbits = ' + "9" * 5000: r"not valid TOML",
+    "name = 0x" + "f" * 5000 + "\n[[rule]]": r"not valid TOML",
+    "[[rule]]\ncomponent = []\nbits = 4": r"component = \[\]: a name",
+    '[[rule]]\ncomponent = "experts"\nlayers = "3,500"\nbits = 4': r"layer 500; the last of this model is 4",
+    '[[rule]]\ncomponent = ["experts", "dense mlp"]\nlayers = "1-3"\nbits = 4': r"of component dense mlp nothing matches",
+    "[[rule]]\n" * 5000: r"5,000 rules; a recipe has at most",
     "rule = 3": r"no rules",
     "": r"no rules",
     "x = 1": r"unknown key 'x'",
