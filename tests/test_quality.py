@@ -126,7 +126,7 @@ def test_perplexities_are_those_of_the_whole_models(found, build, ids):
         strided = np.concatenate(strided)
         assert found.strided[side].tokens == strided.size == LENGTH - 1
         close(found.strided[side].value, math.exp(strided.mean()))
-        # the trained checkpoint's tokens are bytes, but for the special ones
+        # this tokenizer's tokens are bytes, but for the special ones
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
@@ -229,7 +229,7 @@ def test_figures_where_they_are_known():
     found, width = Gathered(), 7
     base, mine = np.zeros((3, width), np.float32), np.zeros((3, width), np.float32)
     mine[1, 2] = math.log(8)  # 8 of 14 there, 1 of 14 elsewhere
-    found.add(base, mine, np.array([0, 2, 3]), np.ones(3, bool), True)
+    found.add(base, mine, np.array([0, 2, 3]), np.array([1, 2, 3]), np.ones(3, bool), True)
     quality = Quality.of(
         found, nbytes=6, candidate="", base="", source="", tokens=4, context=4, stride=4, windows=1
     )  # fmt: skip
@@ -249,7 +249,7 @@ def test_kl_is_summed_over_the_whole_vocabulary_in_float64():
     base = rng.normal(0, 1, (2, 100_000)).astype(np.float32)
     mine = base + rng.normal(0, 0.1, base.shape).astype(np.float32)
     found = Gathered()
-    found.add(base, mine, np.array([1, 2]), np.ones(2, bool), False)
+    found.add(base, mine, np.array([1, 2]), np.array([1, 2]), np.ones(2, bool), False)
     p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (base, mine))
     np.testing.assert_allclose(found.kl[0], (p.exp() * (p - q)).sum(-1).numpy(), rtol=1e-10)
 
@@ -284,6 +284,8 @@ def test_the_command(build, tmp_path, capsys):
         ([BASE, "--against", BASE, "--json", "nowhere/x.json"], "--json nowhere/x.json"),
         ([f"{BASE},device=gpu", "--against", BASE, "--tokens", "9"], "device=gpu"),
         ([f"{BASE},kv_bits=7", "--against", BASE, "--tokens", "9"], "bits 7"),
+        ([f"{BASE},kv_bits=0", "--against", BASE, "--tokens", "9"], "bits 0"),
+        ([BASE, "--against", BASE, "--text", "a\0b"], "--text a\\x00b"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, said, capsys):
@@ -316,6 +318,81 @@ def test_logits_that_are_not_finite_are_no_figures(tmp_path, capsys):
         patch.setattr(runs.OurRun, "logits", lambda self, window, rows: np.full((3, 160), np.nan, np.float32))
         with pytest.raises(ValueError, match="NaN or infinite"):
             measure(str(folder), str(folder), token_ids=[5, 6, 7, 8])
+
+
+def text_file(tmp_path, text):
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    return tmp_path / "t.txt"
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 26, None])
+def test_bits_per_byte_where_tokens_divide_characters(count, stride, tmp_path):
+    """Of this tokenizer a token is a byte: of whatever tokens are scored, bits a token."""
+    file = text_file(tmp_path, "\ufeff😀😀 éé你好\r\n😀 ok")
+    found = measure(str(BASE), str(BASE), text=file, length=count, context=8, stride=stride)
+    assert found.tokens == (count or len(file.read_bytes()))
+    close(found.bits_per_byte[0], found.strided[0].nll / math.log(2))
+    begins = range(0, found.tokens, 8) if stride == 8 else [0]
+    assert found.strided[0].tokens == found.tokens - len(begins)
+
+
+def test_the_worst_token_is_named_by_its_place(build, tmp_path):
+    """Side by side, the first token of each window is scored by none, and still counted."""
+    file = text_file(tmp_path, "The lightning indexer scores every key for every query. " * 3)
+    found = measure(str(build), str(BASE), text=file, context=16, stride=16)
+    place, worst = found.worst
+    begin = place // 16 * 16
+    ids = np.array(list(file.read_bytes()))
+    from tokenizers import Tokenizer
+
+    ids = np.array(Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(file.read_text()).ids)
+    p, q = (torch.log_softmax(logits_of(f, [ids[begin : begin + 16]])[0], -1)[place - begin - 1] for f in (BASE, build))
+    close(worst, (p.exp() * (p - q)).sum().item(), 1e-5)
+    assert found.worst_token == repr(file.read_text()[place])
+
+
+def test_a_tokenizer_that_truncates_or_pads_does_not_here(tmp_path):
+    import shutil
+
+    file = text_file(tmp_path, "the quick brown fox jumps over the lazy dog " * 4)
+    due = measure(str(BASE), str(BASE), text=file, context=64, stride=32)
+    for name, said in (
+        ("truncation", {"direction": "Right", "max_length": 20, "strategy": "LongestFirst", "stride": 0}),
+        ("padding", {"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "<|pad|>"}),
+    ):  # fmt: skip
+        other = Path(shutil.copytree(BASE, tmp_path / name))
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer | {name: said}))
+        found = measure(str(other), str(other), text=file, context=64, stride=32)
+        assert (found.tokens, found.strided, found.bits_per_byte) == (due.tokens, due.strided, due.bits_per_byte)
+
+
+def test_figures_beyond_all_numbers_are_null(tmp_path):
+    found, logits = Gathered(), np.zeros((2, 5), np.float32)
+    logits[:, 0] = 1e4
+    found.add(logits, logits, np.array([1, 1]), np.array([1, 2]), np.ones(2, bool), True)
+    about = {"candidate": "", "base": "", "source": "", "tokens": 3, "context": 3, "stride": 3, "windows": 1}
+    quality = Quality.of(found, nbytes=0, **about)
+    said = json.loads(json.dumps(quality.as_dict(), allow_nan=False))
+    assert said["perplexity"]["strided"]["base"] == {"value": None, "error": None, "nll": 1e4, "tokens": 2}
+    assert said["bits_per_byte"] is None
+    assert any(line.endswith(" 1") for line in quality.lines() if "strided" in line)  # the ratio
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path, capsys):
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    target.write_text("before")
+    link.symlink_to(target)
+    arguments = ["quality", str(BASE), "--against", str(BASE), "--tokens", "20", "--json"]
+    assert main([*arguments, str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["tokens"] == 20
+    for other in ("/dev/null", str(tmp_path), "a\0b"):
+        assert main([*arguments, other]) == 1
+        assert "a file in a folder that is there is due" in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device()
 
 
 def test_files_of_other_tokenizers_are_refused(build, tmp_path):

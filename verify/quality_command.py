@@ -31,7 +31,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--text", metavar="F", type=Path, help="the text that both are to predict")
     parser.add_argument("--tokens", metavar="N", type=int, help="its first N tokens (default: all)")
     parser.add_argument("--context", metavar="N", type=int, default=2048, help="tokens of a window (default 2048)")
-    parser.add_argument("--stride", metavar="N", type=int, default=None, help="between windows (default: half of them)")
+    parser.add_argument(
+        "--stride",
+        metavar="N",
+        type=int,
+        default=None,
+        help="between windows (default: half a context; an odd one whole)",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures there")
 
 
@@ -43,13 +49,17 @@ def run(chosen: argparse.Namespace) -> int:
         return 130
 
 
+def _can_be_written(file: Path) -> bool:
+    return "\0" not in str(file) and file.absolute().parent.is_dir() and (file.is_file() or not file.exists())
+
+
 def _run(chosen: argparse.Namespace) -> int:
     from .implementation import Failed
     from .progress import line
     from .quality import measure  # brings torch and transformers in, which other commands do without
 
     try:
-        if chosen.json is not None and (chosen.json.is_dir() or not chosen.json.absolute().parent.is_dir()):
+        if chosen.json is not None and not _can_be_written(chosen.json):
             raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
         stride = chosen.stride
         if stride is None:

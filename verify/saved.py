@@ -21,6 +21,9 @@ from safetensors.numpy import save_file
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """Another name to write to: under its own the file is there as a whole, or as it was. Raises OSError."""
+    file = file.resolve()  # a link stays one
+    if file.exists() and not file.is_file():
+        raise FileExistsError(f"{file}: is there, and no file that could be replaced")
     part = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")  # numpy adds what is missing of a suffix
     try:
         yield part

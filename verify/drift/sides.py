@@ -19,6 +19,7 @@ from typing import Any
 from glm_dsa import ModelArgs
 from glm_dsa.config import OVERRIDES
 from glm_dsa.errors import CheckpointError, printable
+from glm_dsa.store import KvQuantization
 from reference.equations import Conventions
 
 from ..implementation import Implementation
@@ -204,6 +205,9 @@ def _check(side: Side) -> None:
             )
     if "kv_bits" in side.options and side.implementation != OURS:
         raise ValueError(f"{printable(side.text)}: kv_bits is for this project's definition")
+    if "kv_bits" in side.options:
+        packed = KvQuantization(side.options["kv_bits"], side.options.get("kv_group_size", 64))
+        packed.check(side.args.kv_lora_rank, side.args.qk_rope_head_dim)
     if "kv_group_size" in side.options and "kv_bits" not in side.options:
         raise ValueError(f"{printable(side.text)}: kv_group_size says nothing without kv_bits")
     if "revision" in side.options and Path(side.checkpoint).is_dir():

@@ -60,10 +60,11 @@ def measure(
         for rows in chunks(slice(0, window.length - 1) if plain else window.fresh, size):
             mine, base = (_logits(run, side, i, rows) for run, side in zip(runs, sides, strict=True))
             at = np.arange(rows.start, rows.stop)
-            gathered.add(base, mine, ids[i][at + 1], at >= window.fresh.start, plain)
+            gathered.add(base, mine, ids[i][at + 1], window.begin + at + 1, at >= window.fresh.start, plain)
     quality = Quality.of(
         gathered, candidate=sides[0].runs, base=sides[1].runs, source=found.source, tokens=len(found.ids),
-        context=min(context, len(found.ids)), stride=stride, windows=len(windows), nbytes=found.nbytes_of(windows),
+        context=min(context, len(found.ids)), stride=stride, windows=len(windows),
+        nbytes=found.nbytes_of(np.concatenate(gathered.places)),
         versions="  ".join(f"{k} {v}" for k, v in versions().items()),
     )  # fmt: skip
     quality.worst_token = repr(words_of([s.folder for s in sides])(found.ids[quality.worst[0]]))

@@ -28,40 +28,44 @@ def log_softmax(logits: Array) -> Array:
 @dataclass(frozen=True)
 class Mean:
     value: float
-    error: float  # standard, of tokens taken as independent
+    error: float  # standard, of tokens taken as independent; not a number where there is one token only
 
     @staticmethod
     def of(values: Array) -> Mean:
-        error = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else 0.0
+        error = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
         return Mean(float(values.mean()), error)
 
 
 @dataclass(frozen=True)
 class Perplexity:
+    """nll: its logarithm, the mean of -log p(token)."""
+
     value: float
     error: float
+    nll: float
     tokens: int
 
     @staticmethod
     def of(nll: Array) -> Perplexity:
         mean = Mean.of(nll)
         value = math.exp(mean.value) if mean.value < 700 else math.inf
-        return Perplexity(value, value * mean.error, nll.size)
+        return Perplexity(value, value * mean.error, mean.value, nll.size)
 
 
 @dataclass
 class Gathered:
-    """Of every scored token, in the text's order: kl, whether the best agrees, the share of the best five, -log p of the base
-    and of the candidate. plain: -log p of both, of the plain cut."""
+    """Of every scored token, in the text's order: its place, kl, whether the best agrees, the share of the best five, -log p of
+    the base and of the candidate. plain: -log p of both, of the plain cut."""
 
+    places: list[Array] = field(default_factory=list)
     kl: list[Array] = field(default_factory=list)
     top1: list[Array] = field(default_factory=list)
     top5: list[Array] = field(default_factory=list)
     nll: tuple[list[Array], list[Array]] = field(default_factory=lambda: ([], []))
     plain: tuple[list[Array], list[Array]] = field(default_factory=lambda: ([], []))
 
-    def add(self, base: Array, candidate: Array, targets: Array, fresh: Array, is_plain: bool) -> None:
-        """Logits [n, V] of both, the tokens that follow [n], and which of these are scored here, bool [n]."""
+    def add(self, base: Array, candidate: Array, targets: Array, places: Array, fresh: Array, is_plain: bool) -> None:
+        """Logits [n, V] of both, the tokens that follow [n], their places in the text, and which are scored here, bool [n]."""
         p, q = log_softmax(base), log_softmax(candidate)
         rows = np.arange(len(targets))
         pair = -p[rows, targets], -q[rows, targets]
@@ -72,6 +76,7 @@ class Gathered:
         p, q, base, candidate = p[fresh], q[fresh], base[fresh], candidate[fresh]
         if not len(p):
             return
+        self.places.append(places[fresh])
         # rounding leaves some -1e-17 where both are the same
         self.kl.append(np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0))
         self.top1.append(base.argmax(-1) == candidate.argmax(-1))
@@ -82,8 +87,8 @@ class Gathered:
 
 @dataclass
 class Quality:
-    """percentiles: of the tokens' KL. worst: (number of the token in the text, its KL). bits_per_byte: of base and candidate,
-    strided; None of token ids. plain: None where no window of the plain cut is whole."""
+    """percentiles: of the tokens' KL. worst: (place of the token in the text, from 0 on; its KL). bits_per_byte: of base and
+    candidate, strided; None where the tokens' bytes are not known. plain: None where no window of the plain cut is whole."""
 
     candidate: str
     base: str
@@ -105,8 +110,8 @@ class Quality:
     command: str = ""
 
     @staticmethod
-    def of(found: Gathered, **about: Any) -> Quality:
-        nbytes = about.pop("nbytes")
+    def of(found: Gathered, nbytes: int, **about: Any) -> Quality:
+        """nbytes: of the tokens that are scored; 0 where not known."""
         kl = np.concatenate(found.kl)
         nll = [np.concatenate(side) for side in found.nll]
         plain = tuple(Perplexity.of(np.concatenate(side)) for side in found.plain) if found.plain[0] else None
@@ -116,7 +121,7 @@ class Quality:
                 name: float(np.quantile(kl, q))
                 for name, q in (("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))
             },
-            worst=(int(kl.argmax()) + 1, float(kl.max())),
+            worst=(int(np.concatenate(found.places)[kl.argmax()]), float(kl.max())),
             top1=Mean.of(np.concatenate(found.top1).astype(np.float64)),
             top5=Mean.of(np.concatenate(found.top5)),
             strided=tuple(Perplexity.of(side) for side in nll),  # type: ignore[arg-type]
@@ -132,7 +137,7 @@ class Quality:
         def perplexities(pair: Any) -> Any:
             return both(None if pair is None else [vars(p) for p in pair])
 
-        return {
+        return _finite({
             "candidate": self.candidate, "base": self.base, "text": self.source, "tokens": self.tokens,
             "context": self.context, "stride": self.stride, "windows": self.windows,
             "kl": {"mean": self.kl.value, "standard_error": self.kl.error} | self.percentiles,
@@ -140,14 +145,19 @@ class Quality:
             "top1": vars(self.top1), "top5": vars(self.top5),
             "perplexity": {"strided": perplexities(self.strided), "plain": perplexities(self.plain)},
             "bits_per_byte": both(self.bits_per_byte), "versions": self.versions, "command": self.command,
-        }  # fmt: skip
+        })  # fmt: skip
+
+    def _cut(self) -> str:
+        if self.windows == 1:
+            return "one window"
+        return f"{self.windows} windows of {self.context:,}, one every {self.stride:,}"
 
     def lines(self) -> list[str]:
         kl, p = self.kl, self.percentiles
         out = [
             f"candidate  {self.candidate}",
             f"base       {self.base}",
-            f"text       {self.source}: {self.tokens:,} tokens; {self.windows} windows of {self.context:,}, every {self.stride:,}",
+            f"text       {self.source}: {self.tokens:,} tokens, {self.strided[0].tokens:,} scored; {self._cut()}",
             "",
             f"KL(base || candidate), nats a token, whole vocabulary: {kl.value:.6g} \u00b1 {kl.error:.2g}",
             f"  median {p['median']:.4g}   p95 {p['p95']:.4g}   p99 {p['p99']:.4g}   max {p['max']:.4g} "
@@ -161,8 +171,16 @@ class Quality:
                 out.append(f"  {name:<14} no whole window")
                 continue
             told = [f"{x.value:.3f} \u00b1 {x.error:.3f}" for x in pair]
-            out.append(f"  {name:<14} {told[0]:>20} {told[1]:>20} {pair[1].value / pair[0].value:>9.5f}")
+            ratio = math.exp(min(pair[1].nll - pair[0].nll, 700))
+            out.append(f"  {name:<14} {told[0]:>20} {told[1]:>20} {ratio:>9.5g}")
         if self.bits_per_byte is not None:
             base, candidate = self.bits_per_byte
             out.append(f"{'bits per byte':<16} {base:>20.5f} {candidate:>20.5f} {candidate / base:>9.5f}")
         return [*out, "", self.versions]
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has no word for is null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import pre_tokenizers
 
 from glm_dsa.errors import printable
 
@@ -39,12 +40,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """ids int [tokens]; begins: the byte at which each begins (None: token ids without a text); nbytes: of all of it."""
+    """ids int [tokens]; nbytes int [tokens]: of each (None where the tokenizer does not say, and of bare token ids)."""
 
     ids: Array
     source: str
-    begins: Array | None = None
-    nbytes: int = 0
+    nbytes: Array | None = None
 
     def windows(self, context: int, stride: int) -> list[Window]:
         """Every `stride` tokens one of `context`; the last ends with the text. (Side by side, with a stride of `context`, the
@@ -61,13 +61,9 @@ class Text:
                 break
         return out
 
-    def nbytes_of(self, windows: Sequence[Window]) -> int:
-        """Of the tokens that are scored: all but the first."""
-        if self.begins is None:
-            return 0
-        last = windows[-1].end
-        end = self.nbytes if last == len(self.ids) else int(self.begins[last])
-        return end - int(self.begins[windows[0].scored])
+    def nbytes_of(self, tokens: Array) -> int:
+        """Of these tokens, by their places; 0 where that is not known."""
+        return 0 if self.nbytes is None else int(self.nbytes[tokens].sum())
 
 
 def is_plain(window: Window, context: int, whole: int) -> bool:
@@ -95,9 +91,7 @@ def text_of(sides: Sequence[Side], file: Path | None, tokens: Sequence[int] | No
         check_kept(kept[0])
         found = _encoded(sides, "\n".join(probes()["texts"]), "the kept texts")
     if most is not None and most < len(found.ids):
-        begins = found.begins
-        nbytes = found.nbytes if begins is None else int(begins[most])
-        found = Text(found.ids[:most], found.source, None if begins is None else begins[:most], nbytes)
+        found = Text(found.ids[:most], found.source, None if found.nbytes is None else found.nbytes[:most])
     if found.ids.ndim != 1 or len(found.ids) < 2:
         raise ValueError(f"{found.source}: at least 2 tokens are due")
     if found.ids.min() < 0 or found.ids.max() >= vocabulary:
@@ -107,11 +101,11 @@ def text_of(sides: Sequence[Side], file: Path | None, tokens: Sequence[int] | No
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode()  # line ends as they are
     except UnicodeDecodeError:
         raise ValueError(f"--text {printable(str(file))}: UTF-8 is due") from None
-    except OSError as error:
-        raise ValueError(f"--text {printable(str(file))}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--text {printable(str(file))}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _encoded(sides: Sequence[Side], text: str, source: str) -> Text:
@@ -120,6 +114,8 @@ def _encoded(sides: Sequence[Side], text: str, source: str) -> Text:
     for side in sides:
         tokenizer = tokenizer_of([side.folder])
         if tokenizer is not None:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
             encodings.append(tokenizer.encode(text, add_special_tokens=False))
     if not encodings:
         raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
@@ -127,9 +123,11 @@ def _encoded(sides: Sequence[Side], text: str, source: str) -> Text:
         raise ValueError(
             f"{source}: the tokenizers of {sides[0].checkpoint} and {sides[1].checkpoint} cut it differently"
         )
-    at = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])  # bytes before each character
-    begins = at[[begin for begin, _ in encodings[0].offsets]]
-    return Text(np.array(encodings[0].ids, dtype=np.int64), source, begins, int(at[-1]))
+    # Offsets are of characters, which tokens may divide. In a byte-level alphabet a letter is a byte; a special token is text.
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    sizes = [len(token) if set(token) <= alphabet else len(token.encode()) for token in encodings[0].tokens]
+    known = sum(sizes) == len(text.encode())
+    return Text(np.array(encodings[0].ids, dtype=np.int64), source, np.array(sizes) if known else None)
 
 
 def chunks(part: slice, size: int) -> Iterator[slice]:
