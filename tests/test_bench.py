@@ -259,8 +259,16 @@ def test_sides_that_compute_something_else_are_not_compared():
         (["--hf-up-to", "x"], "--hf-up-to x"),
         (["--paper", "--context", "2k"], "more than index_topk = 2048 is due"),
         (["--paper", "--kv-bits", "4"], "16 or 8 is due"),
-        (["--paper", "--bits", "-1"], "a number above 0 is due"),
+        (["--paper", "--bits", "-1"], "--bits -1: a number above 0"),
         (["--paper", "--config", "/no/such"], "No such file"),
+        (["--paper", "--config", str(sides.TRUE.with_name("glm-4.7-flash.json"))], "has no indexer"),
+        (["--paper", "--memory", "inf"], "--memory inf: a number above 0, and below 1e6"),
+        (["--paper", "--kept"], "--kept: --paper does not go with it"),
+        (["--kept", "--rounds", "9"], "--kept: --rounds does not go with it"),
+        (["--kept", "--keep"], "--kept: --keep does not go with it"),
+        (["--keep", "--contexts", "1k"], "--keep: --contexts does not go with it"),
+        (["--memory", "256"], "--memory is for --paper"),
+        (["--contexts", ","], "--contexts: numbers of tokens are due"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(capsys, arguments, said):
@@ -281,11 +289,29 @@ def test_on_paper_it_says_what_fits(capsys):
     assert "does NOT fit into 256" in capsys.readouterr().out
 
 
+def test_on_paper_the_form_is_the_one_that_runs(capsys):
+    """At 3k, 2048 queries at a time, the expanded form; and a config that cannot be read is named."""
+    spent = {}
+    for context in ("3k", "1M"):
+        assert verify.__main__.main(["bench", "--paper", "--context", context, "--chunk", "2048"]) == 0
+        prefill = capsys.readouterr().out.split("prefill, chunks")[1]
+        spent[context] = float(re.search(r"attention +([0-9.]+)", prefill)[1])
+    assert spent["3k"] < spent["1M"]
+
+
+def test_a_config_nested_too_deep_is_one_line(capsys, tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert verify.__main__.main(["bench", "--paper", "--config", str(tmp_path / "deep.json")]) == 1
+    error = capsys.readouterr().err
+    assert "deep.json" in error
+    assert error.count("\n") == 1
+
+
 def test_the_readmes_table_is_that_of_the_record(capsys):
     record = Bench.of_dict(json.loads(bench_command.KEPT.read_text()))
     written = re.search(r"<!-- bench -->\n(.*?)\n<!-- end of bench -->", README, re.DOTALL)
     assert written[1] == told.readme_table(record)
-    assert verify.__main__.main(["bench", "--kept"]) == 0
+    assert verify.__main__.main(["bench", "--kept"]) == int(not all(t.met for t in record.targets))
     assert "target" in capsys.readouterr().out
 
 

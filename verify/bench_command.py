@@ -17,6 +17,7 @@ from .saved import whole
 
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
 KEPT = Path(__file__).parent / "bench" / "measured.json"
+ON_PAPER = {"config", "context", "bits", "kv_bits", "memory", "bandwidth", "rate"}
 GLM_5_2 = Path(__file__).parent / "configs" / "glm-5.2.json"
 
 
@@ -38,7 +39,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-true-widths", action="store_true", help="leave out the layer of GLM-5.2's own widths")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write bench.json and a figure for each table there")
     parser.add_argument("--kept", action="store_true", help="run nothing: the record that the README shows")
-    parser.add_argument("--keep", action="store_true", help="make it the record that is kept, and the README's")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="make it the record that is kept (README's table is of it; a test says how that should read)",
+    )
     paper = parser.add_argument_group("on paper")
     paper.add_argument(
         "--paper", action="store_true", help="run nothing: memory, bytes and operations of a whole model"
@@ -50,10 +55,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     paper.add_argument("--memory", metavar="GB", type=float, default=512.0, help="of the machine (default 512)")
     paper.add_argument("--bandwidth", metavar="GB/S", type=float, default=819.0, help="default 819")
     paper.add_argument("--rate", metavar="TFLOPS", type=float, default=28.0, help="default 28")
+    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
 
 
 def run(chosen: argparse.Namespace) -> int:
     try:
+        _check(chosen)
         if chosen.paper:
             return _paper(chosen)
         return _bench(chosen)
@@ -72,8 +79,10 @@ def _bench(chosen: argparse.Namespace) -> int:
     if chosen.kept:
         found = Bench.of_dict(json.loads(KEPT.read_text()))
         show("\n".join(told.summary(found)))
-        return 0
-    contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",")})
+        return 0 if all(t.met for t in found.targets) else 1
+    contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",") if part})
+    if not contexts:
+        raise ValueError("--contexts: numbers of tokens are due, e.g. 1k,16k")
     chunk = 128 if chosen.chunk is None else chosen.chunk
     if chunk < 1 or chosen.rounds < 1:
         raise ValueError(f"--chunk {chunk} --rounds {chosen.rounds}: 1 or more is due")
@@ -99,13 +108,27 @@ def _bench(chosen: argparse.Namespace) -> int:
     return 0 if all(t.met for t in found.targets) else 1
 
 
+def _check(chosen: argparse.Namespace) -> None:
+    """What goes together. Raises ValueError."""
+    given = {name for name, default in chosen.defaults.items() if getattr(chosen, name, default) != default}
+    for what, allowed in (
+        ("kept", {"kept"}),
+        ("paper", {"paper", "chunk", *ON_PAPER}),
+        ("keep", {"keep", "rounds", "out"}),
+    ):
+        if what in given and given - allowed:
+            raise ValueError(f"--{what}: --{min(given - allowed).replace('_', '-')} does not go with it")
+    if "paper" not in given and given & ON_PAPER:
+        raise ValueError(f"--{min(given & ON_PAPER).replace('_', '-')} is for --paper")
+
+
 def _paper(chosen: argparse.Namespace) -> int:
     from .bench.paper import Machine, paper
 
     for name in ("bits", "memory", "bandwidth", "rate"):
         if not 0 < getattr(chosen, name) < 1e6:
-            raise ValueError(f"--{name} {getattr(chosen, name):g}: a number above 0 is due")
-    args = ModelArgs.from_dict(json.loads(chosen.config.read_text()))
+            raise ValueError(f"--{name} {getattr(chosen, name):g}: a number above 0, and below 1e6, is due")
+    args = ModelArgs.from_file(chosen.config)
     machine = Machine(chosen.memory, chosen.bandwidth, chosen.rate)
     chunk = 2048 if chosen.chunk is None else chosen.chunk
     if chunk < 1:

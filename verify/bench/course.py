@@ -313,6 +313,13 @@ def alike(one: Side, other: Side) -> None:
         raise ValueError(f"{one.name} and {other.name} do not compute the same: they differ by {error:.2g}")
 
 
+def label(tokens: int) -> str:
+    """16384 -> "16k"."""
+    if tokens >= 1 << 20:
+        return f"{tokens / 2**20:g}M"
+    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
+
+
 # -- targets
 
 
@@ -353,10 +360,10 @@ def targets(found: Bench) -> Iterator[Target]:
         ):
             distance, note = floor_note(PREFILL, context, shared)
             met = ratio >= least or distance <= 1.5
-            yield Target(f"prefill against mlx-lm at {context // 1024}k, {what}", f">= {least:g}", ratio, met, note)
+            yield Target(f"prefill against mlx-lm at {label(context)}, {what}", f">= {least:g}", ratio, met, note)
     near, far = found.case(PREFILL, 8192), found.case(PREFILL, 65536)
     for pair in found.pairs:
-        what = f"{pair.what}, {pair.far // 1024}k over {pair.near // 1024}k"
+        what = f"{pair.what}, {label(pair.far)} over {label(pair.near)}"
         yield Target(what, "<= 1.1", pair.ratio, pair.ratio <= 1.1, _taking(found, pair))
     if near and far:
         peaks = near.sides[OURS].peak, far.sides[OURS].peak
@@ -375,5 +382,5 @@ def targets(found: Bench) -> Iterator[Target]:
             yield Target(f"decode against mlx-lm at 16k, {what}", f">= {least:g}", ratio, met, note)
     for case in found.cases:
         if case.widths == "eighth" and case.context + case.chunk <= found.config["index_topk"]:
-            what = f"{case.kind} against mlx-lm at {case.context // 1024}k, below index_topk, {case.batch} rows"
+            what = f"{case.kind} against mlx-lm at {label(case.context)}, below index_topk, {case.batch} rows"
             yield Target(what, ">= 0.95", case.speedup, case.speedup >= 0.95)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..saved import whole
-from .course import FREQ, OURS, STOCK, Bench, Case
+from .course import FREQ, OURS, STOCK, Bench, Case, label
 from .sides import Hf
 
 SHARING = f"ours, IndexShare (1 of {FREQ} layers selects)"
@@ -62,11 +62,11 @@ def _lines(
     from matplotlib import ticker
 
     figure, axes = _figure(title)
-    for label, value in series.items():
+    for side, value in series.items():
         points = [(c.context, v) for c in cases if (v := value(c)) is not None]
         if points:
-            colour, mark = LOOK[label]
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=mark, linewidth=1.8, markersize=5)
+            colour, mark = LOOK[side]
+            axes.plot(*zip(*points, strict=True), label=side, color=colour, marker=mark, linewidth=1.8, markersize=5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _contexts(axes, [c.context for c in cases])
@@ -108,7 +108,7 @@ def _figure(title: str) -> tuple[Any, Any]:
 
 
 def _contexts(axes: Any, contexts: list[int], at: Any = None) -> None:
-    axes.set_xticks(list(contexts if at is None else at), [f"{c // 1024}k" for c in contexts])
+    axes.set_xticks(list(contexts if at is None else at), [label(c) for c in contexts])
     axes.minorticks_off()
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+
 from glm_dsa import ModelArgs, inventory
-from glm_dsa.attention import GATHERED
-from glm_dsa.plan import Cache
+from glm_dsa.attention import MultiHeadLatentAttention
+from glm_dsa.indexer import WIDEST
+from glm_dsa.plan import Cache, prefill_bytes
+from glm_dsa.tiles import ELEMENTS
 
 from . import counting
 from .counting import Count, Sizes
@@ -43,13 +48,14 @@ class Paper:
     weights: float = 0.0  # bytes
     latents: float = 0.0
     index_keys: float = 0.0
+    working: float = 0.0  # of prefill, at most about
     decode: dict[str, Count] = field(default_factory=dict)
     prefill: dict[str, Count] = field(default_factory=dict)
     dense: Count = field(default_factory=Count)  # a token's attention in decode, had it no selection
 
     @property
     def total(self) -> float:
-        return self.weights + self.latents + self.index_keys
+        return self.weights + self.latents + self.index_keys + self.working
 
     def as_dict(self) -> dict[str, Any]:
         def parts(counts: dict[str, Count]) -> dict[str, Any]:
@@ -60,7 +66,9 @@ class Paper:
 
         return {
             "context": self.context, "bits": self.bits, "kv_bits": self.kv_bits, "chunk": self.chunk,
-            "memory_bytes": {"weights": self.weights, "latents": self.latents, "index_keys": self.index_keys},
+            "memory_bytes": {"weights": self.weights, "latents": self.latents, "index_keys": self.index_keys,
+                "prefill_at_most_about": self.working,
+            },
             "decode": parts(self.decode), "prefill": parts(self.prefill),
         }  # fmt: skip
 
@@ -71,7 +79,8 @@ class Paper:
             f"{a.num_hidden_layers} layers, {full} of them with an indexer; {self.context:,} tokens of context, weights of "
             f"{self.bits:g} bit, KV cache of {self.kv_bits}"
         )
-        parts = (("weights", self.weights), ("latents", self.latents), ("index keys", self.index_keys))
+        parts = (("weights", self.weights), ("latents", self.latents), ("index keys", self.index_keys),
+                 ("prefill at most about", self.working))  # fmt: skip
         told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
         fits = "fits" if self.total <= m.memory * 1e9 else "does NOT fit"
         yield f"memory, GB: {told}, together {self.total / 1e9:.1f}: {fits} into {m.memory:g}"
@@ -88,30 +97,40 @@ class Paper:
         )
 
 
-def paper(
-    args: ModelArgs, context: int, bits: float, kv_bits: int, chunk: int, machine: Machine, block: int = 256
-) -> Paper:
-    """The main model's layers and head (no MTP). block: queries that one reading of the index keys serves in prefill.
+def paper(args: ModelArgs, context: int, bits: float, kv_bits: int, chunk: int, machine: Machine) -> Paper:
+    """The main model's layers and head (no MTP), as this definition runs them on a GPU.
 
     Raises ValueError for a cache of other bits than 16 and 8, or a context that needs no selection.
     """
     if kv_bits not in LATENT_BITS:
         raise ValueError(f"--kv-bits {kv_bits}: {' or '.join(map(str, LATENT_BITS))} is due")
-    if not args.has_indexer or context <= args.index_topk:
-        raise ValueError(
-            f"--context {context}: more than index_topk = {args.index_topk} is due, of a model that selects"
-        )
+    if not args.has_indexer:
+        raise ValueError(f"{args.model_type} has no indexer: this is about models that select")
+    if context <= args.index_topk:
+        raise ValueError(f"--context {context}: more than index_topk = {args.index_topk} is due")
     sizes = Sizes(bits / 8, LATENT_BITS[kv_bits] / 8, 2.0)
     found = Paper(args, context, bits, kv_bits, chunk, machine)
     layers = range(args.num_hidden_layers)
     cache = Cache.of(args, context, kv_bits)
     found.latents, found.index_keys = cache.latents, cache.index_keys
+    found.working = prefill_bytes(args, chunk)
+    # of queries, so many are served by one reading of the index keys
+    block = max(1, ELEMENTS[mx.DeviceType.gpu] // args.index_n_heads // (WIDEST * args.index_topk))
     own = (spec for spec in inventory(args) if spec.component != "mtp")
     found.weights = sum(prod(spec.shape) for spec in own) * sizes.weights
     for counts, queries in ((found.decode, 1), (found.prefill, chunk)):
+        form = cheapest_form(args, queries, context)
         for i in layers:
-            for name, count in counting.layer_parts(args, i, queries, context, GATHERED, sizes, block).items():
+            for name, count in counting.layer_parts(args, i, queries, context, form, sizes, block).items():
                 counts[name] = counts.get(name, Count()) + count * (1 / queries)
     found.decode["head"] = counting.head(args, 1, sizes)  # of a prompt only the last token's logits are asked for
     found.dense = counting.attention(args, "absorbed", 1, context, sizes) * len(layers)
     return found
+
+
+def cheapest_form(args: ModelArgs, queries: int, context: int) -> str:
+    """The form that this definition would choose."""
+    widths: Any = SimpleNamespace(
+        latent=args.kv_lora_rank, nope=args.qk_nope_head_dim, rope=args.qk_rope_head_dim, value=args.v_head_dim
+    )
+    return MultiHeadLatentAttention.cheapest_form(widths, queries, context, args.index_topk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .course import OURS, STOCK, Bench, Case, Target
+from .course import OURS, STOCK, Bench, Case, Target, label
 from .sides import Hf
 
 HEADINGS = ("mlx-lm", "HF on torch", "ours", "ours, IndexShare")
@@ -18,7 +18,7 @@ def summary(found: Bench) -> Iterator[str]:
         headings = "".join(f"{h:>18}" for h in (*HEADINGS, "times mlx-lm"))
         yield f"  {'context':>8} {'rows':>4}  {headings}{'peak MB, ours/mlx-lm':>24}"
         for case in cases:
-            yield f"  {_k(case.context):>8} {case.batch:>4}  " + "".join(_rates(case)) + _peaks(case)
+            yield f"  {label(case.context):>8} {case.batch:>4}  " + "".join(_rates(case)) + _peaks(case)
         yield ""
     yield from _true(found)
     yield from _parts(found)
@@ -52,7 +52,7 @@ def _peaks(case: Case) -> str:
 
 def _true(found: Bench) -> Iterator[str]:
     for case in (c for c in found.cases if c.widths == "true"):
-        yield f"decode through one layer of GLM-5.2's own widths behind {_k(case.context)}: ms a token"
+        yield f"decode through one layer of GLM-5.2's own widths behind {label(case.context)}: ms a token"
         for name, timed in case.sides.items():
             yield f"  {name:<32} {timed.median * 1e3:>8.2f}  (spread {timed.spread:.0%})"
         yield ""
@@ -64,7 +64,7 @@ def _parts(found: Bench) -> Iterator[str]:
         chunk = found.chunk if p.kind == "prefill" else 1
         floor = f"{p.floor / chunk * 1e3:>10.3f} {p.distance:>9.2f}" if p.floor else ""
         yield (
-            f"{p.part:<14} {p.kind:<8} {_k(p.context) if p.context else 'any':>8} {p.seconds / chunk * 1e3:>11.3f} "
+            f"{p.part:<14} {p.kind:<8} {label(p.context) if p.context else 'any':>8} {p.seconds / chunk * 1e3:>11.3f} "
             f"{p.count.operations / chunk / 1e9:>8.4f} {p.count.bytes / chunk / 1e6:>8.3f} {floor}".rstrip()
         )
     yield ""
@@ -82,7 +82,7 @@ def readme_table(found: Bench) -> str:
         hf = f"{case.rate(Hf.name):,.0f}" if Hf.name in case.sides else "-"
         peaks = _peaks(case).strip()
         lines.append(
-            f"| {_k(case.context)} | {case.kind} | {case.rate(STOCK):,.0f} | {hf} | {case.rate(OURS):,.0f} | "
+            f"| {label(case.context)} | {case.kind} | {case.rate(STOCK):,.0f} | {hf} | {case.rate(OURS):,.0f} | "
             f"{case.rate_with_sharing:,.0f} | {case.speedup:.2f} / {case.speedup_with_sharing:.2f} | {peaks} |"
         )
     v = found.versions
@@ -90,9 +90,3 @@ def readme_table(found: Bench) -> str:
               f"{v['mlx']} on the {found.device.upper()}, mlx-lm {v['mlx-lm']}, torch {v['torch']}, transformers "
               f"{v['transformers']}; {found.date}."]  # fmt: skip
     return "\n".join(lines)
-
-
-def _k(tokens: int) -> str:
-    if tokens >= 1 << 20:
-        return f"{tokens / 2**20:g}M"
-    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
