@@ -1,4 +1,4 @@
-"""MLX builds whose files are all header: of any size, their data a hole."""
+"""Checkpoints whose files are all header: of any size, their data a hole."""
 
 import json
 import struct
@@ -28,17 +28,22 @@ def parts_of(spec, kept):
         yield f"{path}.{part}", dtype, scales, prod(scales) * item
 
 
-def write_sparse(folder, config, formats):
-    """`formats`: {tensor of the module inventory: its format}. Those that are not in it are left out."""
+def write_build(folder, config, formats):
+    """An MLX build. `formats`: {tensor of the module inventory: its format}; those that are not in it are left out."""
+    specs = (s for s in weights.module_inventory(ModelArgs.from_dict(config)) if s.name in formats)
+    return write_headers(folder, config, (part for spec in specs for part in parts_of(spec, formats[spec.name])))
+
+
+def write_headers(folder, config, tensors):
+    """tensors: (name, dtype, shape, bytes) of each."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     shards, size = [{}], 0
-    for spec in weights.module_inventory(ModelArgs.from_dict(config)):
-        for name, dtype, shape, nbytes in parts_of(spec, formats[spec.name]) if spec.name in formats else ():
-            if shards[-1] and size + nbytes > SHARD:
-                shards, size = [*shards, {}], 0
-            shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, size + nbytes]}
-            size += nbytes
+    for name, dtype, shape, nbytes in tensors:
+        if shards[-1] and size + nbytes > SHARD:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, size + nbytes]}
+        size += nbytes
     index = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

@@ -52,3 +52,18 @@ def registered(monkeypatch):
         monkeypatch.setattr(mlx_lm.models, model_type, None, raising=False)
     monkeypatch.setattr(mlx_lm.models.cache, "LayerCache", None, raising=False)
     glm_dsa.mlx_lm.register()
+
+
+@pytest.fixture(scope="module")
+def unregistered():
+    """For modules whose commands register: what that put in mlx-lm's place is taken back behind them."""
+    kept = {(o, n): getattr(pkgutil.resolve_name(o), n) for o, n in glm_dsa.mlx_lm.WRAPPERS}
+    modules = {t: sys.modules.get(f"mlx_lm.models.{t}") for t in glm_dsa.mlx_lm.MODEL_TYPES}
+    yield
+    for (owner, name), original in kept.items():
+        setattr(pkgutil.resolve_name(owner), name, original)
+    for name, module in modules.items():
+        if module is None:
+            sys.modules.pop(f"mlx_lm.models.{name}", None)
+        else:
+            sys.modules[f"mlx_lm.models.{name}"] = module

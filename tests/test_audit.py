@@ -1,60 +1,45 @@
 """`python -m verify audit`: what headers tell, on releases of every format, on damaged ones, and at full size."""
 
 import json
+import math
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import glm_dsa
 from glm_dsa import ModelArgs, weights
+from glm_dsa.checkpoint import ITEM_BYTES
 from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.stored import read_tensors
+from tests.builds import write_headers
 from verify import audit, release
 from verify.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "verify" / "configs"
-SHARD = 5 << 30
 
 
 def write_sparse(folder, config, fp8=False):
-    """A checkpoint of full size whose files are all header: the data is a hole."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    shards, size = [{}], 0
-    for spec in weights.inventory(ModelArgs.from_dict(config)):
-        is_fp8 = fp8 and len(spec.shape) == 2 and not any(part in spec.name for part in checkpoints.NOT_FP8)
-        parts = {spec.name: ("F8_E4M3" if is_fp8 else "BF16", spec.shape)}
-        if spec.name.endswith("e_score_correction_bias"):
-            parts = {spec.name: ("F32", spec.shape)}
-        if is_fp8:
-            parts[f"{spec.name}_scale_inv"] = ("F32", tuple(-(-n // 128) for n in spec.shape))
-        for name, (dtype, shape) in parts.items():
-            count = int(np.prod(shape)) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
-            if size + count > SHARD:
-                shards, size = [*shards, {}], 0
-            shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, size + count]}
-            size += count
-    index = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        header = json.dumps(shard).encode()
-        with (folder / file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(header)) + header)
-            stream.truncate(8 + len(header) + max(t["data_offsets"][1] for t in shard.values()))
-        index |= dict.fromkeys(shard, file)
-    (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return folder
+    """A release of full size whose files are all header: the data is a hole."""
+
+    def tensors():
+        for spec in weights.inventory(ModelArgs.from_dict(config)):
+            is_fp8 = fp8 and len(spec.shape) == 2 and not any(part in spec.name for part in checkpoints.NOT_FP8)
+            dtype = "F8_E4M3" if is_fp8 else "F32" if spec.name.endswith("e_score_correction_bias") else "BF16"
+            yield spec.name, dtype, spec.shape, math.prod(spec.shape) * ITEM_BYTES[dtype]
+            if is_fp8:
+                scale = tuple(-(-n // 128) for n in spec.shape)
+                yield f"{spec.name}_scale_inv", "F32", scale, 4 * math.prod(scale)
+
+    return write_headers(folder, config, tensors())
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in CONFIGS.glob("*.json")))

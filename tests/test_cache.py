@@ -204,7 +204,7 @@ def test_quantizing_otherwise_than_it_is_packed(bits, group_size):
             r"groups of 64 do not divide this model's rotary key \(qk_rope_head_dim\) of 32; groups of 32 do",
         ),
         (Widths(96, 64), 8, 64, r"latent \(kv_lora_rank\) of 96; groups of 32 do"),
-        (Widths(48, 16), 8, 32, "none that MLX packs does: keep this cache unquantized"),
+        (Widths(48, 16), 8, 32, "no groups that MLX packs do: keep this cache unquantized"),
         (WIDTHS, 7, 32, "bits 7; one of 2, 3, 4, 5, 6, 8 is due"),
         (WIDTHS, 0, 32, "bits 0"),
         (WIDTHS, True, 32, "bits True"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import verify.__main__
-from glm_dsa.errors import GlmDsaError
+from glm_dsa.errors import CacheError, GlmDsaError
 from reference import checkpoints
 from reference.stored import read_tensors
 from tests.carried import write_stock
@@ -53,7 +53,6 @@ def trial(tmp_path_factory):
         ("hf@{}", "hf", {}, {}),
         ("equations@{}", "equations", {}, {}),
         (f"{STOCK_CODE}@{{}}", STOCK_CODE, {}, {}),
-        ("{},kv_bits=8,kv_group_size=32", "glm_dsa", {"kv_bits": 8, "kv_group_size": 32}, {}),
         ("{},dtype=bfloat16,indexer_rope=half-split", "glm_dsa", {"dtype": "bfloat16"}, {"indexer_rope": "half-split"}),
         ("hf@{},indexer_norm_eps=1e-5,index_topk=8", "hf", {}, {"indexer_norm_eps": 1e-5, "index_topk": 8}),
     ],
@@ -64,6 +63,19 @@ def test_a_side_is_read(sharing, text, implementation, options, overrides):
     assert side.checkpoint == str(sharing)
     oracle = "equations" if implementation == "hf" else "hf"
     assert (reference.implementation, reference.checkpoint, reference.options) == (oracle, str(sharing), {})
+
+
+def test_a_side_with_a_packed_cache_is_read_where_it_can_be_packed(sharing, tmp_path):
+    wide = checkpoints.write(tmp_path / "wide", checkpoints.packable(num_hidden_layers=4))
+    side, _ = drift.sides_of(f"{wide},kv_bits=8,kv_group_size=32", None, "")
+    assert side.options == {"kv_bits": 8, "kv_group_size": 32}
+    for asked, said in (
+        ("kv_bits=8,kv_group_size=32", "do not divide"),
+        ("kv_bits=0", "bits 0"),
+        ("kv_bits=7", "bits 7"),
+    ):
+        with pytest.raises(CacheError, match=said):
+            drift.sides_of(f"{sharing},{asked}", None, "")
 
 
 @pytest.mark.parametrize(

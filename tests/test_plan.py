@@ -18,7 +18,7 @@ from glm_dsa.__main__ import main
 from glm_dsa.errors import ConfigError, RecipeError
 from glm_dsa.mlx_lm import ByRecipe
 from reference import checkpoints
-from tests.builds import write_sparse
+from tests.builds import write_build
 from verify import audit, release
 
 ROOT = Path(__file__).parent.parent
@@ -243,7 +243,7 @@ def test_a_build_of_full_size_has_the_bytes_that_were_planned(config, name, with
     """Its headers name 300 GB and more; `plan` counts them, `audit --recipe` accepts them."""
     params = json.loads((CONFIGS / f"{config}.json").read_text())
     args, rules = ModelArgs.from_dict(params), recipe.load(name)
-    folder = write_sparse(tmp_path / "build", params, rules.formats(args, with_mtp))
+    folder = write_build(tmp_path / "build", params, rules.formats(args, with_mtp))
     planned, stored = asked(capsys, CONFIGS / f"{config}.json", "--recipe", name), asked(capsys, folder)
     assert stored["without_mtp"] == planned["without_mtp"]
     assert stored["components"] == planned["components"]
@@ -275,7 +275,7 @@ def test_a_folder_with_a_tensor_missing(tmp_path, capsys):
     params = checkpoints.packable(num_hidden_layers=4)
     formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
     del formats["model.layers.3.mlp.gate.weight"]
-    write_sparse(tmp_path / "build", params, formats)
+    write_build(tmp_path / "build", params, formats)
     assert "model.layers.3.mlp.gate.weight: missing" in refused(capsys, tmp_path / "build")
 
 
@@ -286,7 +286,7 @@ def test_a_build_of_another_config_is_refused(tmp_path, capsys):
         ({"vocab_size": 32000}, "model.embed_tokens.weight is [320, 12]: [32000, 12] is due"),
         ({"moe_intermediate_size": 4096}, "does config.json belong to these weights?"),
     ):
-        folder = write_sparse(tmp_path / said[:9], params, formats)
+        folder = write_build(tmp_path / said[:9], params, formats)
         (folder / "config.json").write_text(json.dumps(params | change))
         assert said in refused(capsys, folder)
 
@@ -303,7 +303,7 @@ def test_tensors_too_many_are_said_and_not_counted(tmp_path, capsys):
 def test_a_gguf_of_a_build_without_mtp_has_none(tmp_path, capsys):
     params = checkpoints.packable(num_hidden_layers=4)
     formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
-    assert asked(capsys, write_sparse(tmp_path / "build", params, formats), "--gguf", "bf16")["mtp"] is None
+    assert asked(capsys, write_build(tmp_path / "build", params, formats), "--gguf", "bf16")["mtp"] is None
 
 
 def test_what_is_published_in_a_packing_that_is_not_read(tmp_path, capsys):
@@ -366,7 +366,7 @@ def test_the_cache_is_kept_in_what_the_model_runs_in(dtype, rules, item, index_i
     assert any("float32" in note for note in found["notes"]) == (item == 4)
 
 
-@pytest.mark.parametrize(("chunk", "elements"), [(256, 1 << 18), (128, 1 << 20)])
+@pytest.mark.parametrize(("chunk", "elements"), [(128, 1 << 18), (64, 1 << 20)])
 def test_prefill_takes_no_more_than_is_said(chunk, elements, monkeypatch):
     """And no less than a twelfth: a plan's other figures are exact, this one is a bound."""
     monkeypatch.setitem(tiles.ELEMENTS, mx.DeviceType.cpu, elements)

@@ -26,6 +26,8 @@ from reference import checkpoints
 from verify import audit, release
 from verify.__main__ import main as verifying
 
+pytestmark = pytest.mark.usefixtures("unregistered")
+
 FOR = {"glm-5.2-3.5bit": checkpoints.packable, "glm-5.1-4.5bit": checkpoints.packable, "glm-4.7-flash-8-5bit": None}
 
 
@@ -51,7 +53,7 @@ def faults(folder, rules):
 
 
 @pytest.fixture(scope="module", params=sorted(FOR))
-def build(request, tmp_path_factory):
+def build(request, tmp_path_factory, unregistered):
     """(recipe's name, a small checkpoint converted with it by the command)."""
     name = request.param
     folder = tmp_path_factory.mktemp(name)
@@ -61,24 +63,6 @@ def build(request, tmp_path_factory):
         code = main(["convert", "--hf-path", str(source), "--mlx-path", str(folder / "mlx"), "--recipe", name])
     assert code == 0
     return name, folder / "mlx"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unregistered():
-    """What convert registers is for this process: other modules begin without."""
-    import pkgutil
-    import sys
-
-    kept = {(o, n): getattr(pkgutil.resolve_name(o), n) for o, n in glm_dsa.mlx_lm.WRAPPERS}
-    modules = {t: sys.modules.get(f"mlx_lm.models.{t}") for t in glm_dsa.mlx_lm.MODEL_TYPES}
-    yield
-    for (owner, name), original in kept.items():
-        setattr(pkgutil.resolve_name(owner), name, original)
-    for name, module in modules.items():
-        if module is None:
-            sys.modules.pop(f"mlx_lm.models.{name}", None)
-        else:
-            sys.modules[f"mlx_lm.models.{name}"] = module
 
 
 # -- converted
