@@ -205,7 +205,7 @@ class OnDisk:
 
 
 def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:
-    """(the format's name, the dtype that it computes in). Raises `ConfigError` where its shape is not the config's."""
+    """(the format's name, the dtype that it computes in: "" where scales of one byte leave that to the rest). Raises `ConfigError` where its shape is not the config's."""
     first, path, due = stored[spec.name], spec.name.removesuffix(".weight"), spec.shape
     if f"{path}.scales" in stored and first.dtype == "U32":
         names = (n for part in weights.PACKED if (n := f"{path}.{part}") in stored)
@@ -215,7 +215,7 @@ def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:
         except WeightsError as error:
             raise ConfigError(f"{error}; does config.json belong to these weights?") from None
         due = (*spec.shape[:-1], spec.shape[-1] * packing["bits"] // 32)
-        dtype = FORMATS.get(stored[f"{path}.scales"].dtype, "bfloat16")
+        dtype = FORMATS.get(stored[f"{path}.scales"].dtype, "")
         kind = str(Format(dtype, **packing))
     else:
         dtype = FORMATS.get(first.dtype, "bfloat16")
@@ -234,7 +234,7 @@ def items(dtypes: Iterable[tuple[TensorSpec, str]]) -> tuple[int, int]:
     for spec, dtype in dtypes:
         if spec.name.endswith("indexer.k_norm.weight") and spec.component != "mtp":
             index.add(dtype)
-        elif spec.component not in ("mtp", "router", "indexer"):
+        elif dtype and spec.component not in ("mtp", "router", "indexer"):
             main.add(dtype)
     return (ITEM if len(main) == 1 and "float32" not in main else 4), (4 if "float32" in index else ITEM)
 

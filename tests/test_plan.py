@@ -366,6 +366,14 @@ def test_the_cache_is_kept_in_what_the_model_runs_in(dtype, rules, item, index_i
     assert any("float32" in note for note in found["notes"]) == (item == 4)
 
 
+def test_scales_of_one_byte_say_nothing_of_the_dtype(tmp_path, capsys):
+    """mxfp4 in a model in float16: it runs in 16 bit."""
+    params = checkpoints.packable(num_hidden_layers=4)
+    (tmp_path / "r.toml").write_text('dtype = "float16"\n[[rule]]\ncomponent = "experts"\nmode = "mxfp4"')
+    formats = recipe.load(tmp_path / "r.toml").formats(ModelArgs.from_dict(params), False)
+    assert asked(capsys, write_build(tmp_path / "build", params, formats))["cache"]["kept"] == "16 bit"
+
+
 @pytest.mark.parametrize(("chunk", "elements"), [(128, 1 << 18), (64, 1 << 20)])
 def test_prefill_takes_no_more_than_is_said(chunk, elements, monkeypatch):
     """And no less than a twelfth: a plan's other figures are exact, this one is a bound."""
