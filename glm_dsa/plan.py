@@ -205,7 +205,9 @@ class OnDisk:
 
 
 def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:
-    """(the format's name, the dtype that it computes in: "" where scales of one byte leave that to the rest). Raises `ConfigError` where its shape is not the config's."""
+    """(the format's name, the dtype that it computes in: "" where scales of one byte leave that to the rest).
+
+    Raises `ConfigError` where its shape is not the config's."""
     first, path, due = stored[spec.name], spec.name.removesuffix(".weight"), spec.shape
     if f"{path}.scales" in stored and first.dtype == "U32":
         names = (n for part in weights.PACKED if (n := f"{path}.{part}") in stored)
