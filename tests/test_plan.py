@@ -15,8 +15,8 @@ import torch
 
 from glm_dsa import Model, ModelArgs, gguf, plan, recipe, tiles, weights
 from glm_dsa.__main__ import main
+from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import ConfigError, RecipeError
-from glm_dsa.mlx_lm import ByRecipe
 from reference import checkpoints
 from tests.builds import write_build
 from verify import audit, release

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import glm_dsa
 from glm_dsa import Model, ModelArgs, plan, recipe, weights
 from glm_dsa.__main__ import main
+from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import CheckpointError, RecipeError
-from glm_dsa.mlx_lm import ByRecipe
 from glm_dsa.model import parameters_of
 from reference import checkpoints
 from verify import audit, release
