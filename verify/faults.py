@@ -176,8 +176,9 @@ def _indexer() -> Iterator[Fault]:
                 Edit("indexer.Indexer.select_tiled", "mask.tile(rows, columns)",
                      "mask.tile(range(length - len(rows), length), columns)"),
                 stage="topk", shows="prompts in blocks")
-    yield fault("indexer-tiles-forget", "each tile of keys drops the best of those before it",
-                Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]", "[ranks(scores, columns)]"),
+    yield fault("indexer-tiles-forget", "each tile of keys that is wide enough drops the best of those before it",
+                Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]",
+                     "[ranks(scores, columns)] if len(columns) >= self.topk else [*best, ranks(scores, columns)]"),
                 stage="topk", shows="contexts in tiles")
     yield fault("indexer-tiles-count-from-zero", "each tile of keys counts its columns from 0",
                 Edit("indexer.Indexer.select_tiled", "ranks(scores, columns)", "ranks(scores, range(len(columns)))"),
