@@ -54,9 +54,8 @@ class Indexer(nn.Module):
 
     def keys_so_far(self, x: mx.array, rotation: Rotation, cache: LayerCache | None) -> mx.array:
         """[B, S, hidden] -> the keys of x behind those in the cache, which keeps them: [B, T, D], normalized and rotated."""
-        k = self.k_norm(self.wk(x))[:, :, None].astype(
-            self.k_norm.weight.dtype
-        )  # beside other dtypes it would be float32
+        k = self.k_norm(self.wk(x))[:, :, None]
+        k = k.astype(self.k_norm.weight.dtype)  # an indexer in another 16-bit dtype than x would make float32
         k = tap(self, "k", self._rotate_first(k, rotation)[:, :, 0])
         return k if cache is None else cache.append_index_keys(k)
 
@@ -78,9 +77,8 @@ class Indexer(nn.Module):
         for rows in ranges(length, block):
             part = slice(rows.start, rows.stop)
             best: list[mx.array] = []
-            for columns in ranges(
-                min(k.shape[1], max(mask.first + rows.stop, self.topk)), width
-            ):  # no later one is seen
+            seen = min(k.shape[1], max(mask.first + rows.stop, self.topk))  # no query of these sees later keys
+            for columns in ranges(seen, width):
                 # Each tile waits for the one before; evaluating here instead would forbid mx.grad and mx.compile.
                 queries, keys = q[:, part], k[:, columns.start : columns.stop]
                 if before := best or selections[-1:]:

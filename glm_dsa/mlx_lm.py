@@ -203,7 +203,7 @@ def _convert(original: Callable[..., Any], *args: Any, recipe: str | Path | None
     try:
         return _convert_by(original, recipe, args, kwargs)
     except BaseException:
-        if not was_there:
+        if not was_there and not (target / "config.json").exists():  # which follows the weights: an upload may fail
             shutil.rmtree(target, ignore_errors=True)
         raise
 

@@ -343,6 +343,21 @@ def test_nothing_half_written_is_left_behind(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "mlx").is_dir()  # what was there before is the user's
 
 
+def test_a_finished_build_outlives_a_failing_upload(tmp_path, capsys, monkeypatch):
+    import importlib
+
+    def fails(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr(importlib.import_module("mlx_lm.convert"), "upload_to_hub", fails)
+    folder = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4)))
+    arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", "glm-5.1-4.5bit"]
+    assert main(["convert", *arguments, "--upload-repo", "nobody/nothing"]) == 1
+    assert "no network" in capsys.readouterr().err
+    assert faults(tmp_path / "mlx", recipe.load("glm-5.1-4.5bit")) == []
+
+
 def test_a_recipe_that_packs_nothing_leaves_no_word_of_packing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [])
     config = checkpoints.packable(num_hidden_layers=4) | {
