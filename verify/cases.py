@@ -25,6 +25,7 @@ from reference.stored import weights_of
 
 from . import stages, tolerances
 from .candidate import Ours
+from .conventions import conventions_of
 
 Array = np.ndarray
 TRAINED = Path(checkpoints.__file__).parent / "trained"
@@ -209,15 +210,7 @@ class Case:
 
     @property
     def conventions(self) -> Conventions:
-        a = self.args
-        return Conventions(
-            a.indexer_rope,
-            a.main_rope,
-            a.indexer_norm_eps,
-            a.latent_norm_eps,
-            a.mtp_reuses_selection,
-            a.mtp_zero_first_embedding,
-        )
+        return conventions_of(self.args)
 
     @cached_property
     def ours(self) -> Ours:

@@ -133,9 +133,12 @@ def others_code() -> Iterator[None]:
 def told(error: BaseException) -> str:
     """Type, message and place of an error: one line."""
     message = " ".join(str(error).split())
-    passed_by = (Path(__file__).parent, Path(mx.__file__).parent, Path(mx.__file__).parent / "nn" / "layers")
+    passed_by = (Path(__file__).parent, Path(mx.__file__).parent)  # and whatever lies in folders inside them
     every = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in every if not f.filename.startswith("<") and Path(f.filename).parent not in passed_by]
+    frames = [
+        f for f in every
+        if not f.filename.startswith("<") and not any(Path(f.filename).is_relative_to(folder) for folder in passed_by)
+    ]  # fmt: skip
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):  # says where by itself
         place = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class Judge:
     again: str
     seed: int
     layers: set[int] | None = None
+    begun: int = field(init=False)  # comparisons of the tests before this one
+
+    def __post_init__(self) -> None:
+        self.begun = len(self.report.comparisons)
 
     def values(self, case: str, stage: str, ours: Array | None, ref: Array, bound: Bound | float) -> None:
         """Largest difference over the reference's rms, against a bound."""
@@ -172,7 +176,7 @@ class Judge:
         return scores, reference.bound(scores_stage, local).absolute(scores), case.args.index_topk, "keys"
 
     def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
-        before = [c for c in self.report.comparisons if c.claim == self.claim and c.case == case and c.bound]
+        before = [c for c in self.report.comparisons[self.begun :] if c.case == case and c.bound and c.verdict == AGREES]
         worst = max(before, key=lambda c: c.share, default=None)
         agreed = f"stages before it agree (worst: {worst.stage}, {worst.share:.2g} of its bound)" if worst else ""
         self.report.add(Comparison(self.claim, case, stage, FAULT, error, bound, note=lines[0]))

@@ -14,10 +14,10 @@ import numpy as np
 
 from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import CheckpointError
-from reference.equations import Conventions
 from reference.layers import Layers
 
 from . import audit, report, tolerances
+from .conventions import conventions_in
 from .release import Release
 
 Array = np.ndarray
@@ -160,7 +160,7 @@ def _check_theirs(headers: Release, overrides: Mapping[str, Any]) -> None:
     """HF reads keys that the definition has no use for, and is particular about them."""
     assert headers.folder is not None
     try:
-        Layers(headers.folder, Conventions.of(headers.config), **overrides)
+        Layers(headers.folder, conventions_in(headers.config, **overrides), **overrides)
     except Exception as error:  # HF's, the hub's and safetensors' own: no common base
         raise CheckpointError(
             f"{headers.origin}: HF makes no model of it, so nothing can judge it: {_line(error)}"

@@ -156,7 +156,7 @@ class Report:
         """The final line. It never reads as a pass where something was not looked at."""
         faults = [claim for claim in self.claims if self.verdict_of(claim) == FAULT]
         if faults:
-            return f"FAULT in {len(faults)} of {len(self.claims)} claims, which does not hold: {'; '.join(map(repr, faults))}"
+            return f"FAULT in {len(faults)} of {len(self.claims)} claims: {'; '.join(map(repr, faults))}"
         if exit_status or not self.judged or self.unfinished():
             return f"{NO_VERDICT}: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)

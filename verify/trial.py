@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from glm_dsa import ModelArgs
-from reference.equations import Conventions, rms_norm
+from reference.equations import rms_norm
 
 from . import compare, cost, report, stages, tolerances
 from .audit import Finding
 from .bare import Bare
 from .candidate import to_numpy
 from .compare import Distributions
+from .conventions import conventions_in, conventions_of
 from .damage import Weighing
 from .judge import Judge
 from .on_trial import OnTrial
@@ -114,8 +115,9 @@ class Trial:
         release = self.release
         original = None
         if release.original is not None and release.original.folder is not None:
-            original = (release.original.folder, Conventions.of(release.original.config))
-        conventions = Conventions.of(release.headers.config)
+            own = conventions_in(release.original.config, **release.overrides)
+            original = (release.original.folder, own)
+        conventions = conventions_of(release.args)
         self.run = Pass(
             release.folder,
             conventions,

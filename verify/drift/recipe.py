@@ -78,8 +78,8 @@ def _shares(found: Sensitivity, build: Build) -> dict[str, float]:
     for row in found.rows:
         if row.modules:
             counts = {p: layered.get(layer_of(p) if layer_of(p) is not None else -1, mean) for p in row.modules}  # type: ignore[arg-type]
-            whole = sum(counts.values())
-            shares |= {p: row.alone * c / whole for p, c in counts.items()}
+            total = sum(counts.values())
+            shares |= {p: row.alone * c / total for p, c in counts.items()}
     return shares
 
 
@@ -144,9 +144,9 @@ def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     while True:
         offers = []
         for path, bits in chosen.items():
-            at = STEPS.index(bits)
-            for later in range(at + 1, len(STEPS)):
-                cost = sizes[path][later] - sizes[path][at]
+            step = STEPS.index(bits)
+            for later in range(step + 1, len(STEPS)):
+                cost = sizes[path][later] - sizes[path][step]
                 if spent + cost <= most:
                     offers.append(((kl(path, bits) - kl(path, STEPS[later])) / cost, path, STEPS[later], cost))
         if not offers:

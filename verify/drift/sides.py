@@ -22,6 +22,7 @@ from glm_dsa.errors import CheckpointError, printable
 from glm_dsa.store import KvQuantization
 from reference.equations import Conventions
 
+from ..conventions import conventions_of
 from ..implementation import Implementation
 from ..release import Release, headers_of
 
@@ -68,11 +69,7 @@ class Side:
 
     @property
     def conventions(self) -> Conventions:
-        a = self.args
-        return Conventions(
-            a.indexer_rope, a.main_rope, a.indexer_norm_eps, a.latent_norm_eps, a.mtp_reuses_selection,
-            a.mtp_zero_first_embedding,
-        )  # fmt: skip
+        return conventions_of(self.args)
 
     @property
     def changes(self) -> dict[str, Any]:
