@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from verify import compare, stages, tolerances
+from verify.choices import Decision, of_keys
 
 INF = np.inf
 
@@ -66,15 +67,45 @@ def select(*keys):
     ],
 )
 def test_selections(ours, ref, noise, ties, faults):
-    difference = compare.selections(ours, ref, SCORES, 3, noise)
+    difference = of_keys(SCORES, 3, noise).difference(ours, ref)
     assert (difference.ties, difference.faults) == (ties, faults)
 
 
 def test_selections_of_early_rows():
     """Rows with fewer valid keys than K list masked ones: which, is of no account. Rows that see nothing are dropped."""
     scores = np.array([[[0.5, -INF, -INF, -INF], [-INF] * 4]])
-    difference = compare.selections(np.array([[[0, 1], [2, 3]]]), np.array([[[3, 0], [0, 1]]]), scores, 2, 0.0)
+    difference = of_keys(scores, 2, 0.0).difference(np.array([[[0, 1], [2, 3]]]), np.array([[[3, 0], [0, 1]]]))
     assert (difference.queries, difference.differing) == (1, 0)
+
+
+def test_what_is_torn_and_what_ties_exactly():
+    scores = np.array(
+        [[[0.9, 0.8, 0.5, 0.5], [0.9, 0.8, 0.5, 0.5 - 1e-7], [0.9, 0.8, 0.5, 0.1], [0.9, 0.8, 0.5, -INF]]]
+    )
+    decision = of_keys(scores, 3, 1e-6)
+    assert decision.torn.tolist() == [[True, True, False, False]]
+    assert decision.exact.tolist() == [[True, False, False, False]]
+    assert not of_keys(scores, 4, 1e-6).torn.any(), "nothing is left out"
+
+
+GROUPED = np.array([[[0.9, 0.1, 0.5, 0.5 + 1e-8, 0.8, 0.7]]])  # three groups of two, of sums 1.0, 1.0 and 1.5
+
+
+@pytest.mark.parametrize(
+    ("ours", "noise", "ties", "faults"),
+    [
+        (select(4, 0), 1e-9, 0, 1),  # the second group wins by 1e-8, which this noise does not explain
+        (select(4, 0), 1e-6, 1, 0),  # ... but this: the first may win, and then its best is chosen
+        (select(4, 5), 1e-6, 0, 0),
+        (select(0, 3), 1e-6, 0, 1),  # of both groups that are near, one may win
+        (select(4, 1), 1e-6, 0, 1),  # not the best of the group that may win
+    ],
+)
+def test_groups_that_are_near_may_win_either_way(ours, noise, ties, faults):
+    decision = Decision(GROUPED, 2, noise, "experts", groups=3, top_groups=2)
+    assert decision.torn.item() == (noise == 1e-6)
+    difference = decision.difference(ours, select(4, 5))
+    assert (difference.ties, difference.faults) == (ties, faults)
 
 
 def test_distributions():

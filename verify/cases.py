@@ -25,6 +25,7 @@ from reference.stored import weights_of
 
 from . import stages, tolerances
 from .candidate import Ours
+from .choices import Decision, of_stage
 from .conventions import conventions_of
 
 Array = np.ndarray
@@ -371,3 +372,14 @@ class Reference:
         longest = max(self.case.longest, self.length)
         explained = self.explained(stage, errors[stage], local)
         return tolerances.bound(errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained)
+
+    def decision(self, stage: str, local: bool) -> Decision:
+        return of_stage(stage, self.case.args, self.hf.__getitem__, lambda s: self.bound(s, local), self.case.weights)
+
+    @cached_property
+    def untied(self) -> Array:
+        """bool [B, S]: tokens that no possible tie comes before, in any layer: what a free run is to give there is certain."""
+        torn = np.zeros(self.tokens.shape, bool)
+        for stage in self.injections:
+            torn |= self.decision(stage, local=False).torn
+        return ~np.logical_or.accumulate(torn, axis=1)

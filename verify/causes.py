@@ -18,9 +18,9 @@ from reference.equations import Conventions, causal, layer_norm, rms_norm, selec
 
 from . import compare, stages, tolerances
 from .candidate import to_numpy
+from .choices import Decision, biased_scores, of_keys
 from .findings import Fault
 from .implementation import Failed, others_code
-from .judge import biased_scores
 from .taps import paths_of
 from .theirs import INDEXER, ModuleReference, Theirs, kind_of
 
@@ -182,7 +182,7 @@ def _layer(
 # -- choices
 
 
-def of_selection(reference: ModuleReference, path: str, ours: Array | None, noise: float) -> str:
+def of_selection(reference: ModuleReference, path: str, ours: Array | None, decision: Decision) -> str:
     """Of an indexer: the other rotary layout, a missing ReLU, a missing causal mask."""
     layer, topk = stages.layer_of(path), reference.case.args.index_topk
     if ours is None or layer is None:
@@ -196,26 +196,26 @@ def of_selection(reference: ModuleReference, path: str, ours: Array | None, nois
     wrong = {f"under {other} RoPE": turned[f"{path}.scores"]}
     wrong["without the ReLU"] = np.where(allowed, np.einsum("bsh,bsht->bst", w, products, optimize=True), -np.inf)
     for what, scores in wrong.items():
-        if not compare.selections(ours, select(scores, topk), scores, topk, noise).faults:
+        if not of_keys(scores, topk, decision.noise).difference(ours, select(scores, topk)).faults:
             return f"as {what}"
     return ""
 
 
-def of_routing(reference: ModuleReference, path: str, ours: Array, logits: Array, noise: float) -> str:
+def of_routing(reference: ModuleReference, path: str, ours: Array, logits: Array, decision: Decision) -> str:
     """Of a router: the correction bias left out, groups left out, or losing groups filled with 0."""
     args, k = reference.case.args, reference.case.args.num_experts_per_tok
     bias = reference.case.weights(f"model.{path}.e_score_correction_bias")
-    in_groups = biased_scores(logits, bias, args.n_group, args.topk_group)
-    wrong = {
-        "without e_score_correction_bias": biased_scores(logits, np.zeros_like(bias), args.n_group, args.topk_group)
-    }
+    unbiased = replace(decision, scores=biased_scores(logits, np.zeros_like(bias)))
+    wrong = {"without e_score_correction_bias": unbiased}
     if args.n_group > 1:
-        wrong["without groups"] = biased_scores(logits, bias, 1, 1)
-        wrong["with 0 for the experts of losing groups, which beats a negative score (-inf is due)"] = np.where(
-            np.isfinite(in_groups), in_groups, 0.0
+        free = replace(decision, groups=1, top_groups=1)
+        wrong["without groups"] = free
+        filled = np.where(np.isfinite(decision.allowed), decision.allowed, 0.0)
+        wrong["with 0 for the experts of losing groups, which beats a negative score (-inf is due)"] = replace(
+            free, scores=filled
         )
-    for what, scores in wrong.items():
-        if not compare.selections(ours, select(scores, k), scores, k, noise).faults:
+    for what, other in wrong.items():
+        if not other.difference(ours, select(other.allowed, k)).faults:
             return f"as {what}"
     return ""
 

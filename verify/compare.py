@@ -1,4 +1,4 @@
-"""Values, selections, distributions: what differs between *ours* and *ref*, by how much, and where. NumPy only."""
+"""Values and distributions: what differs between *ours* and *ref*, by how much, and where. NumPy only."""
 
 from __future__ import annotations
 
@@ -44,58 +44,11 @@ def values(ours: Array, ref: Array) -> ValueDifference:
     return ValueDifference(error, where=f"at {at}: {ours[at]:.6g}, ref {ref[at]:.6g}")
 
 
-@dataclass(frozen=True)
-class SelectionDifference:
-    """How two selections differ as sets. A *tie* swaps keys that all lie within the noise of the boundary."""
-
-    queries: int
-    differing: int
-    ties: int
-    first: str = ""
-
-    @property
-    def faults(self) -> int:
-        return self.differing - self.ties
-
-
-def as_sets(selection: Array, size: int) -> Array:
+def as_sets(choice: Array, size: int) -> Array:
     """Indices [.., K] -> membership bool [.., size]."""
-    chosen = np.zeros((*selection.shape[:-1], size), dtype=bool)
-    np.put_along_axis(chosen, selection.astype(np.int64), True, axis=-1)
+    chosen = np.zeros((*choice.shape[:-1], size), dtype=bool)
+    np.put_along_axis(chosen, choice.astype(np.int64), True, axis=-1)
     return chosen
-
-
-def selections(ours: Array | None, ref: Array, scores: Array, topk: int, noise: float) -> SelectionDifference:
-    """ours, ref: indices [B, S, K] (ours None: every key); scores: the reference's, [B, S, T], -inf (or lower than -1e38)
-    on keys that a query may not see; noise: how far a score may be off, absolutely.
-
-    Masked keys are dropped before sets are compared, and rows that see nothing (pads) with them.
-    """
-    scores = np.where(np.asarray(scores, np.float64) < -1e38, -np.inf, scores)
-    size = scores.shape[-1]
-    valid = np.isfinite(scores)
-    mine = valid if ours is None else as_sets(ours, size) & valid
-    theirs = as_sets(ref, size) & valid
-    rows = valid.any(-1)
-    swapped = (mine != theirs) & rows[..., None]
-    differing = swapped.any(-1)
-    ties, first = 0, ""
-    for row in np.argwhere(differing):
-        at = tuple(row)
-        finite = np.sort(scores[at][valid[at]])
-        boundary = finite[-min(topk, len(finite))]
-        distance = np.abs(scores[at][swapped[at]] - boundary)
-        if len(finite) > topk and mine[at].sum() == theirs[at].sum() and (distance <= 2 * noise).all():
-            ties += 1
-        elif not first:
-            extra, lost = np.flatnonzero(mine[at] & ~theirs[at]), np.flatnonzero(theirs[at] & ~mine[at])
-            parts = [f"query {int(at[1])}" + (f" of row {int(at[0])}" if scores.shape[0] > 1 else "")]
-            if extra.size:
-                parts.append(f"picks {int(extra[0])} (score {scores[at][extra[0]]:.6g})")
-            if lost.size:
-                parts.append(f"ref picks {int(lost[0])} (score {scores[at][lost[0]]:.6g})")
-            first = ", ".join(parts) + f"; boundary {boundary:.6g}, {extra.size} keys too many, {lost.size} missing"
-    return SelectionDifference(int(rows.sum()), int(differing.sum()), ties, first)
 
 
 @dataclass(frozen=True)

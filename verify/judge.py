@@ -11,6 +11,7 @@ import pytest
 
 from . import compare, stages
 from .cases import Reference
+from .choices import Decision, scatter
 from .report import AGREES, FAULT, Comparison, Report
 from .tolerances import Bound
 
@@ -51,31 +52,24 @@ class Judge:
             )  # fmt: skip
         self.report.add(Comparison(self.claim, case, stage, AGREES, difference.error, limit, note=why))
 
-    def selection(
-        self,
-        case: str,
-        stage: str,
-        ours: Array | None,
-        ref: Array,
-        scores: Array,
-        topk: int,
-        noise: float,
-        what: str = "keys",
-    ) -> int:
+    def selection(self, case: str, stage: str, ours: Array | None, ref: Array, decision: Decision) -> int:
         """Sets of indices; returns the number of ties."""
         if not self._is_wanted(stage):
             return 0
-        difference = compare.selections(ours, ref, scores, topk, noise)
+        difference = decision.difference(ours, ref)
         if difference.queries == 0:
             self._fault(case, stage, "nothing to compare: no query sees any key")
         if difference.faults:
             self._fault(
                 case, stage,
-                f"{difference.differing} of {difference.queries} queries select other {what} than the reference; "
-                f"{difference.ties} are ties (score noise {noise:.2g})",
+                f"{difference.differing} of {difference.queries} queries select other {decision.noun} than the reference; "
+                f"{difference.ties} are ties (score noise {decision.noise:.2g})",
                 f"first: {difference.first}",
             )  # fmt: skip
-        self.report.add(Comparison(self.claim, case, stage, AGREES, ties=difference.ties, note="sets"))
+        exact = int(decision.exact.sum())
+        self.report.add(
+            Comparison(self.claim, case, stage, AGREES, ties=difference.ties, exact_ties=exact, note="sets")
+        )
         return difference.ties
 
     def holds(self, case: str, stage: str, condition: bool, expected: str) -> None:
@@ -156,47 +150,15 @@ class Judge:
         self, name: str, ours: Array | None, reference: Reference, stage: str, rows: slice, local: bool = False
     ) -> int:
         """As `choice_stage`, of some tokens of the prompt, under a name of its own."""
-        scores, noise, topk, what = self._scored(reference, stage, local)
-        ref = reference.hf[stage][:, rows]
-        return self.selection(reference.case.name, name, ours, ref, scores[:, rows], topk, noise, what)
-
-    def _scored(self, reference: Reference, stage: str, local: bool) -> tuple[Array, float, int, str]:
-        """(what is chosen by, how far it may be off, how many are chosen, of what)."""
-        case, layer = reference.case, stages.layer_of(stage) or 0
-        if stages.kind(stage) == stages.ROUTING:
-            logits_stage = stage.replace("topk", "logits")
-            logits = reference.hf[logits_stage]
-            bias = case.weights(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
-            noise = reference.bound(logits_stage, local).absolute(logits) / 4  # sigmoid' <= 1/4
-            scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
-            return scores, noise, case.args.num_experts_per_tok, "experts"
-        full = max(i for i in range(layer + 1) if case.args.runs_indexer(i))
-        scores_stage = f"layers.{full}.self_attn.indexer.scores"
-        scores = reference.hf[scores_stage]
-        return scores, reference.bound(scores_stage, local).absolute(scores), case.args.index_topk, "keys"
+        decision = reference.decision(stage, local)[:, rows]
+        return self.selection(reference.case.name, name, ours, reference.hf[stage][:, rows], decision)
 
     def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
-        before = [c for c in self.report.comparisons[self.begun :] if c.case == case and c.bound and c.verdict == AGREES]
+        before = [
+            c for c in self.report.comparisons[self.begun :] if c.case == case and c.bound and c.verdict == AGREES
+        ]
         worst = max(before, key=lambda c: c.share, default=None)
         agreed = f"stages before it agree (worst: {worst.stage}, {worst.share:.2g} of its bound)" if worst else ""
         self.report.add(Comparison(self.claim, case, stage, FAULT, error, bound, note=lines[0]))
         text = [f"{stage}   FAULT   [case {case}, seed {self.seed}]", *lines, agreed, f"again: {self.again}"]
         pytest.fail("\n  ".join(line for line in text if line), pytrace=False)
-
-
-def scatter(weights: Array, experts: Array, count: int) -> Array:
-    """Routing weights [.., k] at experts [.., k] -> [.., E]: comparable whatever the order."""
-    dense = np.zeros((*weights.shape[:-1], count))
-    np.put_along_axis(dense, experts.astype(np.int64), weights, axis=-1)
-    return dense
-
-
-def biased_scores(logits: Array, bias: Array, groups: int, top_groups: int) -> Array:
-    """sigmoid + bias, -inf in groups that lost: what routing chooses by."""
-    scores = 1 / (1 + np.exp(-logits.astype(np.float64))) + bias
-    if groups == 1:
-        return scores
-    grouped = scores.reshape(*scores.shape[:-1], groups, -1)
-    best = np.sort(grouped, -1)[..., -2:].sum(-1)
-    threshold = np.sort(best, -1)[..., -top_groups, None]
-    return np.where((best >= threshold)[..., None], grouped, -np.inf).reshape(scores.shape)

@@ -54,6 +54,7 @@ class Comparison:
     bound: float = 0.0
     ties: int = 0
     note: str = ""
+    exact_ties: int = 0  # queries of the reference's whose boundary is between equal scores
 
     @property
     def share(self) -> float:
@@ -145,7 +146,9 @@ class Report:
         verdicts = {claim: self.verdict_of(claim) for claim in self.claims}
         return {
             "type": "footer", "claims": verdicts, "comparisons": self.judged,
-            "ties": sum(c.ties for c in self.comparisons), "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
+            "ties": sum(c.ties for c in self.comparisons),
+            "exact_ties": sum(c.exact_ties for c in self.comparisons),
+            "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
             "exit_status": exit_status, "seconds": round(time.time() - self.started, 1),
         }  # fmt: skip
 
@@ -180,14 +183,15 @@ class Report:
         return out
 
     def lines(self, exit_status: int) -> list[str]:
-        rows = [("claim", "compared", "worst error / bound, and where", "ties", "verdict")]
+        rows = [("claim", "compared", "worst error / bound, and where", "ties", "exact ties", "verdict")]
         for claim in self.claims:
             mine = [c for c in self.comparisons if c.claim == claim and c.verdict != MEASURED]
             bounded = [c for c in mine if c.bound]
             worst = max(bounded, key=lambda c: c.share, default=None)
             where = f"{worst.share:.2f}  {worst.stage} [{worst.case}]" if worst else ("exact" if mine else "-")
-            rows.append((claim, str(len(mine)), where, str(sum(c.ties for c in mine)), self.verdict_of(claim)))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+            ties, exact = (str(sum(getattr(c, kind) for c in mine)) for kind in ("ties", "exact_ties"))
+            rows.append((claim, str(len(mine)), where, ties, exact, self.verdict_of(claim)))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
         out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         out.insert(1, "  ".join("-" * width for width in widths))
         faults = self.faults()

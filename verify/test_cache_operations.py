@@ -15,6 +15,7 @@ from glm_dsa.cache import Widths
 from verify import tolerances
 from verify.candidate import Ours, to_numpy
 from verify.cases import TOPK, Case, group_size
+from verify.choices import of_keys
 
 CLAIM = "cache operations, any sequence"
 pytestmark = pytest.mark.needs("packable")
@@ -324,10 +325,8 @@ class Conversations(RuleBasedStateMachine):
             scores = ref[stage + "scores"]
             noise = reference.bound(stage + "scores", local=False).absolute(scores)
             self.judge.holds(name, stage + "scores", scores.shape[-1] == length, "one score for each token")
-            self.judge.selection(
-                name, f"{stage}topk ({what})", ours[stage + "topk"], ref[stage + "topk"], scores,
-                self.case.args.index_topk, noise,
-            )  # fmt: skip
+            decision = of_keys(scores, self.case.args.index_topk, noise)
+            self.judge.selection(name, f"{stage}topk ({what})", ours[stage + "topk"], ref[stage + "topk"], decision)
 
     def check_first_layer(self, row: Conversation, again, what: str) -> None:
         """Each value within a rounding step of the fresh run's, and all but one in fifty within float noise of it."""

@@ -12,6 +12,7 @@ from reference.equations import causal
 from verify import stages, tolerances
 from verify.candidate import in_tiles_of, to_numpy
 from verify.cases import Case
+from verify.choices import of_keys
 
 CLAIM = "indexer scores and selections"
 STAGES = ("k", "q", "weights", "scores")  # as the model computes them
@@ -72,8 +73,8 @@ def test_scores_and_selection(case: Case, judge, length, scale):
     bounds = {s: tolerances.bound(_error(seen[s], truth[s]), seen[s], max(case.longest, count)) for s in STAGES}
     for stage in STAGES:
         judge.values(name, f"self_attn.indexer.{stage}", ours[stage], seen[stage], bounds[stage])
-    noise = bounds["scores"].absolute(seen["scores"])
-    judge.selection(name, "self_attn.indexer.topk", ours["topk"], seen["topk"], seen["scores"], topk, noise)
+    decision = of_keys(seen["scores"], topk, bounds["scores"].absolute(seen["scores"]))
+    judge.selection(name, "self_attn.indexer.topk", ours["topk"], seen["topk"], decision)
 
 
 @pytest.mark.needs("indexer")
@@ -93,9 +94,8 @@ def test_within_index_topk_every_key_is_selected(case: Case, judge):
             (ours is not None) == chooses,
             f"a selection {'is' if chooses else 'is not'} made",
         )
-        judge.selection(
-            case.name, f"self_attn.indexer.topk, T = {count}", ours, seen["topk"], seen["scores"], topk, 1e-6
-        )
+        decision = of_keys(seen["scores"], topk, 1e-6)
+        judge.selection(case.name, f"self_attn.indexer.topk, T = {count}", ours, seen["topk"], decision)
 
 
 @pytest.mark.needs("indexer")
@@ -113,8 +113,8 @@ def test_padded_rows(case: Case, judge):
     allowed = causal((len(pads), count), valid)
     seen, truth = oracles(case, x, q_latent, positions, allowed)
     bound = tolerances.bound(_error(seen["scores"], truth["scores"]), seen["scores"], count)
-    noise = bound.absolute(seen["scores"])
-    judge.selection(case.name, "self_attn.indexer.topk (padded)", ours, seen["topk"], seen["scores"], topk, noise)
+    decision = of_keys(seen["scores"], topk, bound.absolute(seen["scores"]))
+    judge.selection(case.name, "self_attn.indexer.topk (padded)", ours, seen["topk"], decision)
 
 
 @pytest.mark.needs("indexer")

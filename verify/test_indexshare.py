@@ -15,6 +15,7 @@ from reference.equations import Conventions, Equations, schedule
 from verify import compare, tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case
+from verify.choices import of_keys
 
 CLAIM = "IndexShare, any schedule"
 TOPK, LENGTH = 8, 40
@@ -91,9 +92,8 @@ def test_any_schedule_equals_hf(judge, layout):
             stage = f"layers.{layer}.self_attn.indexer."
             scores = seen[stage + "scores"]
             noise = tolerances.bound(errors[stage + "scores"], scores, 96).absolute(scores)
-            judge.selection(
-                name, stage + "topk", to_numpy(mine[stage + "topk"]), seen[stage + "topk"], scores, TOPK, noise
-            )
+            decision = of_keys(scores, TOPK, noise)
+            judge.selection(name, stage + "topk", to_numpy(mine[stage + "topk"]), seen[stage + "topk"], decision)
         no_indexer = all(("indexer" in layer.self_attn) == (i in full) for i, layer in enumerate(ours.layers))
         judge.holds(name, "weights", no_indexer, "a shared layer holds no indexer weights")
         keyless = all((c.index_keys.length > 0) == (i in full) for i, c in enumerate(cache))

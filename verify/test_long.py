@@ -15,6 +15,7 @@ from reference.capture import capture
 from verify import compare, tolerances
 from verify.candidate import in_tiles_of, to_numpy
 from verify.cases import Case, probes, trained_specs
+from verify.choices import of_keys
 
 CLAIM = "selections behind 32k tokens"
 TOKENS, WINDOW, STRETCH = 32768, 1024, 48
@@ -89,9 +90,8 @@ def test_selections(judge, long, monkeypatch, elements):
             noise = tolerances.bound(error, seen, args.index_head_dim, explained=explained).absolute(seen)
             name = f"{case.name}, {start} tokens before"
             due = np.argsort(-truth, axis=-1, kind="stable")[..., : args.index_topk]
-            judge.selection(
-                name, f"layers.{layer}.self_attn.indexer.topk", to_numpy(ours), due, truth, args.index_topk, noise
-            )
+            stage, decision = f"layers.{layer}.self_attn.indexer.topk", of_keys(truth, args.index_topk, noise)
+            judge.selection(name, stage, to_numpy(ours), due, decision)
 
 
 def hf_scores(case: Case, layer, x, q_latent, positions, allowed, keys) -> np.ndarray:

@@ -15,7 +15,7 @@ from reference.stored import read_tensors
 from verify import compare, tolerances
 from verify.candidate import to_numpy
 from verify.cases import Case, Reference, Spec
-from verify.judge import biased_scores, scatter
+from verify.choices import of_experts, scatter
 from verify.progress import peak_memory
 from verify.test_config import CONFIGS, read_json
 
@@ -81,7 +81,8 @@ def test_router(judge, request):
     theirs.weight.data, theirs.e_score_correction_bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
     with torch.no_grad():
         logits, weights, topk = (v.numpy().reshape(1, TOKENS, -1) for v in theirs(torch.from_numpy(x)))
-    ours = Router(glm_dsa.ModelArgs.from_dict(config))
+    args = glm_dsa.ModelArgs.from_dict(config)
+    ours = Router(args)
     ours.weight, ours.e_score_correction_bias = mx.array(weight), mx.array(bias)
     with glm_dsa.trace.capture(ours, {"topk": mx.array(topk)}) as mine:
         ours(mx.array(x))
@@ -89,17 +90,8 @@ def test_router(judge, request):
     truth = x.astype(np.float64) @ weight.astype(np.float64).T
     bound = tolerances.bound(compare.values(logits, truth).error, logits, hidden)
     judge.values("router of 256", "mlp.gate.logits", to_numpy(mine["logits"]), logits, bound)
-    noise = bound.absolute(logits) / 4
-    judge.selection(
-        "router of 256",
-        "mlp.gate.topk",
-        to_numpy(mine["topk"]),
-        topk,
-        biased_scores(logits, bias, 1, 1),
-        8,
-        noise,
-        "experts",
-    )
+    decision = of_experts(logits, bias, args, bound.absolute(logits))
+    judge.selection("router of 256", "mlp.gate.topk", to_numpy(mine["topk"]), topk, decision)
     true_weights = routing_weights(truth, topk, config)
     judge.values(
         "router of 256", "mlp.gate.weights", scatter(to_numpy(mine["weights"]), topk, experts), scatter(weights, topk, experts),

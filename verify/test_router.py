@@ -13,7 +13,7 @@ from reference.capture import capture
 from reference.equations import Conventions, Equations
 from verify import compare, tolerances
 from verify.candidate import to_numpy
-from verify.judge import biased_scores, scatter
+from verify.choices import of_experts, scatter
 
 CLAIM = "router and experts"
 TOKENS = 96
@@ -70,7 +70,7 @@ def test_routing_and_experts(judge, config, bias, request):
     x = np.random.default_rng(seed).standard_normal((2, TOKENS // 2, config["hidden_size"])).astype(np.float32)
     with capture(model) as seen:
         model.model.layers[0].mlp(torch.from_numpy(x))
-    given = {"layers.0.mlp.gate.topk": seen["layers.0.mlp.gate.topk"]}
+    given, args = {"layers.0.mlp.gate.topk": seen["layers.0.mlp.gate.topk"]}, glm_dsa.ModelArgs.from_dict(config)
     equations = Equations(config, lambda n: named[n].astype(np.float64), Conventions(), given)
     equations.experts(0, x.astype(np.float64))
     with glm_dsa.trace.capture(ours, {"gate.topk": mx.array(given["layers.0.mlp.gate.topk"])}) as mine:
@@ -83,12 +83,10 @@ def test_routing_and_experts(judge, config, bias, request):
 
     logits = seen["layers.0.mlp.gate.logits"]
     judge.values(name, "mlp.gate.logits", to_numpy(mine["gate.logits"]), logits, bound("gate.logits"))
-    noise = bound("gate.logits").absolute(logits) / 4
-    scores = biased_scores(
-        logits, named["model.layers.0.mlp.gate.e_score_correction_bias"], config["n_group"], config["topk_group"]
-    )
+    bias_of = named["model.layers.0.mlp.gate.e_score_correction_bias"]
+    decision = of_experts(logits, bias_of, args, bound("gate.logits").absolute(logits))
     topk, experts = given["layers.0.mlp.gate.topk"], config["n_routed_experts"]
-    judge.selection(name, "mlp.gate.topk", to_numpy(mine["gate.topk"]), topk, scores, topk.shape[-1], noise, "experts")
+    judge.selection(name, "mlp.gate.topk", to_numpy(mine["gate.topk"]), topk, decision)
     judge.values(
         name, "mlp.gate.weights", scatter(to_numpy(mine["gate.weights"]), topk, experts),
         scatter(seen["layers.0.mlp.gate.weights"], topk, experts), bound("gate.weights"),

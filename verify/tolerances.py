@@ -210,6 +210,15 @@ def sigmoid_ratio() -> float:
     return float(min(MOST_RATIO, max(1.0, errors[0] / max(errors[1], HALF_ULP))))
 
 
+@cache
+def sigmoid_error() -> float:
+    """How far a sigmoid in float32 may be off, absolutely: the worse of mlx's and torch's."""
+    x = np.linspace(-40, 40, 16001, dtype=np.float32)
+    truth = 1 / (1 + np.exp(-x.astype(np.float64)))
+    ours, theirs = np.array(mx.sigmoid(mx.array(x))), torch.sigmoid(torch.from_numpy(x)).numpy()
+    return max(float(np.abs(out - truth).max()) for out in (ours, theirs))
+
+
 # -- packed values
 
 

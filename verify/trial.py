@@ -18,6 +18,7 @@ from . import compare, cost, report, stages, tolerances
 from .audit import Finding
 from .bare import Bare
 from .candidate import to_numpy
+from .choices import Decision, of_stage
 from .compare import Distributions
 from .conventions import conventions_in, conventions_of
 from .damage import Weighing
@@ -73,6 +74,9 @@ class LayerReference:
         return tolerances.bound(
             self.errors[stage], self.hf[stage], longest, kind == stages.ROUTING_WEIGHTS, norm, explained
         )
+
+    def decision(self, stage: str, local: bool) -> Decision:
+        return of_stage(stage, self.case.args, self.hf.__getitem__, lambda s: self.bound(s, local), self.case.weights)
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import causes, compare
+from . import causes
 from .calls import aligned, arrays, call_model, choice, describe, first, given, in_place_of, max_of, with_input
 from .candidate import to_numpy
+from .choices import scatter
 from .findings import Collector, Fault
 from .implementation import others_code
-from .judge import biased_scores, scatter
 from .taps import paths_of, tapped
 from .theirs import INDEXER, ROUTER, ModuleReference, Theirs, kind_of
 
@@ -149,16 +149,18 @@ class Watch:
             self.unread[path] = f"gives {describe(out)}: no selection that can be read"
             return out
         reference, stage = self.reference.reference, f"{path}.topk"
-        scores, due, topk = reference.hf[f"{path}.scores"], reference.hf[stage], self.theirs.case.args.index_topk
-        noise = reference.bound(f"{path}.scores", local=self.local).absolute(scores)
+        decision, due = reference.decision(stage, self.local), reference.hf[stage]
         ours = None if array is None else to_numpy(array)
         if ours is not None and ours.ndim == 4 and ours.shape[1] == 1:
             ours = ours[:, 0]  # [B, 1, S, K]
         if not self.local and ours is not None:
             end = self.start + ours.shape[1]
-            scores, due = (self._rows(a, ours.shape[1]) for a in (scores[..., :end], due))
+            decision = decision[:, self.start : end, :end]
+            due = self._rows(due, ours.shape[1])
             due = np.where(due < end, due, end - 1)  # early rows list keys of the future: any masked key will do
-        if ours is not None and (ours.shape[:2] != due.shape[:2] or ours.ndim != 3 or max_of(ours) >= scores.shape[-1]):
+        if ours is not None and (
+            ours.shape[:2] != due.shape[:2] or ours.ndim != 3 or max_of(ours) >= decision.scores.shape[-1]
+        ):
             self.unread[path] = f"gives {describe(out)}: no selection that can be read"
             return out
         if not self.local and ours is None:
@@ -167,12 +169,12 @@ class Watch:
             if path in self.theirs.mended:
                 return out if array is None else put(choice(array, due))
             fault = self.collector.check(
-                lambda: self.collector.selection(self.theirs.name, path, ours, due, scores, topk, noise),
-                lambda: causes.of_selection(self.reference, path, ours, noise),
+                lambda: self.collector.selection(self.theirs.name, path, ours, due, decision),
+                lambda: causes.of_selection(self.reference, path, ours, decision),
             )
             if fault is not None:
                 self._add(path, fault)
-        found = compare.selections(ours, due, scores, topk, noise)
+        found = decision.difference(ours, due)
         self.ties += found.ties
         hand_on = found.differing and (self.local or not found.faults or path in self.theirs.mended)
         return put(choice(array, due)) if hand_on and array is not None else out
@@ -182,11 +184,12 @@ class Watch:
         experts, put_experts = first(out, mx.integer)
         weights, _ = first(out, mx.floating)
         reference, case = self.reference.reference, self.theirs.case
-        due, logits = (reference.hf[f"{path}.{s}"] for s in ("topk", "logits"))
-        due_weights = reference.hf[f"{path}.weights"]
+        due, due_weights, logits = (reference.hf[f"{path}.{s}"] for s in ("topk", "weights", "logits"))
+        decision = reference.decision(f"{path}.topk", self.local)
         rows = None if experts is None else int(np.prod(experts.shape[:-1])) // due.shape[0]
         if not self.local and rows is not None:
             due, logits, due_weights = (self._rows(a, rows) for a in (due, logits, due_weights))
+            decision = decision[:, self.start : self.start + rows]
         if experts is None or weights is None or experts.size != due.size or weights.size != due.size:
             self.unread[path] = f"gives {describe(out)}: no experts with weights that can be read"
             return out
@@ -194,10 +197,7 @@ class Watch:
         if max_of(ours) >= case.args.n_routed_experts:
             self.unread[path] = f"names expert {max_of(ours)} of {case.args.n_routed_experts}"
             return out
-        bias = case.weights(f"model.{path}.e_score_correction_bias")
-        noise = reference.bound(f"{path}.logits", local=self.local).absolute(logits) / 4  # sigmoid' <= 1/4
-        scores = biased_scores(logits, bias, case.args.n_group, case.args.topk_group)
-        count, k = case.args.n_routed_experts, case.args.num_experts_per_tok
+        count = case.args.n_routed_experts
 
         def mend() -> Any:
             mine, theirs = scatter(due_weights, due, count), choice(experts, due)
@@ -207,13 +207,13 @@ class Watch:
 
         if path in self.theirs.mended:
             return mend()
-        found = compare.selections(ours, due, scores, k, noise)
+        found = decision.difference(ours, due)
         self.ties += found.ties
         if not self.local:
             return mend() if found.differing and not found.faults else out
         fault = self.collector.check(
-            lambda: self.collector.selection(self.theirs.name, path, ours, due, scores, k, noise, "experts"),
-            lambda: causes.of_routing(self.reference, path, ours, logits, noise),
+            lambda: self.collector.selection(self.theirs.name, path, ours, due, decision),
+            lambda: causes.of_routing(self.reference, path, ours, logits, decision),
         )
         if fault is None and not found.differing:
             mine = scatter(to_numpy(weights).reshape(due.shape), ours, count)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from glm_dsa import ModelArgs
 from reference.equations import Weights
 
 from .. import compare, stages, tolerances
-from ..judge import biased_scores
+from ..choices import Decision, made_by, of_stage
 from ..report import AGREES, FAULT, MEASURED
 from .recording import Recording
 
@@ -124,23 +124,11 @@ class Yardstick:
             self.errors[stage], true, self.longest, kind == stages.ROUTING_WEIGHTS, norm, tolerances.EXPLAINED_AT_MOST
         )
 
-    def scored(self, stage: str) -> tuple[Array, int, float] | None:
-        """(what a choice is made by [S, T or E], how many, how far that may be off); None where it is not known."""
-        layer = stages.layer_of(stage)
-        assert layer is not None
-        if stages.kind(stage) == stages.ROUTING:
-            logits = self.truth[f"layers.{layer}.mlp.gate.logits"]
-            assert logits is not None
-            bias = self.read(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
-            noise = self.bound(f"layers.{layer}.mlp.gate.logits").absolute(logits) / 4  # sigmoid' <= 1/4
-            scores = biased_scores(logits, bias, self.args.n_group, self.args.topk_group)
-            return scores, self.args.num_experts_per_tok, noise
-        full = max((i for i in range(layer + 1) if self.args.runs_indexer(i)), default=0)
-        own = f"layers.{full}.{SCORES}"
-        scores = self.truth.get(own)  # type: ignore[assignment]
-        if scores is None:
+    def decision(self, stage: str) -> Decision | None:
+        """What a choice [S, K] is made by; None where that is not known."""
+        if self.truth.get(made_by(stage, self.args)) is None:
             return None
-        return scores, self.args.index_topk, self.bound(own).absolute(scores)
+        return of_stage(stage, self.args, lambda s: self.truth[s][None], self.bound, self.read)  # type: ignore[index]
 
 
 def same_experts(ours: Array, ref: Array) -> Array:
@@ -176,12 +164,11 @@ def one(run: str, stage: str, ours: Recording, reference: Recording, yard: Yards
 
 def _choice(run: str, stage: str, mine: Array | None, ref: Array | None, yard: Yardstick, bad: str) -> Compared:
     """Choices as sets; a tie is none."""
-    scored = yard.scored(stage)
-    if scored is None or ref is None:  # every key is selected
+    decision = yard.decision(stage)
+    if decision is None or ref is None:  # every key is selected
         differs = (mine is None) != (ref is None) and yard.is_sparse
         return Compared(stage, run, bad if differs else AGREES, float(differs), 0.0)
-    scores, topk, noise = scored
-    found = compare.selections(None if mine is None else mine[None], ref[None], scores[None], topk, noise)
+    found = decision.difference(None if mine is None else mine[None], ref[None])
     error = found.faults / max(found.queries, 1)
     return Compared(stage, run, bad if found.faults else AGREES, error, 0.0, found.ties, found.first)
 

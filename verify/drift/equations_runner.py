@@ -9,7 +9,7 @@ from reference.equations import Equations, causal, rms_norm
 from reference.layers import Layers
 
 from .. import stages
-from ..judge import scatter
+from ..choices import scatter
 from .recording import Hearing
 from .runners import Runner
 

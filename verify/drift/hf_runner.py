@@ -16,7 +16,7 @@ from reference.modules import choosing
 from reference.mtp import Around
 
 from .. import stages
-from ..judge import scatter
+from ..choices import scatter
 from .recording import Hearing
 from .runners import TORCH, Runner, same_sets
 from .sides import Side

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from glm_dsa import ModelArgs
 
 from .. import compare, stages
-from ..judge import biased_scores
+from ..choices import biased_scores, made_by
 from .comparing import CHOICES, Yardstick, same_experts
 from .recording import Recording
 
@@ -60,30 +62,26 @@ class Likeness:
 
     def _choice(self, stage: str, mine: Array | None, theirs: Array | None, seen: Recording) -> float:
         """By the scores of the run that makes the mistake, where it shows them: under them the ties are."""
-        scored = self.yard.scored(stage)
+        decision = self.yard.decision(stage)
         if mine is None or theirs is None:  # every key
             mine, theirs = None, mine if theirs is None else theirs
-        if scored is None or theirs is None:
+        if decision is None or theirs is None:
             return 0.0 if mine is None and theirs is None else np.inf
-        scores, topk, noise = scored
-        own = self._scores(stage, seen)
+        own, noise = self._scores(stage, seen), decision.noise
         if own is not None:
-            ratio = _rms(own) / (_rms(scores) or 1.0)
-            scores, noise = own, noise * max(ratio, 1.0)
-        found = compare.selections(
-            None if mine is None else mine[None], theirs[None], scores[None], topk, EXACT * noise
-        )
+            noise *= max(_rms(own) / (_rms(decision.scores) or 1.0), 1.0)
+            decision = replace(decision, scores=own[None])
+        decision = replace(decision, noise=EXACT * noise)
+        found = decision.difference(None if mine is None else mine[None], theirs[None])
         return 0.0 if found.faults <= FLIPS * found.queries else np.inf
 
     def _scores(self, stage: str, seen: Recording) -> Array | None:
         """What another run chose by."""
-        if stages.kind(stage) != stages.ROUTING:
-            return seen.get(stage.removesuffix("topk") + "scores")
-        logits, args = seen.get(stage.removesuffix("topk") + "logits"), self.args
-        if logits is None:
-            return None
+        own = seen.get(made_by(stage, self.args))
+        if own is None or stages.kind(stage) != stages.ROUTING:
+            return own
         bias = self.yard.read(f"model.{stage.removesuffix('topk')}e_score_correction_bias")
-        return biased_scores(logits, bias, args.n_group, args.topk_group)
+        return biased_scores(own, bias)
 
 
 def _rms(values: Array) -> float:

@@ -11,7 +11,7 @@ from glm_dsa import trace
 
 from .. import stages
 from ..candidate import to_numpy
-from ..judge import scatter
+from ..choices import scatter
 from ..pieces import OurExperts, OurLayers
 from .recording import Hearing
 from .runners import MX, Runner, let_go, same_sets

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..calls import aligned, arrays, call_model, first, with_input
 from ..candidate import to_numpy
+from ..choices import scatter
 from ..implementation import Implementation, others_code
-from ..judge import scatter
 from ..taps import paths_of, tapped
 from ..theirs import INDEXER, ROUTER, kind_of
 from .recording import Hearing
