@@ -10,7 +10,7 @@ is judged against the uncached truth. Rotary outputs keep the layout of their in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -341,12 +341,15 @@ class Equations:
 
     # -- multi-token prediction
 
-    def draft(self, hidden: Array, tokens: list[Array], steps: int) -> list[tuple[Array, Array]]:
+    def draft(
+        self, hidden: Array, tokens: list[Array], steps: int, choices: Sequence[Mapping[str, Array]] = ()
+    ) -> list[tuple[Array, Array]]:
         """Chained draft steps: [(logits, hidden)] of each.
 
         hidden [B, S, hidden] after the main model's final norm; tokens[0] int [B, S] the next token of each; tokens[i]
         int [B, 1] what step i is fed. A later step appends one position, and attends to the keys of all steps so far,
-        or (mtp_reuses_selection) to the first step's selection for the last token, as it stands.
+        or (mtp_reuses_selection) to the first step's selection for the last token, as it stands. choices: of each step,
+        selections and routings of its new tokens, in the place of its own.
         """
         layer = self.config["num_hidden_layers"]
         w = self._scoped(layer)
@@ -360,6 +363,7 @@ class Equations:
         inputs, reuse, out = np.zeros((*hidden.shape[:1], 0, hidden.shape[2]), hidden.dtype), None, []
         for step in range(steps):
             embedded = embed[tokens[step]]
+            self.given = {**self.given, **stacked(choices[: step + 1])}
             if self.conventions.mtp_zero_first_embedding and step == 0:
                 embedded = embedded.copy()
                 embedded[:, 0] = 0
@@ -403,6 +407,17 @@ class Equations:
         parameters = {**(self.config.get("rope_scaling") or {}), **(self.config.get("rope_parameters") or {})}
         all_dim = parameters.get("mscale_all_dim")
         return scale * yarn_mscale(parameters["factor"], all_dim) ** 2 if all_dim else scale
+
+
+def stacked(choices: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Choices [B, n, K] of successive tokens, one behind the other. K may grow: a key that is named twice is one key."""
+    out: dict[str, Array] = {}
+    for stage in choices[0] if choices else ():
+        parts = [step[stage] for step in choices if stage in step]
+        width = max(part.shape[-1] for part in parts)
+        filled = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1])), mode="edge") for part in parts]
+        out[stage] = np.concatenate(filled, axis=1)
+    return out
 
 
 def causal(shape: tuple[int, ...], valid: Array | None) -> Array:

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_layers import MtpLayer
 
-from .capture import reinterleave
+from .capture import Stages, capture, reinterleave
 from .hf import Given, additive_causal_mask, standing_in
 from .stored import read_tensors
 
@@ -112,7 +112,9 @@ class Mtp:
     def draft(
         self, hidden: np.ndarray, tokens: list[np.ndarray], steps: int
     ) -> list[tuple[np.ndarray, np.ndarray, Any]]:
-        """As `Equations.draft`, cached as HF caches: [(logits, hidden, selection)] of each step."""
+        """As `Equations.draft`, cached as HF caches: [(logits, hidden, selection)] of each step. `steps` is left behind: the
+        stages of each, of its own tokens."""
+        self.steps: list[Stages] = []
         self.cache = cache = DynamicCache(config=self.model.config)
         index = self.model.config.num_hidden_layers - 1
         previous, out = torch.as_tensor(hidden), []
@@ -130,13 +132,14 @@ class Mtp:
             if step > 0 and self.reuse and indexer is not None:
                 assert self.block.selection is not None
                 stand_ins[attention] = Given(self.block.selection[:, -1:], writes=indexer)
-            with standing_in(stand_ins):
+            with standing_in(stand_ins), capture(self.model) as seen:
                 x = self.mtp(
                     embedded, previous,
                     position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
                     attention_mask=additive_causal_mask(fed.shape[0], fed.shape[1], past + fed.shape[1], embedded.dtype),
                     position_ids=positions, past_key_values=cache,
                 )  # fmt: skip
+            self.steps.append({s: v for s, v in seen.items() if ".writes." not in s})
             logits = torch.nn.functional.linear(x, self.head)
             selection = None if self.block.selection is None else self.block.selection.numpy().copy()
             out.append((logits.numpy(), x.numpy(), selection))

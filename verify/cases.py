@@ -53,6 +53,7 @@ class Spec:
     # what its prompts are cut from, a byte a token; random tokens where there are none
     texts: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()  # judged in these alone, where another case stands for it in the others
+    prompts: str = "random"  # tokens of a prompt; or "repeated": one of them at every third position; "constant": one alone
     has_mtp: bool = True  # False where a checkpoint has no tensors for the MTP layer that its config names
 
     @property
@@ -268,7 +269,10 @@ class Case:
     def tokens(self, length: int, batch: int = 1) -> Array:
         random = np.random.default_rng([self.seed, length, batch, zlib.crc32(self.spec.name.encode())])
         if not self.spec.texts:
-            return random.integers(3, self.args.vocab_size, (batch, length))
+            tokens = random.integers(3, self.args.vocab_size, (batch, length))
+            if self.spec.prompts == "repeated":
+                tokens[:, ::3] = tokens[0, 0]
+            return np.full_like(tokens, tokens[0, 0]) if self.spec.prompts == "constant" else tokens
         texts = [corpus.encode(text) for text in self.spec.texts if len(text) > length]
         return np.stack([corpus.window(random, texts[int(random.integers(len(texts)))], length) for _ in range(batch)])
 

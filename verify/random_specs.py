@@ -66,7 +66,7 @@ def _spec(number: int, random: np.random.Generator) -> Spec:
     )
     changes["index_share_for_mtp_iteration"] = pick(True, False)
     changes["index_topk"] = pick(8, 12, 16)
-    changes["index_n_heads"] = pick(16, 24)
+    changes["index_n_heads"] = pick(1, 2, 4, 8, 16, 24, 32, 64)  # few make exact ties: the ReLU leaves scores of 0
     changes["index_head_dim"] = rope + pick(0, 8, 24)
     yarn = {
         "factor": pick(4.0, 40.0),
@@ -78,7 +78,8 @@ def _spec(number: int, random: np.random.Generator) -> Spec:
     changes["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | scaling
     overrides["indexer_rope"] = pick(*LAYOUTS)
     overrides["mtp_zero_first_embedding"] = pick(None, True) if changes["num_nextn_predict_layers"] else None
-    return Spec(f"random-{number}", checkpoints.tiny(**changes), _given(overrides), bias)
+    prompts = pick("random", "random", "repeated", "constant")
+    return Spec(f"random-{number}", checkpoints.tiny(**changes), _given(overrides), bias, prompts=prompts)
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,24 @@
 """Multi-token prediction: four chained draft steps, with the selection reused and made anew."""
 
 import dataclasses
+from collections import Counter
+from contextlib import contextmanager
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from glm_dsa import trace
 from reference import hf
 from reference.capture import capture
 from reference.equations import Equations
 from reference.mtp import Mtp
-from verify import compare, tolerances
+from verify import compare, stages, tolerances
 from verify.candidate import Ours, to_numpy
 from verify.cases import Case, group_size
+from verify.choices import of_stage
+from verify.replay import in_columns
 
 CLAIM = "MTP, chained draft steps"
 STEPS = 4
@@ -22,6 +28,7 @@ class Oracles:
     """HF's drafts and the equations', two rows at a time, from HF's hidden after the final norm, on given tokens."""
 
     def __init__(self, case: Case, conventions, length):
+        self.case = case
         random = np.random.default_rng([case.seed, length])
         tokens = case.tokens(length, batch=2)
         with capture(case.hf) as seen:
@@ -33,14 +40,97 @@ class Oracles:
         mtp = Mtp(case.hf_with_mtp, case.folder, conventions.mtp_reuses_selection, conventions.mtp_zero_first_embedding)
         self.hf = mtp.draft(self.hidden, self.fed, STEPS)
         self.keys = mtp.index_keys()
+        self.steps = mtp.steps
+        self.choices = [{s: v for s, v in step.items() if s.endswith(".topk")} for step in self.steps]
         equations = Equations(case.config, case.weights, conventions)
-        self.truth = equations.draft(self.hidden.astype(np.float64), self.fed, STEPS)
+        self.truth = equations.draft(self.hidden.astype(np.float64), self.fed, STEPS, self.choices)
+        self.true_stages = equations.stages
         self.true_keys = equations.stages.get(f"layers.{case.args.num_hidden_layers}.self_attn.indexer.k")
 
-    def bound(self, case: Case, step, which):
+    def bound(self, step, which):
         """From the largest error of HF's in the steps so far. which: 0 logits, 1 hidden."""
         errors = [compare.values(self.hf[i][which], self.truth[i][which]).error for i in range(step + 1)]
-        return tolerances.bound(max(errors), self.hf[step][which], max(case.longest, self.hidden.shape[1] + STEPS))
+        return tolerances.bound(max(errors), self.hf[step][which], self.longest)
+
+    @property
+    def longest(self):
+        return max(self.case.longest, self.hidden.shape[1] + STEPS)
+
+    def decision(self, step, stage):
+        """What HF's choice in a step was made by, of that step's tokens."""
+        first, seen = self.hidden.shape[1], self.steps[step]
+        rows = slice(0, first) if step == 0 else slice(first + step - 1, first + step)
+
+        def bound(own):
+            truth = self.true_stages[own][:, rows]
+            truth = truth[..., : first + step] if own.endswith("scores") else truth
+            return tolerances.bound(compare.values(seen[own], truth).error, seen[own], self.longest)
+
+        return of_stage(stage, self.case.args, seen.__getitem__, bound, self.case.weights)
+
+    def selects(self, step, stage):
+        """Whether there is anything to choose: up to index_topk every key is selected."""
+        return not stages.is_selection(stage) or self.hidden.shape[1] + step > self.case.args.index_topk
+
+    @cached_property
+    def is_torn(self):
+        """Whether HF's own choices, in any step, lie within the noise of others."""
+        return any(
+            self.decision(step, stage).torn.any()
+            for step, choices in enumerate(self.choices) for stage in choices if self.selects(step, stage)
+        )  # fmt: skip
+
+    def due(self, pads=0):
+        """HF's choices of each step, as a cache whose rows begin with `pads` columns numbers them."""
+        first, topk, out = self.hidden.shape[1], self.case.args.index_topk, []
+        for step, choices in enumerate(self.choices):
+            at, before, width = (0, pads, first + pads) if step == 0 else (first + step - 1, 0, first + step + pads)
+            out.append({})
+            for stage, choice in choices.items():
+                if not stages.is_selection(stage):
+                    every = np.broadcast_to(np.arange(choice.shape[-1]), (len(choice), before, choice.shape[-1]))
+                    out[-1][stage] = np.concatenate([every, choice], axis=1)
+                elif width > topk:
+                    out[-1][stage] = np.stack([in_columns(row, at, pads, before, width, topk) for row in choice])
+        return out
+
+    def draft(self, model, cache, pads=0):
+        """Ours, on the same tokens: free, or, where HF is torn between two keys or two experts, under its choices. With what
+        ours would have chosen: [{stage: its choice}] by step."""
+        padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (self.hidden, self.fed[0])]
+        chosen = [{} for _ in range(STEPS)]
+        with drafting(model, self.due(pads) if self.is_torn else [], chosen):
+            drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, STEPS,
+                                 choose=lambda step, _: mx.array(self.fed[(step + 1) % STEPS][:, 0]))  # fmt: skip
+            mx.eval([draft.logits for draft in drafts])
+        return drafts, [{s: to_numpy(v) for s, v in step.items()} for step in chosen]
+
+    def judge_choices(self, judge, chosen, name=""):
+        """As sets, where ours ran under HF's: what ours would have chosen on the same inputs."""
+        for step, choices in enumerate(self.choices if self.is_torn else ()):
+            for stage in choices:
+                if self.selects(step, stage) and chosen[step].get(stage) is not None:
+                    stage_name = f"mtp step {step} {stages.kind(stage)}{name}"
+                    decision = self.decision(step, stage)
+                    judge.selection(self.case.name, stage_name, chosen[step][stage], choices[stage], decision)
+
+
+@contextmanager
+def drafting(model, choices, chosen):
+    """The MTP layer's choices are noted, by draft step; where `choices` has others for the step, those go on."""
+    met = Counter()
+
+    def listener(stage, value):
+        if not stage.endswith(".topk"):
+            return value
+        step = met[stage]
+        met[stage] += 1
+        chosen[step][stage] = value
+        given = choices[step].get(stage) if step < len(choices) else None
+        return value if value is None or given is None else mx.array(given.astype(np.int32)).astype(value.dtype)
+
+    with trace.listen(model, listener):
+        yield
 
 
 @pytest.mark.needs("mtp")
@@ -63,13 +153,8 @@ def check(case: Case, judge, regime, overrides):
     oracles = Oracles(case, conventions, case.lengths[0 if regime == "short" else -1])
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
-    drafts = ours.model.draft(
-        mx.array(oracles.hidden),
-        mx.array(oracles.fed[0]),
-        cache,
-        STEPS,
-        choose=lambda step, _: mx.array(oracles.fed[(step + 1) % STEPS][:, 0]),
-    )
+    drafts, chosen = oracles.draft(ours.model, cache)
+    oracles.judge_choices(judge, chosen)
     due = oracles.fed[0].shape[1] + STEPS - 1
     judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
     for step in range(STEPS):
@@ -78,7 +163,7 @@ def check(case: Case, judge, regime, overrides):
         for which, stage in ((1, "hidden"), (0, "logits")):
             mine = to_numpy(getattr(drafts[step], stage))
             judge.values(
-                case.name, f"mtp step {step} {stage}", mine, oracles.hf[step][which], oracles.bound(case, step, which)
+                case.name, f"mtp step {step} {stage}", mine, oracles.hf[step][which], oracles.bound(step, which)
             )
     if cache.has_indexer:
         own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
@@ -100,12 +185,17 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
     judge.holds(case.name, "mtp cache", model.make_mtp_cache(start=9).offset == 9, "starts where it is told to")
     cache, seen, length = model.make_mtp_cache(), [], oracles.hidden.shape[1]
     for rows in (slice(0, 9), slice(9, length // 2), slice(length // 2, length)):
-        seen.append(
-            model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)[0].logits
-        )
+        given = stages.of_rows(oracles.choices[0], rows, case.args.index_topk) if oracles.is_torn else {}
+        with drafting(model, [given], [{} for _ in range(STEPS)]):
+            seen.append(
+                model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)[
+                    0
+                ].logits
+            )
+            mx.eval(seen)
         judge.holds(case.name, "mtp cache", cache.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
     logits = np.concatenate([to_numpy(part) for part in seen], axis=1)
-    judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(case, 0, 0))
+    judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(0, 0))
 
 
 @pytest.mark.any_layout
@@ -115,15 +205,10 @@ def test_a_left_padded_batch(case: Case, judge, regime):
     """A row behind pads drafts what it drafts alone."""
     length, model, pads = case.lengths[0 if regime == "short" else -1], case.ours.model, 7
     oracles = Oracles(case, case.conventions, length)
-    padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (oracles.hidden, oracles.fed[0])]
-    cache = model.make_mtp_cache(left_padding=[pads, pads])
-    drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, STEPS,
-                         choose=lambda step, _: mx.array(oracles.fed[(step + 1) % STEPS][:, 0]))  # fmt: skip
+    drafts, _ = oracles.draft(model, model.make_mtp_cache(left_padding=[pads, pads]), pads)
     for step, draft in enumerate(drafts):
         logits = to_numpy(draft.logits)[:, pads if step == 0 else 0 :]
-        judge.values(
-            case.name, f"mtp step {step} logits (padded)", logits, oracles.hf[step][0], oracles.bound(case, step, 0)
-        )
+        judge.values(case.name, f"mtp step {step} logits (padded)", logits, oracles.hf[step][0], oracles.bound(step, 0))
 
 
 @pytest.mark.any_layout
