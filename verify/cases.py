@@ -53,7 +53,9 @@ class Spec:
     # what its prompts are cut from, a byte a token; random tokens where there are none
     texts: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()  # judged in these alone, where another case stands for it in the others
-    prompts: str = "random"  # tokens of a prompt; or "repeated": one of them at every third position; "constant": one alone
+    prompts: str = (
+        "random"  # tokens of a prompt; or "repeated": one of them at every third position; "constant": one alone
+    )
     has_mtp: bool = True  # False where a checkpoint has no tensors for the MTP layer that its config names
 
     @property

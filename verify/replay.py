@@ -70,6 +70,11 @@ def in_columns(choice: Array, first: int, pad: int, pads: int, width: int, topk:
     at, last = np.arange(width), pad + first + np.arange(len(choice))
     unseen = np.ones(chosen.shape, bool)
     unseen[pads:] = (at[None] < pad) | (at[None] > last[:, None])
+    return filled(chosen, unseen, topk)
+
+
+def filled(chosen: Array, unseen: Array, topk: int) -> Array:
+    """Sets of keys, bool [n, T], as int [n, topk], ascending: filled up with keys that the query does not see."""
     rank = np.where(chosen & ~unseen, 0, np.where(unseen, 1, 2))
     return np.sort(np.argsort(rank, axis=-1, kind="stable")[:, :topk], axis=-1)
 

@@ -10,12 +10,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from glm_dsa import CacheError, KvQuantization, LayerCache
+from glm_dsa import CacheError, KvQuantization, LayerCache, trace
 from glm_dsa.cache import Widths
-from verify import tolerances
+from verify import stages, tolerances
 from verify.candidate import Ours, to_numpy
 from verify.cases import TOPK, Case, group_size
-from verify.choices import of_keys
+from verify.choices import as_sets, of_stage
+from verify.replay import filled
 
 CLAIM = "cache operations, any sequence"
 pytestmark = pytest.mark.needs("packable")
@@ -218,6 +219,40 @@ def test_contents_are_preserved(judge, tmp_path):
 # -- what the model says
 
 
+class Run(list):
+    """The tokens of a call, or of some in a row, and what was chosen for them: selections as sets of positions, bool [n, T];
+    routings as experts [n, k]."""
+
+    def __init__(self, tokens, choices) -> None:
+        super().__init__(tokens)
+        self.choices = choices
+
+    def __delitem__(self, rows) -> None:
+        super().__delitem__(rows)
+        self.choices = {stage: np.delete(choice, rows, axis=0) for stage, choice in self.choices.items()}
+
+    def followed_by(self, other: "Run") -> "Run":
+        joined = {}
+        for stage, parts in ((s, [self.choices[s], other.choices[s]]) for s in other.choices if s in self.choices):
+            width = max(part.shape[1] for part in parts)
+            joined[stage] = np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in parts])
+        return Run([*self, *other], joined or other.choices)
+
+
+def choices_of(chosen, row: int, count: int, pads: int, length: int):
+    """Of a row of a batch, of its next `count` tokens, behind which it has `length`; in the row's own positions."""
+    own = {}
+    for stage, choice in chosen.items():
+        if not stages.is_selection(stage):
+            own[stage] = choice[row, :count]
+        elif choice is None:
+            own[stage] = np.ones((count, length), bool)
+        else:
+            columns = int(choice.max()) + 1
+            own[stage] = as_sets(choice[row, :count], max(columns, pads + length))[:, pads : pads + length]
+    return own
+
+
 class Conversation:
     """A cache of each layer, and how it came to be: runs of tokens, and the moment of quantizing.
 
@@ -278,8 +313,7 @@ class Conversations(RuleBasedStateMachine):
 
     def begun(self, length: int) -> Conversation:
         row = self.fresh()
-        row.history.append(self.case.tokens(length)[0].tolist())
-        self.feed(row.cache, row.history[0])
+        row.history.append(self.feed(row.cache, self.case.tokens(length)[0].tolist()))
         return row
 
     def fresh(self) -> Conversation:
@@ -288,17 +322,55 @@ class Conversations(RuleBasedStateMachine):
     def some(self, count: int) -> list[int]:
         return self.random.integers(3, self.case.args.vocab_size, count).tolist()
 
-    def feed(self, cache, tokens) -> None:
-        mx.eval(self.model(mx.array([tokens]), cache))
+    def call(self, tokens, cache):
+        """The model on int [B, S]: what it chose, by stage."""
+        chosen = {}
 
-    def replay(self, row: Conversation):
-        cache = self.model.make_cache(**row.options)
+        def listener(stage, value):
+            if stage.endswith(".topk"):
+                chosen[stage] = value
+            return value
+
+        with trace.listen(self.model, listener):
+            mx.eval(self.model(mx.array(tokens), cache), [v for v in chosen.values() if v is not None])
+        return {stage: to_numpy(value) for stage, value in chosen.items()}
+
+    def feed(self, cache, tokens) -> Run:
+        chosen = self.call([tokens], cache)
+        return Run(tokens, choices_of(chosen, 0, len(tokens), 0, cache[0].length))
+
+    def replay(self, row: Conversation, what: str = ""):
+        """The same tokens run afresh. what: under the same choices, each held to what is chosen now; as it stands elsewhere."""
+        cache, at = self.model.make_cache(**row.options), 0
         for step in row.history:
-            if isinstance(step, list):
-                self.feed(cache, step)
-            else:
+            if not isinstance(step, list):
                 cache = [c.to_quantized(self.group, 8, step) for c in cache]
+            elif what:
+                self.feed_under(cache, step, at, what)
+                at += len(step)
+            else:
+                mx.eval(self.model(mx.array([step]), cache))
         return cache
+
+    def feed_under(self, cache, run: Run, at: int, what: str) -> None:
+        width, topk, given = at + len(run), self.case.args.index_topk, {}
+        for stage, choice in run.choices.items():
+            if not stages.is_selection(stage):
+                given[stage] = choice[None]
+            elif width > topk:
+                sets = np.pad(choice, ((0, 0), (0, max(0, width - choice.shape[1]))))[:, :width]
+                unseen = np.arange(width)[None] > at + np.arange(len(run))[:, None]
+                given[stage] = filled(sets, unseen, topk)[None]
+        seen = self.case.ours.forward(np.array([run]), cache, given)
+        self.judge_choices(f"{self.case.name}", what, given, seen)
+
+    def judge_choices(self, name: str, what: str, ours, seen) -> None:
+        """ours: choices; seen: the stages of the run that they are held to."""
+        reference = self.case.reference(self.case.long)
+        for stage, choice in ours.items():
+            values = seen.__getitem__
+            decision = of_stage(stage, self.case.args, values, lambda s: reference.bound(s, False), self.case.weights)
+            self.judge.selection(name, f"{stage} ({what})", choice, seen[stage], decision)
 
     def check(self, row: Conversation, what: str) -> None:
         """What the model says next, here and after the same tokens run afresh.
@@ -306,27 +378,26 @@ class Conversations(RuleBasedStateMachine):
         Under other cuts a packed cache may differ by a step here and there, and routing near a tie then amplifies that:
         there it is held to the first layer's contents, which no choice comes before, and to what it reads back.
         """
-        again = self.replay(row)
+        again = self.replay(row, "" if row.exact or row.is_packed else what)
         if row.is_packed and not row.exact:
             self.check_first_layer(row, again, what)
             again = [ReadBack(cache) for cache in row.cache]
-        ours, ref = (
-            self.case.ours.forward(np.array([[PROBE]]), caches) for caches in (copy.deepcopy(row.cache), again)
-        )
+        probe, mine = np.array([[PROBE]]), copy.deepcopy(row.cache)
+        ref = self.case.ours.forward(probe, again)
+        chosen = {s: v for s, v in ref.items() if s.endswith(".topk") and v is not None}
+        ours = self.case.ours.forward(probe, mine, {} if row.exact or row.is_packed else chosen)
         name, length = f"{self.case.name}{', packed' if row.is_packed else ''}", row.tokens + 1
         if row.exact or row.is_packed:
             stage = f"logits ({what}, {'same cuts' if row.exact else 'on what is read back'})"
             self.judge.values(name, stage, ours["logits"], ref["logits"], 0.0)
             return
-        reference, stage = self.case.reference(self.case.long), "layers.0.self_attn.indexer."
-        bound = reference.bound("logits", local=False)
+        bound = self.case.reference(self.case.long).bound("logits", local=False)
+        lengths = {v.shape[-1] for s, v in ref.items() if s.endswith("indexer.scores")}
+        self.judge.holds(
+            name, "indexer scores", lengths <= {length}, f"one score for each of {length} tokens ({lengths})"
+        )
+        self.judge_choices(name, what, {s: ours[s] for s in chosen}, ref)
         self.judge.values(name, f"logits ({what}, other cuts)", ours["logits"], ref["logits"], bound)
-        if ref.get(stage + "topk") is not None:
-            scores = ref[stage + "scores"]
-            noise = reference.bound(stage + "scores", local=False).absolute(scores)
-            self.judge.holds(name, stage + "scores", scores.shape[-1] == length, "one score for each token")
-            decision = of_keys(scores, self.case.args.index_topk, noise)
-            self.judge.selection(name, f"{stage}topk ({what})", ours[stage + "topk"], ref[stage + "topk"], decision)
 
     def check_first_layer(self, row: Conversation, again, what: str) -> None:
         """Each value within a rounding step of the fresh run's, and all but one in fifty within float noise of it."""
@@ -350,9 +421,7 @@ class Conversations(RuleBasedStateMachine):
         row = self.all[row % len(self.all)]
         if row.tokens + count > 120:
             return
-        tokens = self.some(count)
-        self.feed(row.cache, tokens)
-        row.history.append(tokens)
+        row.history.append(self.feed(row.cache, self.some(count)))
         self.check(row, "run")
 
     @rule(row=st.integers(0, 3), count=st.integers(0, 15))
@@ -391,25 +460,32 @@ class Conversations(RuleBasedStateMachine):
             return
         batch = [LayerCache.merge(layers) for layers in zip(*(row.cache for row in rows), strict=True)]
         lengths = lengths[: len(rows)]
-        chunks = [self.some(n) for n in lengths]
+        chunks, runs = [self.some(n) for n in lengths], [Run([], {}) for _ in rows]
+
+        def step(tokens, counts) -> None:
+            pads = list(batch[0].left_padding or [0] * len(rows))
+            chosen = self.call(tokens, batch)
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                length = row.tokens + len(runs[i]) + count
+                own = Run(tokens[i][:count], choices_of(chosen, i, count, pads[i], length))
+                runs[i] = runs[i].followed_by(own)
+
         if longest := max(lengths):
             for cache in batch:
                 cache.prepare(lengths=lengths, right_padding=[longest - n for n in lengths])
-            mx.eval(self.model(mx.array([c + [0] * (longest - len(c)) for c in chunks]), batch))
+            step([c + [0] * (longest - len(c)) for c in chunks], lengths)
             for cache in batch:
                 cache.finalize()
         for _ in range(decoded):
-            step = [self.some(1) for _ in rows]
-            mx.eval(self.model(mx.array(step), batch))
-            chunks = [chunk + token for chunk, token in zip(chunks, step, strict=True)]
+            step([self.some(1) for _ in rows], [1] * len(rows))
         keep = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
         for cache in batch:
             cache.filter(keep)
         for i, kept in enumerate(keep):
             row = rows[kept]
             row.cache = [cache.extract(i) for cache in batch]
-            if chunks[kept]:
-                row.history.append(chunks[kept])
+            if runs[kept]:
+                row.history.append(runs[kept])
                 row.exact = False
             self.check(row, "batch")
 
