@@ -61,6 +61,11 @@ class Watch:
     def paths(self) -> set[str]:
         return {*self.reference.values_at, *self.reference.choices} & set(paths_of(self.theirs.model))
 
+    @property
+    def sees_choices(self) -> bool:
+        """Whether every choice that HF makes was met in a form that can be read, and replaced."""
+        return all(self.calls[path] and path not in self.unread for path in self.reference.choices)
+
     def _see(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.local and path in self.reference.inputs:
             due = self.reference.inputs[path]
