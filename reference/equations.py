@@ -33,12 +33,20 @@ class Conventions:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Conventions:
-        """What a config of zai-org's keys says; where it is silent, the defaults. Other builds' keys: glm_dsa/config.py."""
-        interleaved = config.get("indexer_rope_interleave", False)
+        """What a config says: a build's own key before zai-org's, that before the default. For the reference's own programs:
+        the gate hands its oracles what the definition resolved, and a test holds both readings equal."""
+
+        def said(key: str, default: Any) -> Any:
+            return default if config.get(key) is None else config[key]
+
+        interleaved = said("indexer_rope_traditional", said("indexer_rope_interleave", False))
         return cls(
             indexer_rope="interleaved" if interleaved else "half-split",
-            main_rope="interleaved" if config.get("rope_interleave", True) else "half-split",
-            mtp_reuses_selection=bool(config.get("index_share_for_mtp_iteration")),
+            main_rope="interleaved" if said("rope_interleave", True) else "half-split",
+            indexer_norm_eps=said("indexer_norm_eps", cls.indexer_norm_eps),
+            latent_norm_eps=said("latent_norm_eps", cls.latent_norm_eps),
+            mtp_reuses_selection=said("index_share_for_mtp_iteration", False),
+            mtp_zero_first_embedding=said("mtp_zero_first_embedding", False),
         )
 
 
