@@ -130,8 +130,8 @@ def numberings(mine: read_tensors, theirs: read_tensors, layers: Iterable[int]) 
             found[layer] = numbering
     if found and all(len(n.strangers) == n.count for n in found.values()):
         raise ValueError(
-            f"{theirs.folder}: expected the model that {mine.folder} was pruned from, got routers of which no row is among "
-            f"its own (layers {stages.compact(found)}); name another original"
+            f"{theirs.folder}: expected the model that {mine.folder} was pruned from, got one whose routers have not one row in "
+            f"common with it (layers {stages.compact(found)}); name another original"
         )
     return found
 
@@ -143,7 +143,9 @@ def is_pruned(args: ModelArgs, original: ModelArgs) -> bool:
 def groups(args: ModelArgs, original: ModelArgs) -> list[str]:
     """Where fewer experts make other groups."""
     others = [key for key in KEYS[1:] if is_pruned(args, original) and getattr(args, key) != getattr(original, key)]
-    return [f"config.json: {key} = {getattr(args, key)}, the original's says {getattr(original, key)}" for key in others]
+    return [
+        f"config.json: {key} = {getattr(args, key)}, the original's says {getattr(original, key)}" for key in others
+    ]
 
 
 def lines(found: Numberings) -> list[str]:
