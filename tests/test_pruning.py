@@ -383,3 +383,19 @@ def test_drift_refuses_other_models_and_the_pruned_build_as_reference(original, 
         drifted(folder, other)
     with pytest.raises(ValueError, match="n_routed_experts = 16 and 10; put the pruned build first"):
         drifted(original, folder)
+
+
+def test_drift_calls_no_pruned_build_the_same_model_though_nothing_shows(original, tmp_path):
+    """On this prompt nobody asks for the expert that was dropped."""
+
+    def avoid(tensors):
+        for layer in SPARSE:
+            tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"][5] -= 10
+
+    whole = pruned(original, tmp_path / "whole", {layer: list(range(EVERY)) for layer in SPARSE}, avoid)
+    kept = [e for e in range(EVERY) if e != 5]
+    found = drifted(f"hf@{pruned(whole, tmp_path / 'p', dict.fromkeys(SPARSE, kept))}", f"hf@{whole}")
+    assert found.distributions["kl_max"] < 1e-8
+    assert "0.0% go to dropped ones" in found.experts[-2]
+    assert not found.agrees
+    assert not found.same_weights
