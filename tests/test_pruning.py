@@ -117,6 +117,10 @@ def test_nearly_equal_rows_are_matched_and_rows_like_none_are_named():
     assert set(found.strangers) == {1, 3}
     assert found.own[1] in (8, 9)
     assert found.kept.tolist() == [4, 11]
+    assert pruning.lines({5: found}) == [
+        "layer 5: 2 of 16 experts kept, and 2 that are not among them",
+        "dropped in layer 5: 0-3, 5-10, 12-15",
+    ]
     (line,) = pruning.strangers({5: found})
     assert line.startswith(
         "model.layers.5.mlp.gate.weight, rows 1, 3: expected rows of the original's router, got 2 like none"

@@ -59,7 +59,8 @@ class Numbering:
 
     @property
     def dropped(self) -> Array:
-        return np.sort(self.order[self.count :])
+        """Numbers of those that were not."""
+        return np.setdiff1d(self.order, self.kept)
 
     @property
     def places(self) -> Array:
@@ -151,10 +152,13 @@ def groups(args: ModelArgs, original: ModelArgs) -> list[str]:
 def lines(found: Numberings) -> list[str]:
     """What became of the original's experts: a few lines for any number of layers."""
     out = []
-    for (count, every), layers in _grouped(found, lambda n: (n.count, len(n.order))).items():
-        moved = [i for i in layers if not found[i].strangers and (np.diff(found[i].own) < 0).any()]
-        order = f"; in another order than the original's in layers {stages.compact(moved)}" if moved else ""
-        out.append(f"layers {stages.compact(layers)}: {count} of {every} experts kept{order}")
+    for (kept, every, others), layers in _grouped(
+        found, lambda n: (len(n.kept), len(n.order), len(n.strangers))
+    ).items():
+        moved = [i for i in layers if (np.diff(found[i].kept) < 0).any()]
+        order = f"; in another order than the original's in {_layers(moved)}" if moved else ""
+        more = f", and {others} that are not among them" if others else ""
+        out.append(f"{_layers(layers)}: {kept} of {every} experts kept{more}{order}")
     dropped = _grouped(found, lambda n: tuple(n.dropped.tolist()))
     dropped.pop((), None)
     for numbers, layers in list(dropped.items())[:SHOWN]:

@@ -202,7 +202,9 @@ class Session:
                 of_chosen = np.take_along_axis(weights, chosen.astype(np.int64), -1)
                 shares[layer] = cost.of_dropped(chosen, of_chosen, numbering)
         told = [*pruning.lines(found), *pruning.groups(self.candidate.args, self.reference.args)]
-        return [*told, *([cost.dropped_line(shares)] if shares else []), *pruning.strangers(found)]
+        others = pruning.strangers(found)
+        more = [f"and so in {len(others) - pruning.SHOWN} layers more"] if others[pruning.SHOWN :] else []
+        return [*told, *([cost.dropped_line(shares)] if shares else []), *others[: pruning.SHOWN], *more]
 
     def _figures(self, found: Drift, reference: Recording, own: Recording) -> None:
         """Growth and choices: each layer on the reference's input, under choices of its own, beside the candidate alone."""
