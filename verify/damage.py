@@ -239,7 +239,9 @@ class Weighing:
         known = {j: e for j in sorted(numbering.strangers) if (e := self._in_layer(self.faces[j])) is not None}
         if known:
             pairs = _listed(f"{j} (the original's expert {e})" for j, e in known.items())
-            yield Finding(FAULT, f"model.layers.{layer}.mlp.experts: known by their weights, not by those rows: {pairs}")
+            yield Finding(
+                FAULT, f"model.layers.{layer}.mlp.experts: known by their weights, not by those rows: {pairs}"
+            )
 
     def _in_layer(self, face: torch.Tensor, but: int | None = None) -> int | None:
         """The original's number of an expert, `but` this one, that has this face, in the layer at hand."""

@@ -113,7 +113,11 @@ class OnTrial:
         if self.original is None:
             return []
         args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
-        told_elsewhere = ("conventions", "num_nextn_predict_layers", *(pruning.KEYS if pruning.is_pruned(args, theirs) else ()))
+        told_elsewhere = (
+            "conventions",
+            "num_nextn_predict_layers",
+            *(pruning.KEYS if pruning.is_pruned(args, theirs) else ()),
+        )
         keys = [f.name for f in fields(ModelArgs) if f.name not in told_elsewhere]
         return [
             f"config.json: {key} = {_short(getattr(args, key))}, the original's says {_short(getattr(theirs, key))}"

@@ -178,9 +178,7 @@ class Trial:
         self.findings[index] = self.weighing.layer(index)
         if ran.original:
             numbering = self.release.numberings.get(index)
-            self.costs[index] = cost.of_layer(
-                index, ran.hf, ran.original, ran.attended, self.run.is_sparse, numbering
-            )
+            self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse, numbering)
         self.finished.append(index)
         seconds = time.monotonic() - begun
         self.passed(index, seconds)
