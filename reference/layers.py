@@ -8,7 +8,7 @@ most likely, summed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,14 @@ class Layers:
 
     def experts(self, layer: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts `first`, ... of a layer, float32: gate_up [count, 2 I, hidden], down [count, hidden, I]."""
+        return self.some_experts(layer, range(first, first + count))
+
+    def some_experts(self, layer: int, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `experts`, those of these numbers."""
         inner, hidden = self.config["moe_intermediate_size"], self.config["hidden_size"]
-        gate_up, down = torch.empty(count, 2 * inner, hidden), torch.empty(count, hidden, inner)
-        for i in range(count):
-            path = f"model.layers.{layer}.mlp.experts.{first + i}"
+        gate_up, down = torch.empty(len(numbers), 2 * inner, hidden), torch.empty(len(numbers), hidden, inner)
+        for i, number in enumerate(numbers):
+            path = f"model.layers.{layer}.mlp.experts.{number}"
             gate_up[i, :inner] = self.read(f"{path}.gate_proj.weight", torch.float32)
             gate_up[i, inner:] = self.read(f"{path}.up_proj.weight", torch.float32)
             down[i] = self.read(f"{path}.down_proj.weight", torch.float32)

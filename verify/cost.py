@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import compare, stages
+from .pruning import Numbering
 
 Array = np.ndarray
 # at least, or at most, what the limit says
@@ -16,8 +18,9 @@ LIMITS = {"kl_mean": "most", "kl_p95": "most", "kl_max": "most", "perplexity": "
 @dataclass(frozen=True)
 class LayerCost:
     """On the same input: relative errors of what attention and MLP add; shares of selected keys and experts that are the same;
-    `lost`: the share of the original's attention that falls on keys which the release does not select. And after this layer,
-    each on its own: the relative error of the hidden state."""
+    `lost`: the share of the original's attention that falls on keys which the release does not select; dropped,
+    dropped_weight: of a pruned build, the shares of the original's choices, and of its routing weight, that go to experts which
+    are not there. And after this layer, each on its own: the relative error of the hidden state."""
 
     attention: float
     mlp: float
@@ -25,12 +28,16 @@ class LayerCost:
     lost: float | None
     routing: float | None
     hidden: float
+    dropped: float | None = None
+    dropped_weight: float | None = None
 
     def __str__(self) -> str:
         parts = [f"relative error of attention {self.attention:.2%}, MLP {self.mlp:.2%}"]
         parts += [f"selection {self.selection:.2%} the same"] if self.selection is not None else []
         parts += [f"attention lost {self.lost:.2%}"] if self.lost is not None else []
         parts += [f"experts {self.routing:.2%} the same"] if self.routing is not None else []
+        if self.dropped is not None:
+            parts.append(f"of the original's {self.dropped:.2%} dropped ({self.dropped_weight:.2%} of their weight)")
         return "; ".join([*parts, f"hidden so far {self.hidden:.2%}"])
 
 
@@ -51,24 +58,51 @@ def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) ->
 
 
 def of_layer(
-    layer: int, release: dict[str, Array], original: dict[str, Array], attended: Array | None, is_sparse: bool
+    layer: int,
+    release: dict[str, Array],
+    original: dict[str, Array],
+    attended: Array | None,
+    is_sparse: bool,
+    numbering: Numbering | None = None,
 ) -> LayerCost:
-    """release: stages of one row. original: of two, [the release's input, its own]. attended [S, T]: its attention there."""
+    """release: stages of one row. original: of two, [the release's input, its own]. attended [S, T]: its attention there.
+    numbering: of the release's experts, where it is not the original's."""
     prefix = f"layers.{layer}."
     attention, mlp, output = (prefix + s for s in ("self_attn.output", "mlp_output", "output"))
     chosen, experts = f"{prefix}self_attn.indexer.topk", prefix + stages.ROUTING
     length = release[output].shape[1]
-    selection = lost = None
+    selection = lost = routing = None
     if is_sparse and chosen in release:
         mine, theirs = release[chosen][0], original[chosen][0]
         selection = same(mine, theirs, np.tril(np.ones((length, length), bool)))
         if attended is not None:
             lost = float(np.where(compare.as_sets(mine, length), 0, attended).sum() / attended.sum())
-    routing = same(release[experts][0], original[experts][0]) if experts in release else None
+    if experts in release:
+        mine = release[experts][0]
+        routing = same(mine if numbering is None else numbering.own[mine.astype(np.int64)], original[experts][0])
+    dropped: tuple[float, float] | tuple[None, None] = (None, None)
+    if numbering is not None and numbering.dropped.size and experts in original:
+        dropped = of_dropped(original[experts][0], original[prefix + stages.ROUTING_WEIGHTS][0], numbering)
     return LayerCost(
         relative(release[attention][0], original[attention][0]), relative(release[mlp][0], original[mlp][0]),
-        selection, lost, routing, relative(release[output][0], original[output][1]),
+        selection, lost, routing, relative(release[output][0], original[output][1]), *dropped,
     )  # fmt: skip
+
+
+def of_dropped(experts: Array, weights: Array, numbering: Numbering) -> tuple[float, float]:
+    """experts int [S, k], weights [S, k] of the original -> (share of the choices, share of the weight) that is gone."""
+    gone = np.isin(experts, numbering.dropped)
+    return float(gone.mean()), float(weights[gone].sum() / weights.sum())
+
+
+def dropped_line(shares: Mapping[int, tuple[float, float]]) -> str:
+    """{layer: what `of_dropped` said} -> a line."""
+    choices, weight = np.mean([*shares.values()], axis=0)
+    worst = max(shares, key=lambda layer: shares[layer][1])
+    return (
+        f"of the original's choices of experts on this prompt {choices:.1%} go to dropped ones, {weight:.1%} of the routing "
+        f"weight (most in layer {worst}: {shares[worst][0]:.1%}, {shares[worst][1]:.1%})"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from glm_dsa.checkpoint import Stored
 from reference.packed import Packing
 from reference.stored import read_tensors
 
+from . import pruning
 from .audit import FAULT, WARNING, Finding, ranges
 from .hands import Weights
+from .pruning import Numberings
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
@@ -159,25 +161,38 @@ class Weighing:
     """The weights of a release, as its layers come. findings: {layer: [Finding]}."""
 
     def __init__(
-        self, stored: Mapping[str, Stored], mine: read_tensors, theirs: read_tensors | None, layers: int
+        self,
+        stored: Mapping[str, Stored],
+        mine: read_tensors,
+        theirs: read_tensors | None,
+        layers: int,
+        numberings: Numberings | None = None,
     ) -> None:
+        """numberings: of the layers whose experts are not the original's, in its order."""
         self.stored, self.mine, self.theirs, self.layers = stored, mine, theirs, layers
+        self.numberings = numberings or {}
         self._begin()
 
     def _begin(self) -> None:
         self.rms: dict[int, list[float]] = {}  # of an expert's projections
         self.gaps: dict[int, dict[str, Gap]] = defaultdict(dict)  # of experts that differ
-        self.faces: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of experts: what stands for them
+        self.faces: dict[int, torch.Tensor] = {}  # of experts: what stands for them
+        self.their_faces: dict[int, torch.Tensor] = {}  # of the original's, by its numbers
         self.far: list[str] = []
 
     # -- experts, a chunk at a time
 
-    def experts(self, layer: int, first: int, mine: Weights, theirs: Weights | None) -> None:
-        for i in range(len(mine[1])):
-            expert, own = first + i, _projections(mine, i)
-            other = _projections(theirs, i) if theirs is not None else None
+    def experts(self, layer: int, first: int, mine: Weights | None, theirs: Weights | None) -> None:
+        """theirs: those that belong beside; mine: None where the release has dropped them."""
+        for i in range(len(theirs[1]) if theirs is not None else 0):
+            face = _projections(theirs, i)[0][0, :WIDE].clone()  # type: ignore[arg-type]
+            self.their_faces[self._number(layer, first + i)] = face
+        strangers = self.numberings[layer].strangers if layer in self.numberings else {}
+        for i in range(len(mine[1]) if mine is not None else 0):
+            expert, own = first + i, _projections(mine, i)  # type: ignore[arg-type]
+            other = _projections(theirs, i) if theirs is not None and expert not in strangers else None
             self.rms[expert] = [float(m.norm()) / m.numel() ** 0.5 for m in own]
-            self.faces[expert] = (own[0][0, :WIDE].clone(), None if other is None else other[0][0, :WIDE].clone())
+            self.faces[expert] = own[0][0, :WIDE].clone()
             for j, projection in enumerate(PROJECTIONS):
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
                 packed = self.mine.packing(name)
@@ -205,7 +220,7 @@ class Weighing:
 
     def layer(self, layer: int) -> list[Finding]:
         """What is to be said of its weights. Resets what was kept of its experts."""
-        findings = [*self._own(layer), *self._of_experts(layer)]
+        findings = [*self._strangers(layer), *self._own(layer), *self._of_experts(layer)]
         findings += [Finding(WARNING, what) for what in self.far]
         self._begin()
         return findings
@@ -214,6 +229,29 @@ class Weighing:
         """Embedding, last norm, head."""
         names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
         return list(self._each(name for name in names if name in self.mine))
+
+    def _strangers(self, layer: int) -> Iterator[Finding]:
+        """Of a pruned build: rows of the router that are none of the original's, and whose weights stand behind them."""
+        if (numbering := self.numberings.get(layer)) is None:
+            return
+        for what in pruning.strangers({layer: numbering}):
+            yield Finding(FAULT, what)
+        known = {j: e for j in sorted(numbering.strangers) if (e := self._in_layer(self.faces[j])) is not None}
+        if known:
+            pairs = _listed(f"{j} (the original's expert {e})" for j, e in known.items())
+            yield Finding(
+                FAULT, f"model.layers.{layer}.mlp.experts: known by their weights, not by those rows: {pairs}"
+            )
+
+    def _in_layer(self, face: torch.Tensor, but: int | None = None) -> int | None:
+        """The original's number of an expert, `but` this one, that has this face, in the layer at hand."""
+        found = (e for e, theirs in self.their_faces.items() if e != but and correlation(face, theirs) > SAME)
+        return next(found, None)
+
+    def _number(self, layer: int, expert: int) -> int:
+        """What the original calls it."""
+        numbering = self.numberings.get(layer)
+        return expert if numbering is None else int(numbering.order[expert])
 
     def _own(self, layer: int) -> Iterator[Finding]:
         prefix = f"model.layers.{layer}."
@@ -240,7 +278,7 @@ class Weighing:
                     if name not in self.theirs:
                         absent.append(name)
                         break
-                    theirs = self.theirs(name, torch.float32, rows)
+                    theirs = self._beside(name, mine, self.theirs(name, torch.float32, rows))
                     if not theirs.isfinite().all():
                         yield Finding(FAULT, f"{name} of the original holds NaN or infinity: nothing is told by it")
                         continue
@@ -258,6 +296,17 @@ class Weighing:
             yield Finding(FAULT, f"{_some(absent)}: the original has no such tensor")
         for other, found_there in elsewhere.items():
             yield Finding(FAULT, f"{_some(found_there)}: what the original has in layer {other}")
+
+    def _beside(self, name: str, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """Of the original's router the rows of the experts that are there; in the place of what is told by itself, mine."""
+        match = weights.LAYER.fullmatch(name)
+        numbering = self.numberings.get(int(match[1])) if match else None
+        if numbering is None or not name.endswith((pruning.ROUTER, pruning.BIAS)):
+            return theirs
+        theirs = theirs[torch.from_numpy(numbering.own)]
+        alone = sorted(numbering.strangers)
+        theirs[alone] = mine[alone]
+        return theirs
 
     def _slices(self, name: str) -> Iterator[slice | None]:
         """Embedding and head come in slices of rows: they are as large as a layer."""
@@ -300,23 +349,44 @@ class Weighing:
         if self.theirs is None:
             yield from self._outliers(prefix)
         others, partly = defaultdict(list), dict[str, Gap]()
+        moved: dict[int, int] = {}
         for expert, gaps in self.gaps.items():
             if len(gaps) == len(PROJECTIONS) and all(g.is_other for g in gaps.values()):
-                others[self._found_at(layer, expert)].append(expert)
+                if (found := self._in_layer(self.faces[expert], self._number(layer, expert))) is not None:
+                    moved[expert] = found
+                else:
+                    others[self._found_at(layer, expert)].append(expert)
             else:
-                partly |= {f"{prefix}.{expert}.{projection}": found for projection, found in gaps.items()}
+                meant = self._meant(layer, [expert])
+                partly |= {f"{prefix}.{expert}.{projection}{meant}": found for projection, found in gaps.items()}
         yield from _told(partly)
+        yield from self._moved(layer, moved)
         for place, experts in others.items():
-            yield Finding(FAULT, f"{prefix}.{ranges(sorted(experts))}: {place}")
+            yield Finding(FAULT, f"{prefix}.{ranges(sorted(experts))}{self._meant(layer, experts)}: {place}")
+
+    def _moved(self, layer: int, moved: Mapping[int, int]) -> Iterator[Finding]:
+        """{expert: the original's whose weights it has}: a line for each, or for all where there are many."""
+        prefix = f"model.layers.{layer}.mlp.experts"
+        if len(moved) <= FEW:
+            for expert, place in moved.items():
+                meant = self._meant(layer, [expert])
+                yield Finding(FAULT, f"{prefix}.{expert}{meant}: what the original has in expert {place} of this layer")
+            return
+        pairs = _listed(f"{expert}{self._meant(layer, [expert])} has its {place}" for expert, place in moved.items())
+        yield Finding(FAULT, f"{prefix}: {len(moved)} experts are others of the original's in this layer: {pairs}")
+
+    def _meant(self, layer: int, experts: list[int]) -> str:
+        """Which of the original's these are by their router rows, where numbers say otherwise."""
+        if layer not in self.numberings:
+            return ""
+        numbers = ranges(sorted(self._number(layer, e) for e in experts))
+        return f" (by the router the original's {numbers})"
 
     def _found_at(self, layer: int, expert: int) -> str:
         assert self.theirs is not None
-        face = self.faces[expert][0]
-        for other, (_, theirs) in self.faces.items():
-            if theirs is not None and correlation(face, theirs) > SAME:
-                return f"what the original has in expert {other} of this layer"
+        face = self.faces[expert]
         for other in range(self.layers):
-            name = f"model.layers.{other}.mlp.experts.{expert}.gate_proj.weight"
+            name = f"model.layers.{other}.mlp.experts.{self._number(layer, expert)}.gate_proj.weight"
             if other != layer and name in self.theirs:
                 theirs = self.theirs(name, torch.float32, slice(0, 1))[0, :WIDE]
                 if correlation(face, theirs) > SAME:
@@ -327,7 +397,7 @@ class Weighing:
 
     def _twins(self, prefix: str) -> Iterator[Finding]:
         same = defaultdict(list)
-        for expert, (face, _) in self.faces.items():
+        for expert, face in self.faces.items():
             same[(tuple(self.rms[expert]), face.numpy().tobytes())].append(expert)
         for experts in same.values():
             if len(experts) > 1 and any(self.rms[experts[0]]):
@@ -355,6 +425,12 @@ def _told(gaps: Mapping[str, Gap]) -> Iterator[Finding]:
         f"{len(gaps)} matrices differ by more than rounding: other weights than the original's (fine-tuned, scaled, of another "
         f"model)? Furthest {worst}: {gaps[worst]}",
     )
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """The first few."""
+    every = list(texts)
+    return ", ".join(every[:FEW]) + (f", ... ({len(every)})" if every[FEW:] else "")
 
 
 def _some(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from reference.modules import choosing
 
 from . import stages
 from .pieces import OurExperts, OurLayers, Seen
+from .pruning import Numbering
 
 Array = np.ndarray
 Weights = tuple[torch.Tensor, torch.Tensor]  # of a chunk: gate_up [n, 2 I, hidden], down [n, hidden, I]
@@ -101,14 +102,30 @@ class HalfHand(HfHand):
 
 
 class OriginalHand(HfHand):
-    """HF's module on an original's weights: it reads its own experts, and shows them beside the release's."""
+    """HF's module on an original's weights: it reads its own experts, and shows them beside the release's. It goes by the
+    release's numbers, those that the release dropped behind them."""
 
-    def __init__(self, *args: Any, beside: Callable[[int, Weights, Weights], None]) -> None:
+    def __init__(
+        self, *args: Any, numbering: Numbering, beside: Callable[[int, Weights | None, Weights], None]
+    ) -> None:
         super().__init__(*args)
-        self.beside = beside
+        self.numbering, self.beside = numbering, beside
+        self.places = torch.from_numpy(numbering.places)
+
+    def _experts(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return super()._experts(x, self.places[experts], weights)
 
     def take(self, first: int, weights: Weights) -> None:
-        own = self.layers.experts(self.index, first, len(weights[1]))
+        self._take(first, len(weights[1]), weights)
+
+    def take_dropped(self, chunk: int) -> None:
+        """Those that only the original has, so many at once."""
+        every = len(self.numbering.order)
+        for first in range(self.numbering.count, every, chunk):
+            self._take(first, min(chunk, every - first), None)
+
+    def _take(self, first: int, count: int, weights: Weights | None) -> None:
+        own = self.layers.some_experts(self.index, self.numbering.order[first : first + count].tolist())
         self.beside(first, weights, own)
         super().take(first, own)
 

@@ -15,8 +15,9 @@ import numpy as np
 from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import CheckpointError
 from reference.layers import Layers
+from reference.stored import read_tensors
 
-from . import audit, report, tolerances
+from . import audit, pruning, report, tolerances
 from .conventions import conventions_in
 from .release import Release
 
@@ -42,6 +43,7 @@ class OnTrial:
     prompt: str = ""  # the prompt file's name; random tokens where there is none
     refused: str = ""  # why the definition does not load it
     is_half: bool = False  # ours runs in bfloat16
+    numberings: pruning.Numberings = field(default_factory=dict)  # of layers pruned or in another order
 
     @classmethod
     def of(
@@ -82,9 +84,12 @@ class OnTrial:
             refused = str(error)
         if not refused:
             _check_theirs(headers, overrides)
+        numberings: pruning.Numberings = {}
+        if original is not None and original.folder is not None and not refused:
+            numberings = pruning.numberings(read_tensors(headers.folder or ""), read_tensors(original.folder), chosen)
         name = "" if prompt is None else prompt.name
         _checked_length(args, 1 if original is None else 2, ids.shape[1])
-        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half)
+        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half, numberings)
 
     @property
     def folder(self) -> Path:
@@ -108,12 +113,24 @@ class OnTrial:
         if self.original is None:
             return []
         args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
-        keys = [f.name for f in fields(ModelArgs) if f.name not in ("conventions", "num_nextn_predict_layers")]
+        told_elsewhere = (
+            "conventions",
+            "num_nextn_predict_layers",
+            *(pruning.KEYS if pruning.is_pruned(args, theirs) else ()),
+        )
+        keys = [f.name for f in fields(ModelArgs) if f.name not in told_elsewhere]
         return [
             f"config.json: {key} = {_short(getattr(args, key))}, the original's says {_short(getattr(theirs, key))}"
             for key in keys
             if getattr(args, key) != getattr(theirs, key)
         ]
+
+    def pruned(self) -> list[str]:
+        """What became of the original's experts, in a few lines; none where all are there, in its order."""
+        if self.original is None:
+            return []
+        args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
+        return pruning.lines(self.numberings) + pruning.groups(args, theirs)
 
     def nbytes(self) -> dict[int, int]:
         """Of each layer that is run, as it is stored."""
@@ -182,6 +199,8 @@ def _check_original(headers: Release, args: ModelArgs, original: Release, theirs
     if original.folder.resolve() == headers.folder.resolve():
         raise ValueError(f"--original {original.origin}: that is the release itself")
     for key in SHAPES:
+        if key == "n_routed_experts" and pruning.is_pruned(args, theirs):
+            continue
         if getattr(args, key) != getattr(theirs, key):
             raise ValueError(
                 f"--original {original.origin}: {key} = {_short(getattr(theirs, key))}, {headers.origin} has "
@@ -203,8 +222,9 @@ def _check_headers(original: Release) -> None:
 
 
 def _chosen(headers: Release, args: ModelArgs, layers: set[int] | None, is_half: bool) -> list[int]:
-    """The MTP layer is one more, where the release has it. (In 16 bit it is not judged.)"""
-    count = args.num_hidden_layers + (weights.has_mtp(args, headers.tensors) and not is_half)
+    """The MTP layer is one more, where the release has it. (In 16 bit it is not judged, nor where pruning left it its experts.)"""
+    has_mtp = weights.has_mtp(args, headers.tensors) and not is_half and not _has_more_experts(headers, args)
+    count = args.num_hidden_layers + has_mtp
     chosen = sorted(layers) if layers is not None else list(range(count))
     if chosen[-1] >= count:
         raise ValueError(f"--layers: {headers.origin} has {count} layers, from 0 on")
@@ -213,6 +233,12 @@ def _chosen(headers: Release, args: ModelArgs, layers: set[int] | None, is_half:
         if full not in chosen:
             raise ValueError(f"--layers: layer {layer} shares the selection of layer {full}, which is due too")
     return chosen
+
+
+def _has_more_experts(headers: Release, args: ModelArgs) -> bool:
+    """Whether the MTP layer's router has more rows than config.json has experts."""
+    router = headers.tensors.get(f"model.layers.{args.num_hidden_layers}.{pruning.ROUTER}")
+    return router is not None and router.shape[0] > args.n_routed_experts
 
 
 def default_length(args: ModelArgs, rows: int) -> int:

@@ -38,7 +38,7 @@ IN_LAYER = (
 )
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_latent", "self_attn.kv_latent", "norm")
 SELECTIONS = ("self_attn.indexer.topk", "self_attn.selection")
-ROUTING, ROUTING_WEIGHTS = "mlp.gate.topk", "mlp.gate.weights"
+ROUTING, ROUTING_LOGITS, ROUTING_WEIGHTS = "mlp.gate.topk", "mlp.gate.logits", "mlp.gate.weights"
 
 
 def choices(stages: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:

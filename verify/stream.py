@@ -24,6 +24,7 @@ from reference.mtp import Around
 from .candidate import to_numpy
 from .hands import HalfHand, Hand, HfHand, OriginalHand, OurHand, TruthHand, Weights, together
 from .pieces import OurLayers, Seen
+from .pruning import Numbering, Numberings
 
 Array = np.ndarray
 CHUNK = 1 << 28  # bytes of a chunk of experts, in float32, that HF is handed at once
@@ -54,17 +55,20 @@ class Pass:
         overrides: Mapping[str, Any],
         tokens: Array,
         original: tuple[Path, Conventions] | None = None,
-        beside: Callable[[int, int, Weights, Weights | None], None] = lambda *_: None,
+        beside: Callable[[int, int, Weights | None, Weights | None], None] = lambda *_: None,
         tell: Callable[[str], None] = lambda _: None,
         dtype: mx.Dtype = mx.float32,
+        numberings: Numberings | None = None,
     ) -> None:
-        """`beside(layer, first, the release's experts, the original's)` sees each chunk of experts; `tell` where we are.
-        dtype: what ours runs in; beside bfloat16, HF runs in it too."""
+        """`beside(layer, first, the release's experts, the original's)` sees each chunk of experts, those that the release
+        has not at last; `tell` where we are. dtype: what ours runs in; beside bfloat16, HF runs in it too. numberings: of
+        the layers whose experts are not numbered as the original's."""
         self.theirs, self.ours = Layers(folder, conventions, **overrides), OurLayers(folder, dtype, **overrides)
         is_half = dtype == mx.bfloat16
         self.half = Layers(folder, conventions, torch.bfloat16, **overrides) if is_half else None
         self.conventions, self.args, self.tokens = conventions, self.ours.args, tokens
         self.beside, self.tell, self.overrides = beside, tell, overrides
+        self.numberings = numberings or {}
         self.original = None if original is None else Layers(original[0], original[1], **overrides)
         inner = self.args.moe_intermediate_size * self.args.hidden_size * 3 * 4
         self.chunk = max(1, min(self.args.n_routed_experts, CHUNK // inner))
@@ -160,6 +164,7 @@ class Pass:
             index,
             x,
             selection,
+            numbering=self.numberings.get(index) or Numbering.plain(self.args.n_routed_experts),
             beside=lambda first, mine, theirs: self.beside(index, first, mine, theirs),
         )
 
@@ -192,6 +197,9 @@ class Pass:
             if not any(isinstance(hand, OriginalHand) for hand in waiting):
                 self.beside(hf.index, first, weights, None)
             del weights  # before the next are read
+        for hand in waiting:
+            if isinstance(hand, OriginalHand):
+                hand.take_dropped(self.chunk)
 
     def _advance(self, hf: HfHand, seen: Seen, original: OriginalHand | None) -> None:
         """What goes into the next layer."""

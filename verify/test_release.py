@@ -15,6 +15,8 @@ def test_headers(judge, gate, request):
     release = request.config.stash[ASKED].release
     found = audit.audit(release.headers)
     tell(gate, release.name, "headers", found.findings)
+    for line in release.pruned():
+        gate.add(Comparison(CLAIM, release.name, "experts", MEASURED, note=line))
     faults = [f.what for f in found.findings if f.severity == audit.FAULT]
     if release.refused and not faults:
         faults = [release.refused]
@@ -59,6 +61,8 @@ def test_logits(trial: Trial, judge, gate):
         if paid is not None:
             of_what = trial.release.prompt or "random tokens: perplexities of a text take --prompt-file"
             gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, of {of_what}"))
+            if dropped := trial.dropped():
+                gate.add(Comparison(CLAIM, trial.name, "experts", MEASURED, note=dropped))
             limits = trial.release.limits
             over = paid.over(limits)
             kept = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())

@@ -131,10 +131,12 @@ class Trial:
             self._beside,
             lambda s: self.tell(s),
             mx.bfloat16 if release.is_half else mx.float32,
+            release.numberings,
         )
         theirs = None if self.run.original is None else self.run.original.read
         layers = self.run.args.num_hidden_layers
-        self.weighing = Weighing(release.headers.tensors, self.run.theirs.read, theirs, layers)
+        tensors, read = release.headers.tensors, self.run.theirs.read
+        self.weighing = Weighing(tensors, read, theirs, layers, release.numberings)
         self.case = Case(self.name, self.run.args, self.run.theirs.read, release.headers.is_packed)
         if not self._restore():
             self.run.embed()
@@ -179,7 +181,8 @@ class Trial:
         self.tell(f"layer {index}, weights")
         self.findings[index] = self.weighing.layer(index)
         if ran.original:
-            self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse)
+            numbering = self.release.numberings.get(index)
+            self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse, numbering)
         self.finished.append(index)
         seconds = time.monotonic() - begun
         self.passed(index, seconds)
@@ -251,6 +254,11 @@ class Trial:
             paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
         ours = whole["ours"]
         return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+
+    def dropped(self) -> str:
+        """What share of the original's routing went to experts that a pruned build has not; empty where nothing was dropped."""
+        shares = {i: (c.dropped, c.dropped_weight) for i, c in self.costs.items() if c.dropped is not None}
+        return cost.dropped_line(shares) if shares else ""  # type: ignore[arg-type]
 
     def time_of(self, layers: Iterable[int]) -> str:
         spent, least = (sum(part) for part in zip(*(self.times[i] for i in layers), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from glm_dsa import ModelArgs
 from glm_dsa.errors import printable
+from reference.stored import read_tensors
 
-from .. import stages
+from .. import pruning, stages
 from ..on_trial import SHAPES
 from .sides import Side
 
@@ -75,8 +76,9 @@ COMPUTED_BY = ("index_topk", "num_experts_per_tok")  # of SHAPES, what no tensor
 
 
 def config_differences(mine: ModelArgs, theirs: ModelArgs) -> list[str]:
-    """Where two configs say otherwise: what the one computes and the other does not."""
-    names = [f.name for f in fields(ModelArgs) if f.name not in ("conventions", "num_nextn_predict_layers")]
+    """Where two configs say otherwise: what the one computes and the other does not. What goes with pruning is no difference."""
+    left_out = ("conventions", "num_nextn_predict_layers", *(pruning.KEYS if pruning.is_pruned(mine, theirs) else ()))
+    names = [f.name for f in fields(ModelArgs) if f.name not in left_out]
     return [
         f"{name} = {str(getattr(mine, name))[:60]}, the reference's is {str(getattr(theirs, name))[:60]}"
         for name in names
@@ -87,8 +89,20 @@ def config_differences(mine: ModelArgs, theirs: ModelArgs) -> list[str]:
 def check_shapes(candidate: Side, reference: Side) -> None:
     for key in (k for k in SHAPES if k not in COMPUTED_BY):
         mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
-        if mine != theirs:
+        is_pruned = key == "n_routed_experts" and pruning.is_pruned(candidate.args, reference.args)
+        if mine != theirs and not is_pruned:
+            hint = "put the pruned build first" if key == "n_routed_experts" else "two of one model are due"
             raise ValueError(
                 f"{printable(candidate.text)} and {printable(reference.text)}: {key} = {printable(str(mine))[:60]} and "
-                f"{printable(str(theirs))[:60]}; two of one model are due"
+                f"{printable(str(theirs))[:60]}; {hint}"
             )
+
+
+def numbered(candidate: Side, reference: Side) -> Side:
+    """The candidate, whose experts are matched with the reference's by their routers' rows. Raises ValueError where none is."""
+    if candidate.same_weights(reference):
+        return candidate
+    layers = range(reference.args.num_hidden_layers + 1)  # the MTP layer too
+    mine, theirs = (read_tensors(side.folder) for side in (candidate, reference))
+    found = pruning.numberings(mine, theirs, layers)
+    return replace(candidate, numberings=found) if found else candidate

@@ -155,6 +155,9 @@ def one(run: str, stage: str, ours: Recording, reference: Recording, yard: Yards
         if not rows.any():
             return Compared(stage, run, MEASURED, 0.0, 0.0, where="no token goes to the same experts")
         mine, ref = mine[rows], ref[rows]
+    absent = ours.absent.get(stage)
+    if absent is not None and mine is not None and ref is not None and mine.shape == ref.shape:
+        mine, ref = (np.delete(by_expert, absent, -1) for by_expert in (mine, ref))
     if mine is None or ref is None:
         return Compared(stage, run, bad, np.inf, yard.bound(stage).value, where="one of both has no such value")
     bound, found = yard.bound(stage).value, compare.values(mine, ref)

@@ -43,7 +43,7 @@ class OurRunner(Runner):
 
     def run_layer(self, index: int, tokens: Array, hearing: Hearing) -> None:
         """One layer on the reference's input and, where it is handed one, its selection."""
-        layers = self.assembled()
+        layers, hearing = self.assembled(), self.heard(hearing)
         if index == self.args.num_hidden_layers:
             with trace.listen(layers.model, Listener(hearing, self.args.n_routed_experts)):
                 hidden = hearing.other("norm")

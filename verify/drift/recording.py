@@ -26,6 +26,7 @@ class Recording(Mapping[str, Any]):
         self.folder = folder
         self._held: dict[str, Any] = {}
         self.handed: set[str] = set()  # stages whose values the run was handed, and went on with
+        self.absent: dict[str, Array] = {}  # of values by expert [S, E]: numbers of experts that the run's side has not
         if folder is not None:
             folder.mkdir(parents=True)
 

@@ -69,6 +69,9 @@ class Drift:
     elsewhere: Compared | None = None  # the first one, where it lies outside of what is reported
     unseen: list[str] = field(default_factory=list)  # outputs that the candidate does not show
     config: list[str] = field(default_factory=list)  # where the two configs say otherwise
+    experts: list[str] = field(
+        default_factory=list
+    )  # which of the reference's are there, where not all are, in its order
     diagnosis: Diagnosis | None = None
     growth: list[Growth] = field(default_factory=list)
     choices: list[Choices] = field(default_factory=list)

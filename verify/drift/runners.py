@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .recording import Hearing
+from .renumbered import Renumbered
 from .sides import EQUATIONS, HF, OURS, Side
 
 Array = np.ndarray
@@ -34,7 +35,11 @@ class Runner(ABC):
     def run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         """tokens int [1, S]. Raises what the side's code raises."""
         with self.side.within(self.model), torch.no_grad():
-            self._run(tokens, at, hearing)
+            self._run(tokens, at, self.heard(hearing))
+
+    def heard(self, hearing: Hearing) -> Hearing:
+        """In the numbers of this side's experts."""
+        return Renumbered(hearing, self.side.numberings) if self.side.numberings else hearing
 
     @property
     def model(self) -> Any:

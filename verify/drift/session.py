@@ -16,18 +16,19 @@ import numpy as np
 from reference import layout
 from reference.stored import read_tensors
 
-from .. import compare, cost, stages
+from .. import compare, cost, pruning, stages
 from ..implementation import Failed
 from ..report import FAULT
 from . import bits
 from .build import Build
 from .cached import examine
-from .checks import Wanted, check_shapes, config_differences, on_device, same_weights
+from .checks import Wanted, check_shapes, config_differences, numbered, on_device, same_weights
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
 from .lineup import Lineup
 from .prompts import Prompt, pieces
 from .recipe import recipe
 from .recording import HIDDEN, Hearing, Recording, is_given
+from .remaining import remaining
 from .repair import repair
 from .result import Choices, Drift, Growth, Token
 from .runners import runner_of
@@ -39,6 +40,7 @@ LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large 
 PIECES, PIECE = 8, 4  # texts by which the layout is told; their length, in index_topk
 TOO_LARGE = "larger than 1 GiB: --thorough runs the model some 20 times more for it"
 NEEDS_PACKED = "for a packed candidate beside a reference that is not"
+OTHER_EXPERTS = "the candidate's experts are not the reference's, in its order: nothing can be exchanged one for one"
 LAYOUT_LAYERS = 3
 
 
@@ -63,6 +65,7 @@ class Session:
         """Raises ValueError, GlmDsaError and Failed, each in one line, for what cannot be compared."""
         begun = time.monotonic()
         check_shapes(self.candidate, self.reference)
+        self.candidate = numbered(self.candidate, self.reference)
         self._check_wanted()
         with ExitStack() as stack:
             self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drift-")))
@@ -86,6 +89,8 @@ class Session:
             raise ValueError(f"--suggest-bits {self.suggest:g}: 2 to 16 bits are due")
         if self.suggest is not None and (not self.candidate.release.is_packed or self.reference.release.is_packed):
             raise ValueError(f"--suggest-bits {self.suggest:g}: {NEEDS_PACKED}")
+        if self.suggest is not None and self.candidate.numberings:
+            raise ValueError(f"--suggest-bits {self.suggest:g}: {OTHER_EXPERTS}")
         if self.suggest is not None and not self.in_full:
             raise ValueError(f"--suggest-bits {self.suggest:g}: the model is {TOO_LARGE}")
 
@@ -110,7 +115,8 @@ class Session:
         self._check_reference(reference, yard, found)
         local, own = self._candidate(reference)
         both = [*compared(LOCAL, local, reference, yard, same), *compared(OWN, own, reference, yard, False)]
-        if not same and not any(c.verdict == FAULT for c in compared(LOCAL, local, reference, yard)):
+        is_pruned = pruning.is_pruned(self.candidate.args, self.reference.args)
+        if not (same or is_pruned or any(c.verdict == FAULT for c in compared(LOCAL, local, reference, yard))):
             found.same_weights = same = True  # stored otherwise, and meant alike
             both = [*compared(LOCAL, local, reference, yard), *compared(OWN, own, reference, yard, False)]
         found.comparisons = [c for c in both if self.wanted(c.stage)]
@@ -120,6 +126,8 @@ class Session:
         found.elsewhere = faults[0] if faults and found.divergence is None else None
         found.unseen = _unseen(args, every)
         found.config = config_differences(self.candidate.args, self.reference.args)
+        found.experts = self._experts(reference)
+        found.experts += [remaining(local, reference, yard)] if is_pruned else []
         self._figures(found, reference, own)
         if same:
             found.diagnosis = self._diagnosed(self.reference, (reference, local), yard, every)
@@ -157,12 +165,10 @@ class Session:
     def is_sparse(self) -> bool:
         return 0 < self.reference.args.index_topk < self.prompt.tokens.shape[1]
 
-    def _candidate(self, reference: Recording, name: str = "candidate") -> tuple[Recording, Recording]:
+    def _candidate(self, reference: Recording) -> tuple[Recording, Recording]:
         """(on the reference's inputs, on its own)."""
-        local = self._recorded(f"{name} local", self.candidate, reference)
-        if name != "candidate":
-            return local, local
-        return local, self._recorded(f"{name} own", self.candidate)
+        local = self._recorded("candidate local", self.candidate, reference)
+        return local, self._recorded("candidate own", self.candidate)
 
     def _yardstick(self, side: Side, reference: Recording, candidate: Side) -> Yardstick:
         """What arithmetic explains, in the coarser precision of both sides."""
@@ -185,6 +191,20 @@ class Session:
             )
 
     # -- what it says
+
+    def _experts(self, reference: Recording) -> list[str]:
+        """Where the candidate's experts are not the reference's, in its order: which are there, and what the others did."""
+        found = self.candidate.numberings
+        shares = {}
+        for layer, numbering in found.items():
+            chosen, weights = (reference.get(f"layers.{layer}.{s}") for s in (stages.ROUTING, stages.ROUTING_WEIGHTS))
+            if numbering.dropped.size and chosen is not None and weights is not None:
+                of_chosen = np.take_along_axis(weights, chosen.astype(np.int64), -1)
+                shares[layer] = cost.of_dropped(chosen, of_chosen, numbering)
+        told = [*pruning.lines(found), *pruning.groups(self.candidate.args, self.reference.args)]
+        others = pruning.strangers(found)
+        more = [f"and so in {len(others) - pruning.SHOWN} layers more"] if others[pruning.SHOWN :] else []
+        return [*told, *([cost.dropped_line(shares)] if shares else []), *others[: pruning.SHOWN], *more]
 
     def _figures(self, found: Drift, reference: Recording, own: Recording) -> None:
         """Growth and choices: each layer on the reference's input, under choices of its own, beside the candidate alone."""
@@ -243,12 +263,13 @@ class Session:
 
     def _of_own_weights(self, found: Drift) -> None:
         """Other weights: is the code right on them?"""
-        side = self.candidate.on(HF, overrides=self.candidate.overrides)
-        if self.candidate.implementation == HF:
+        candidate = replace(self.candidate, numberings={}) if self.candidate.numberings else self.candidate
+        side = candidate.on(HF, overrides=candidate.overrides)
+        if candidate.implementation == HF:
             return
         reference = self._recorded("HF on the candidate's weights", side)
-        yard = self._yardstick(side, reference, self.candidate)
-        local, _ = self._candidate(reference, "candidate on its own weights")
+        yard = self._yardstick(side, reference, candidate)
+        local = self._recorded("candidate on its own weights local", candidate, reference)
         own = Drift(self.candidate, side, found.length, found.prompt, True, labels=found.labels)
         own.comparisons = list(compared(LOCAL, local, reference, yard))
         own.unseen = _unseen(side.args, own.comparisons)
@@ -294,6 +315,8 @@ class Session:
         packed, original = self.candidate.release.is_packed, self.reference.release.is_packed
         if not packed or original:
             found.reasons["sensitivity"] = NEEDS_PACKED
+        elif self.candidate.numberings:
+            found.reasons["sensitivity"] = OTHER_EXPERTS
         elif not self.in_full:
             found.reasons["sensitivity"] = TOO_LARGE
         else:

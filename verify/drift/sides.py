@@ -24,6 +24,7 @@ from reference.equations import Conventions
 
 from ..conventions import conventions_of
 from ..implementation import Implementation
+from ..pruning import Numberings
 from ..release import Release, headers_of
 
 OURS, HF, EQUATIONS = "glm_dsa", "hf", "equations"
@@ -38,7 +39,8 @@ KNOWN = ("dtype", "device", "kv_bits", "kv_group_size", "revision", *CONVENTIONS
 class Side:
     """implementation: OURS, HF, EQUATIONS, or somebody's MODULE or FILE.py. options: dtype, device, kv_bits, kv_group_size,
     revision. overrides: conventions, as `ModelArgs.from_dict` takes them. within: what surrounds its runs; it is
-    given HF's model, where that is what runs."""
+    given HF's model, where that is what runs. numberings: of the layers whose experts are not numbered as those of the
+    side that it is held to."""
 
     text: str
     implementation: str
@@ -46,6 +48,7 @@ class Side:
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     within: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    numberings: Numberings = field(default_factory=dict)
 
     @cached_property
     def release(self) -> Release:

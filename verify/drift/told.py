@@ -30,6 +30,8 @@ def _findings(found: Drift) -> Iterator[Finding]:
         yield from _of_same_weights(found)
     else:
         yield from _of_other_weights(found)
+    if found.experts:
+        yield "note", "Experts matched by their routers' rows", found.experts
     if found.unseen:
         more = f" and {len(found.unseen) - 3} more" if len(found.unseen) > 3 else ""
         yield "note", f"Not compared: the candidate does not show {', '.join(found.unseen[:3])}{more}", []
