@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import MtpLayer
 
 from .capture import reinterleave
-from .hf import Given, additive_causal_mask, standing_in
+from .hf import Given, additive_causal_mask, cache_keyword, standing_in
 from .stored import read_tensors
 
 
@@ -135,7 +135,7 @@ class Mtp:
                     embedded, previous,
                     position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
                     attention_mask=additive_causal_mask(fed.shape[0], fed.shape[1], past + fed.shape[1], embedded.dtype),
-                    position_ids=positions, past_key_values=cache,
+                    position_ids=positions, **{cache_keyword(self.mtp): cache},
                 )  # fmt: skip
             logits = torch.nn.functional.linear(x, self.head)
             selection = None if self.block.selection is None else self.block.selection.numpy().copy()
