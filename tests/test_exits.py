@@ -187,6 +187,12 @@ def test_the_versions_that_are_allowed_are_those_that_were_tried():
     assert pinned[1] == versions.NEWEST
 
 
+def test_make_versions_asks_the_references_under_both():
+    said = subprocess.run(["make", "-n", "versions"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"for version in {versions.OLDEST} {versions.NEWEST};" in said
+    assert "/bin/python -m pytest verify/test_references.py" in said
+
+
 def test_versions_are_compared_by_their_numbers():
     assert versions.parts("5.24.0.dev0") == (5, 24, 0)
     assert versions.is_too_old("5.2.0")
@@ -213,22 +219,22 @@ def test_the_cache_goes_by_the_name_that_hf_gives_it():
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("command", "source", "said"),
     [
-        (RAISES, "transformers: its import raises RuntimeError: built for another torch"),
-        (OLD, "transformers 5.2.0: too old to judge by"),
+        ("pytest verify/ -q", RAISES, "transformers: its import raises RuntimeError: built for another torch"),
+        ("pytest verify/ -q", OLD, "transformers 5.2.0: too old to judge by"),
+        ("verify drift .", RAISES, "transformers: its import raises RuntimeError: built for another torch"),
     ],
 )
-def test_broken_or_old_transformers_is_one_line_and_not_judged(tmp_path, source, said):
+def test_broken_or_old_transformers_is_one_line_and_not_judged(tmp_path, command, source, said):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text(source)
-    for command in (("pytest", "verify/", "-q"), ("verify", "drift", ".")):
-        status, out = run(*command, path=tmp_path)
-        assert status == exits.NOT_JUDGED, out
-        (line,) = out.strip().splitlines()
-        assert said in line
-        assert f"expected torch, and transformers {versions.OLDEST} to {versions.NEWEST}" in line
-        assert "pip install -c constraints.txt" in line
+    status, out = run(*command.split(), path=tmp_path)
+    assert status == exits.NOT_JUDGED, out
+    (line,) = out.strip().splitlines()
+    assert said in line
+    assert f"expected torch, and transformers {versions.OLDEST} to {versions.NEWEST}" in line
+    assert "pip install -c constraints.txt" in line
 
 
 def test_no_torch_is_one_line_and_not_judged(tmp_path):
@@ -240,60 +246,53 @@ def test_no_torch_is_one_line_and_not_judged(tmp_path):
 
 PLUGIN = """
 import pytest, warnings
-import reference.hf
 
 @pytest.fixture(autouse=True)
 def changed(monkeypatch):
-    module = __import__({module!r}, fromlist=["x"])
     import transformers.models.glm_moe_dsa.modeling_glm_moe_dsa as theirs
-    before = theirs.GlmMoeDsaTopkRouter.forward
-    scope = dict(before=before, warnings=warnings, __name__={package!r})
-    exec('''{body}''', scope)
+    scope = dict(before=theirs.GlmMoeDsaTopkRouter.forward, warnings=warnings, __name__=theirs.__name__)
+    exec({body!r}, scope)
     monkeypatch.setattr(theirs.GlmMoeDsaTopkRouter, "forward", scope["forward"])
-    yield
 """
-HF_RAISES = "def forward(self, *args, **kwargs):\n    raise TypeError('no such router')"
-HF_WARNS = "def forward(self, *args, **kwargs):\n    warnings.warn('soon gone', FutureWarning)\n    return before(self, *args, **kwargs)"
-HF_IS_OFF = (
-    "def forward(self, *args, **kwargs):\n    a, b, c = before(self, *args, **kwargs)\n    return a, b * 1.01, c"
-)
+RAISES_TOO = """
+def forward(self, *args, **kwargs):
+    raise TypeError("no such router")
+"""
+WARNS_AND_IS_OFF = """
+def forward(self, *args, **kwargs):
+    warnings.warn("soon gone", FutureWarning)
+    logits, weights, experts = before(self, *args, **kwargs)
+    return logits, weights * 1.01, experts
+"""
+ONE = ["verify/test_references.py", "-q", "-p", "no:cacheprovider", "-k"]
 
 
-def gate_with(tmp_path, body, *arguments):
-    """The gate, a router of HF's changed while it runs: (exit status, what was printed, the report's records)."""
-    package = "transformers.models.glm_moe_dsa.modeling_glm_moe_dsa"
-    source = PLUGIN.format(module="reference.hf", package=package, body=body)
-    (tmp_path / "changed.py").write_text(source)
-    command = ["pytest", *arguments, "-q", "-p", "no:cacheprovider", "-p", "changed", "--report", tmp_path / "out"]
-    status, out = run(*command, path=tmp_path)
+def references_with(tmp_path, body):
+    """One case of the claim, under a router of HF's that was changed: (status, what was printed, the report's records)."""
+    (tmp_path / "changed.py").write_text(PLUGIN.format(body=body))
+    chosen = [*ONE, "test_hf_agrees and grouped-interleaved and short and float32"]
+    status, out = run("pytest", *chosen, "-p", "changed", "--report", tmp_path / "out", path=tmp_path)
     return status, out, [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
 
 
-ONE = ("verify/test_references.py", "-k", "test_hf_agrees and grouped-interleaved and short and float32")
-
-
 def test_an_oracle_that_raises_is_not_judged(tmp_path):
-    status, out, (_, *found, footer) = gate_with(tmp_path, HF_RAISES, *ONE)
+    status, out, (_, *found, footer) = references_with(tmp_path, RAISES_TOO)
     assert status == exits.NOT_JUDGED, out
     last = out.strip().splitlines()[-1]
     assert last.startswith("verdict: NOT JUDGED: 1 of")
     assert "transformers raised TypeError: no such router" in last
     assert (footer["exit_status"], footer["claims"]["the references agree"]) == (exits.NOT_JUDGED, NOT_JUDGED)
     assert not [c for c in found if c["verdict"] == FAULT]
-    assert "FAULT" not in last
 
 
-def test_references_that_disagree_are_not_judged(tmp_path):
-    status, out, (_, *found, footer) = gate_with(tmp_path, HF_IS_OFF, *ONE)
+def test_references_that_disagree_are_not_judged_and_a_warning_inside_hf_is_told(tmp_path):
+    """The warning is no verdict: the reason given is the disagreement."""
+    status, out, (_, *found, footer) = references_with(tmp_path, WARNS_AND_IS_OFF)
     assert status == exits.NOT_JUDGED, out
-    assert "HF and the equations differ at layers." in out.strip().splitlines()[-1]
-    assert footer["verdict"].startswith("NOT JUDGED")
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("verdict: NOT JUDGED: 1 of")
+    assert "HF and the equations differ at layers." in last
     assert not [c for c in found if c["verdict"] == FAULT]
-
-
-def test_a_warning_inside_hf_is_in_the_report_and_no_verdict(tmp_path):
-    status, out, (*_, footer) = gate_with(tmp_path, HF_WARNS, *ONE)
-    assert status == exits.AGREES, out
     (text,) = footer["oracle warnings"]
     assert text == "transformers: FutureWarning: soon gone"
     assert f"  {footer['oracle warnings'][text]} x {text}" in out
