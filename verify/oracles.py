@@ -89,11 +89,6 @@ def is_fault(error: BaseException) -> bool:
     return ROOMS.get(package) == CANDIDATE
 
 
-def whose(error: BaseException) -> str:
-    """CANDIDATE, ORACLE or GATE; "" for an error without a frame of theirs."""
-    return ROOMS.get(_place(error)[0], "")
-
-
 def is_others(error: BaseException) -> bool:
     """Whether torch or transformers raised it. (What `reference` itself says of an input is meant for the user.)"""
     return _place(error)[0] in OTHERS
