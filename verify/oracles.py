@@ -41,7 +41,12 @@ def check() -> None:
         _import(name, name)
     if versions.is_too_old(version()):
         raise NotJudged(f"transformers {version()}: too old to judge by; {REMEDY}")
-    _import("reference.hf", f"transformers {version()}, as reference/hf.py takes it")
+    for name in (
+        "reference.hf",
+        "reference.mtp",
+        "reference.checkpoints",
+    ):  # the classes that are taken from transformers
+        _import(name, f"{name} on transformers {version()}")
 
 
 def _import(name: str, what: str) -> None:
