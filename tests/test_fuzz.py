@@ -915,7 +915,7 @@ def test_the_gate_as_a_process(layouts, tmp_path):
     run = subprocess.run(
         [*command, "--checkpoint", folder, "--report", report], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert run.returncode == 10
+    assert run.returncode == 1  # its headers are wrong for its config: a fault of the release
     assert line in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert "verdict: agrees" not in run.stdout
