@@ -3,21 +3,28 @@
 # And beside them:
 #   make judge    the gate itself on trial, 22 minutes      make mutate   each line of the definition changed in turn, hours
 #   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 15 minutes
+#   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+TRIED := $(shell sed -nE 's/^(OLDEST|NEWEST) = "([0-9.]+)".*/\2/p' reference/versions.py)
+UNDER := .venv-versions
 LAYOUT ?= interleaved
 
-.PHONY: verify test judge diagnose mutate train lint clean
+.PHONY: verify test versions judge diagnose mutate train lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile $(ARGS)
+
+versions: $(TRIED:%=$(UNDER)/%/.ready)
+	for version in $(TRIED); do echo "transformers $$version"; \
+	$(UNDER)/$$version/bin/python -m pytest verify/test_references.py -q $(ARGS) || exit; done
 
 judge: $(READY)
 	$(BIN)/python -m verify judge $(ARGS)
@@ -44,5 +51,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verify,dev]'
 	touch $@
 
+# The same, but for one version. The folder of each is its virtual environment.
+$(UNDER)/%/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	{ grep -v '^transformers==' constraints.txt; echo transformers==$*; } > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[verify]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UNDER) .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -24,6 +24,7 @@ from .output import show
 MLX_LM = (
     "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
 )  # fmt: skip
+UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/exits.py)
 REFUSED = {
     "awq": "it does not know this architecture",
     "gptq": "it fails on modules that a short text does not reach, and would pack the indexer and skip the experts",
@@ -96,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] != "mlx_lm":
             raise
         print(f"glm-dsa: {error}", file=sys.stderr)
-        return 1
+        return UNREADABLE
     except KeyboardInterrupt:
         return 130
     except GlmDsaError as error:
         print(f"glm-dsa: {error}", file=sys.stderr)
-        return 1
+        return UNREADABLE
 
 
 def planned(options: argparse.Namespace) -> plan.Plan:

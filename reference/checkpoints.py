@@ -117,7 +117,7 @@ def write(
     has_mtp = bool(config.get("num_nextn_predict_layers"))
     with hf.quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = hf.build(config, with_mtp=has_mtp, dtype=dtype)
+        model = hf.build(config, with_mtp=has_mtp, dtype=dtype).to(dtype)  # HF from 5.24 on keeps routers in float32
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # the one float32 tensor of a published checkpoint
                 buffer.data = buffer.data.float()

@@ -7,6 +7,7 @@ versions. A layer more than `num_hidden_layers` holds the MTP layer's decoder pa
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -90,8 +91,18 @@ def forward(model: Any, tokens: Any, positions: Any = None, cache: Any = None) -
     """tokens int [B, S] -> logits [B, S, V]."""
     return model(
         input_ids=torch.as_tensor(tokens), position_ids=None if positions is None else torch.as_tensor(positions),
-        past_key_values=cache, use_cache=cache is not None,
+        use_cache=cache is not None, **{cache_keyword(model): cache},
     ).logits  # fmt: skip
+
+
+def cache_keyword(module: Any) -> str:
+    """What HF calls the cache that a module's forward takes: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """How the names end that HF casts to no other dtype: the router's bias; from 5.24 on, its weight too."""
+    return tuple(model._keep_in_fp32_modules_strict or ())
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ class Layers:
         if hasattr(module.mlp, "experts"):
             module.mlp.experts = Experts(answer)
         names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
-        kept = torch.float32, self.dtype  # the correction bias is not cast
-        tensors = {n: self.read(prefix + n, kept[not n.endswith("e_score_correction_bias")]) for n in names}
+        kept = hf.kept_in_float32(self.model)
+        tensors = {n: self.read(prefix + n, torch.float32 if n.endswith(kept) else self.dtype) for n in names}
         module.load_state_dict(tensors, strict=True, assign=True)
         return module
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import MtpLayer
 
 from .capture import Stages, capture, reinterleave
-from .hf import Given, additive_causal_mask, standing_in
+from .hf import Given, additive_causal_mask, cache_keyword, standing_in
 from .stored import read_tensors
 
 
@@ -137,7 +137,7 @@ class Mtp:
                     embedded, previous,
                     position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
                     attention_mask=additive_causal_mask(fed.shape[0], fed.shape[1], past + fed.shape[1], embedded.dtype),
-                    position_ids=positions, past_key_values=cache,
+                    position_ids=positions, **{cache_keyword(self.mtp): cache},
                 )  # fmt: skip
             self.steps.append({s: v for s, v in seen.items() if ".writes." not in s})
             logits = torch.nn.functional.linear(x, self.head)

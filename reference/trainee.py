@@ -199,7 +199,9 @@ class Trainee:
         for step in range(1, DRAFTS + 1):
             fed = torch.cat([tokens[:, step:], tokens.new_full((len(tokens), step), corpus.PAD)], 1)
             with hf.standing_in(stand_ins):
-                hidden = self.mtp(self.model.model.embed_tokens(fed), hidden, past_key_values=None, **shared)
+                hidden = self.mtp(
+                    self.model.model.embed_tokens(fed), hidden, **{hf.cache_keyword(self.mtp): None}, **shared
+                )
             losses.append(self._foretell(hidden, tokens, learn, step + 1))
             assert self.block.selection is not None
             stand_ins = {self.block.layer.self_attn: hf.Given(self.block.selection)}

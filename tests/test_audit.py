@@ -191,7 +191,7 @@ def test_what_cannot_be_audited_is_told_in_a_line(tmp_path, capsys, monkeypatch)
         (str(tmp_path / "empty"), "config.json: No such file or directory"),
         ("nobody/nothing-at-all", "no such folder here, and the hub does not give it"),
     ):
-        assert main(["audit", target]) == 1
+        assert main(["audit", target]) == 10
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1

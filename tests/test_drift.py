@@ -357,7 +357,7 @@ def test_the_command_reports_what_is_asked_for(plain, tmp_path, capsys):
 )
 def test_what_cannot_be_is_said_in_one_line(sharing, capsys, arguments, said):
     code, out, err = run(capsys, *(a.format(sharing) for a in arguments))
-    assert (code, out) == (1, "")
+    assert (code, out) == (10, "")
     assert err.startswith("verify: ")
     assert said in err
     assert err.count("\n") == 1
@@ -395,6 +395,6 @@ def test_hf_as_the_candidate_is_held_to_the_equations(plain):
 def test_what_cannot_be_written_leaves_nothing_behind(plain, tmp_path, capsys):
     (tmp_path / "out" / "report.json").mkdir(parents=True)
     code, _, err = run(capsys, str(plain), "--tokens", "24", "--out", str(tmp_path / "out"))
-    assert code == 1
+    assert code == 10
     assert err.startswith("verify: ")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]

@@ -37,6 +37,7 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.stored import read_tensors
 from verify import audit, cases
+from verify.exits import NotJudged
 from verify.on_trial import OnTrial
 from verify.options import Asked
 from verify.release import headers_of
@@ -147,7 +148,7 @@ def said(main, *arguments):
         status = main([*map(str, arguments)])
     if err.getvalue():
         one_line(err.getvalue().removesuffix("\n"))
-        assert (status, out.getvalue()) == (1, "")
+        assert (status, out.getvalue()) == (10, "")
     return status, out.getvalue(), err.getvalue()
 
 
@@ -174,7 +175,7 @@ def check_folder(folder, sound, given, another=()):
         passes = gate_passes(folder, given)
     if refusal is not None:
         assert str(folder) in refusal
-        assert statuses == [1, 1]
+        assert statuses == [10, 10]
         assert not passes
     else:
         assert statuses[0] == 0
@@ -186,7 +187,7 @@ def check_folder(folder, sound, given, another=()):
 
 def gate_passes(folder, given):
     """Whether `pytest verify/ --checkpoint` would come to judge weights; if so, its oracles read what is there."""
-    asked, refusal = outcome(lambda: Asked.of(given({"--checkpoint": str(folder)})), (ValueError, OSError))
+    asked, refusal = outcome(lambda: Asked.of(given({"--checkpoint": str(folder)})), (ValueError, OSError, NotJudged))
     if refusal is not None or asked.release.refused:
         return False
     if any(f.severity == audit.FAULT for f in audit.audit(asked.release.headers).findings):
@@ -914,7 +915,7 @@ def test_the_gate_as_a_process(layouts, tmp_path):
     run = subprocess.run(
         [*command, "--checkpoint", folder, "--report", report], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert run.returncode == 1
+    assert run.returncode == 1  # its headers are wrong for its config: a fault of the release
     assert line in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert "verdict: agrees" not in run.stdout

@@ -489,7 +489,7 @@ def test_a_prompt_cache_by_commands(registered, folder, tmp_path, monkeypatch, c
     out = command("generate", *common, "--prompt", "And more.", "-m", 8)
     assert "Generation: 8 tokens" in out
     monkeypatch.setattr(sys, "argv", sys.argv)
-    assert main(["generate", *map(str, common), "--prompt", "And more.", "--kv-bits", "4"]) == 1
+    assert main(["generate", *map(str, common), "--prompt", "And more.", "--kv-bits", "4"]) == 10
     assert "packed already, 8 bit in groups of 64; ask for the same" in capsys.readouterr().err
 
 
@@ -544,7 +544,7 @@ def test_fused_experts_keep_their_packing(registered, bits, mode, group):
 def test_files_that_are_no_prompt_caches(registered, folder, tmp_path, capsys, monkeypatch, write, message):
     monkeypatch.setattr(sys, "argv", sys.argv)
     write(tmp_path / "cache.safetensors")
-    assert main(["generate", "--model", str(folder), "--prompt-cache-file", str(tmp_path / "cache.safetensors")]) == 1
+    assert main(["generate", "--model", str(folder), "--prompt-cache-file", str(tmp_path / "cache.safetensors")]) == 10
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -745,7 +745,7 @@ def test_attaching_by_force(tmp_path):
 )
 def test_mistakes_are_one_line(registered, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    assert main(arguments) == 1
+    assert main(arguments) == 10
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -758,5 +758,5 @@ def test_without_mlx_lm_it_is_said_what_to_install():
         "sys.exit(main(['generate', '--model', 'x']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
+    assert done.returncode == 10
     assert done.stderr == "glm-dsa: glm_dsa.mlx_lm needs mlx-lm: pip install 'glm-dsa[mlx-lm]'\n"

@@ -43,7 +43,7 @@ def asked(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    assert main(["plan", *map(str, arguments)]) == 1
+    assert main(["plan", *map(str, arguments)]) == 10
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error

@@ -277,7 +277,7 @@ def test_the_command(build, tmp_path, capsys):
 def test_bad_arguments_are_one_line(arguments, said, capsys):
     if "device=gpu" in str(arguments[0]) and mx.metal.is_available():
         pytest.skip("there is a GPU here")
-    assert main(["quality", *map(str, arguments)]) == 1
+    assert main(["quality", *map(str, arguments)]) == 10
     error = capsys.readouterr().err
     assert error.startswith("verify: ")
     assert said in error
@@ -286,13 +286,13 @@ def test_bad_arguments_are_one_line(arguments, said, capsys):
 
 def test_a_text_is_due_where_none_is_kept(tmp_path, capsys):
     folder = checkpoints.write(tmp_path / "hf", checkpoints.tiny(num_hidden_layers=4))
-    assert main(["quality", str(folder), "--against", str(folder)]) == 1
+    assert main(["quality", str(folder), "--against", str(folder)]) == 10
     assert "--text F is due" in capsys.readouterr().err
     text = tmp_path / "t.txt"
     text.write_text("some text")
-    assert main(["quality", str(folder), "--against", str(folder), "--text", str(text)]) == 1
+    assert main(["quality", str(folder), "--against", str(folder), "--text", str(text)]) == 10
     assert "a tokenizer.json is due" in capsys.readouterr().err
-    assert main(["quality", str(folder), "--against", str(BASE), "--text", str(text)]) == 1
+    assert main(["quality", str(folder), "--against", str(BASE), "--text", str(text)]) == 10
     assert "vocabularies of" in capsys.readouterr().err
 
 
@@ -376,7 +376,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, capsys):
     assert link.is_symlink()
     assert json.loads(target.read_text())["tokens"] == 20
     for other in ("/dev/null", str(tmp_path), "a\0b"):
-        assert main([*arguments, other]) == 1
+        assert main([*arguments, other]) == 10
         assert "a file in a folder that is there is due" in capsys.readouterr().err
     assert Path("/dev/null").is_char_device()
 

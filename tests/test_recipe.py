@@ -222,7 +222,7 @@ def test_another_models_recipe_is_refused_in_a_line(tmp_path, capsys):
     source = checkpoints.write(tmp_path / "hf", flash())
     assert verifying(["audit", str(source), "--recipe", "glm-5.2-3.5bit"]) in (0, 1)
     capsys.readouterr()
-    assert main(["plan", str(source), "--recipe", "glm-5.2-3.5bit"]) == 1
+    assert main(["plan", str(source), "--recipe", "glm-5.2-3.5bit"]) == 10
     error = capsys.readouterr().err
     assert "rule 5 (indexer: fp16) matches no tensor of this model" in error
     assert error.count("\n") == 1
@@ -238,14 +238,14 @@ def test_convert_refuses_options_that_a_recipe_decides(tmp_path, capsys, monkeyp
                   ["--quant-predicate", "mixed_3_6"]):  # fmt: skip
         out = tmp_path / "out"
         arguments = ["convert", "--hf-path", str(source), "--mlx-path", str(out), "--recipe", "glm-5.1-4.5bit", *extra]
-        assert main(arguments) == 1, extra
+        assert main(arguments) == 10, extra
         error = capsys.readouterr().err
         assert "conflict: a recipe says all of it" in error
         assert not out.exists()
 
 
 def test_convert_refuses_before_it_reads_anything(tmp_path, capsys):
-    assert main(["convert", "--hf-path", str(tmp_path), "--mlx-path", str(tmp_path / "o"), "--recipe", "none"]) == 1
+    assert main(["convert", "--hf-path", str(tmp_path), "--mlx-path", str(tmp_path / "o"), "--recipe", "none"]) == 10
     assert capsys.readouterr().err.startswith("glm-dsa: none: no recipe")
 
 
@@ -270,7 +270,7 @@ def test_a_packed_source_is_refused(tmp_path, capsys, monkeypatch):
         "--recipe",
         "glm-5.1-4.5bit",
     ]
-    assert main(again) == 1
+    assert main(again) == 10
     assert "is packed already" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
@@ -312,7 +312,7 @@ def test_values_beyond_float16_are_not_made_infinite(tmp_path, capsys, monkeypat
             tensors[name][3, 5] = 1e5
             save_file(tensors, file, {"format": "pt"})
     arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", "glm-5.2-3.5bit"]
-    assert main(["convert", *arguments]) == 1
+    assert main(["convert", *arguments]) == 10
     assert f"{name} has values beyond float16" in capsys.readouterr().err
     assert not (tmp_path / "mlx").exists()
 
@@ -325,7 +325,7 @@ def test_nothing_half_written_is_left_behind(tmp_path, capsys, monkeypatch):
     folder = checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4))
     checkpoints.write_tokenizer(folder)
     arguments = ["convert", "--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx")]
-    for error, code in ((RuntimeError("Unable to write 134427 bytes"), 1), (KeyboardInterrupt(), 130)):
+    for error, code in ((RuntimeError("Unable to write 134427 bytes"), 10), (KeyboardInterrupt(), 130)):
 
         def fails(path, *_, error=error, **__):
             Path(path).mkdir()
@@ -339,7 +339,7 @@ def test_nothing_half_written_is_left_behind(tmp_path, capsys, monkeypatch):
             assert not (tmp_path / "mlx").exists()
             capsys.readouterr()
     (tmp_path / "mlx").mkdir()
-    assert main(arguments) == 1
+    assert main(arguments) == 10
     assert (tmp_path / "mlx").is_dir()  # what was there before is the user's
 
 
@@ -353,7 +353,7 @@ def test_a_finished_build_outlives_a_failing_upload(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(importlib.import_module("mlx_lm.convert"), "upload_to_hub", fails)
     folder = checkpoints.write_tokenizer(checkpoints.write(tmp_path / "hf", checkpoints.packable(num_hidden_layers=4)))
     arguments = ["--hf-path", str(folder), "--mlx-path", str(tmp_path / "mlx"), "--recipe", "glm-5.1-4.5bit"]
-    assert main(["convert", *arguments, "--upload-repo", "nobody/nothing"]) == 1
+    assert main(["convert", *arguments, "--upload-repo", "nobody/nothing"]) == 10
     assert "no network" in capsys.readouterr().err
     assert faults(tmp_path / "mlx", recipe.load("glm-5.1-4.5bit")) == []
 
@@ -521,7 +521,7 @@ def test_bad_recipes_are_one_line_that_says_what_and_where(text, tmp_path, capsy
     file, config = tmp_path / "r.toml", tmp_path / "config.json"
     file.write_text(text)
     config.write_text(json.dumps(checkpoints.packable(num_hidden_layers=4, first_k_dense_replace=1)))
-    assert main(["plan", str(config), "--recipe", str(file)]) == 1
+    assert main(["plan", str(config), "--recipe", str(file)]) == 10
     error = capsys.readouterr().err
     assert error.startswith(f"glm-dsa: {file}: ")
     assert re.search(BAD[text], error), error
@@ -536,7 +536,7 @@ def test_files_that_are_no_recipes(tmp_path, capsys):
     large = tmp_path / "l.toml"
     large.write_bytes(b"#" * (recipe.LARGEST + 1))
     for file, said in ((tmp_path, "no recipe"), (binary, "not valid TOML"), (large, "a recipe has at most")):
-        assert main(["plan", str(config), "--recipe", str(file)]) == 1
+        assert main(["plan", str(config), "--recipe", str(file)]) == 10
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1

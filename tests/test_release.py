@@ -16,6 +16,7 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
 from verify import audit, cost, on_trial, stages, tolerances
+from verify.exits import NotJudged
 from verify.judge import Judge
 from verify.on_trial import OnTrial
 from verify.release import headers_of
@@ -203,7 +204,7 @@ def test_layers_may_be_passed_over_and_asked_for_out_of_turn(source):
     trial = trial_of(source, layers={0, 2})
     trial.upto(2)
     assert trial.finished == [0, 2]
-    with pytest.raises(pytest.fail.Exception, match="layer 0 was run, and not judged"):
+    with pytest.raises(NotJudged, match="layer 0 was run, and not judged"):
         trial.layer(0)
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 from glm_dsa import recipe
-from glm_dsa.errors import GlmDsaError
+from glm_dsa.errors import printable
 from glm_dsa.output import show
 
-from . import audit, bench_command, drift_command, faults, quality_command, release
+from . import audit, bench_command, drift_command, exits, faults, oracles, quality_command, release
 
 RANDOM = 50  # sound checkpoints beside the faults
+EPILOG = f"""\
+exit status, of every command and of pytest verify/: {exits.AGREES} agrees (or done), {exits.FAULT} FAULT, \
+{exits.UNREADABLE} an input that cannot be read, or a bad option,
+{exits.NOT_JUDGED} not judged: an oracle failed, or the references disagree. Any other: no verdict."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m verify", description="Beside the gate itself, which is pytest verify/."
-    )
+        prog="python -m verify", description="Beside the gate itself, which is pytest verify/.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     auditing = commands.add_parser("audit", help="config against tensors, precision, sizes: headers only, in seconds")
     auditing.add_argument(
@@ -50,54 +56,57 @@ def main(arguments: list[str] | None = None) -> int:
     listing = commands.add_parser("faults", help="the catalogue: what pytest verify/ --fault NAME seeds")
     listing.add_argument("name", nargs="?", help="one of them, with the change that it makes")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "faults":
-        return _faults(chosen.name)
-    if chosen.command == "judge":
-        return _judge(chosen)
-    if chosen.command == "drift":
-        return drift_command.run(chosen)
-    if chosen.command == "quality":
-        return quality_command.run(chosen)
-    if chosen.command == "bench":
-        return bench_command.run(chosen)
-    return _audit(chosen)
-
-
-def _faults(name: str | None) -> int:
+    commands_by_name = {
+        "audit": _audit, "drift": drift_command.run, "quality": quality_command.run, "bench": bench_command.run,
+        "judge": _judge, "faults": _faults,
+    }  # fmt: skip
     try:
-        print(faults.listed() if name is None else faults.described(name))
-    except LookupError as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return commands_by_name[chosen.command](chosen)
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    except Exception as error:
+        return _ended(error)
+
+
+def _ended(error: Exception) -> int:
+    """One line on the error stream, and the status that it stands for. A traceback only where this code broke."""
+    if isinstance(error, exits.NotJudged) or oracles.is_others(error):
+        status, line = exits.NOT_JUDGED, f"not judged: {oracles.blame(error)}"
+    elif isinstance(error, (ValueError, LookupError, OSError)):  # GlmDsaError too: raised for the user to read
+        status, line = exits.UNREADABLE, " ".join(str(error).split())
+    else:
+        traceback.print_exception(error)
+        status, line = exits.NOT_JUDGED, f"not judged: {oracles.blame(error)}"
+    print(f"verify: {printable(line)}", file=sys.stderr)
+    return status
+
+
+def _faults(chosen: argparse.Namespace) -> int:
+    print(faults.listed() if chosen.name is None else faults.described(chosen.name))
+    return exits.AGREES
 
 
 def _judge(chosen: argparse.Namespace) -> int:
+    oracles.check()
     from . import judge_command, table
 
-    try:
-        names = faults.chosen(chosen.faults)
-        random = RANDOM if chosen.random is None else chosen.random
-        if random < 1:
-            raise ValueError(f"--random {random}: 1 or more is due")
-        if chosen.kept and (chosen.keep or chosen.in_order or chosen.faults or chosen.random):
-            raise ValueError("--kept runs nothing: nothing but --json goes with it")
-        if chosen.keep and len(names) < len(faults.CATALOGUE):
-            raise ValueError("--keep keeps a record of all faults: no --faults beside it")
-        if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
-            raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
-        judged = table.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
-        print(judged.text())
-        if chosen.json:
-            Path(chosen.json).write_text(judged.json())
-        if chosen.keep:
-            judged.keep()
-    except (LookupError, ValueError, OSError, judge_command.Failed) as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 1 if judged.problems() else 0
+    names = faults.chosen(chosen.faults)
+    random = RANDOM if chosen.random is None else chosen.random
+    if random < 1:
+        raise ValueError(f"--random {random}: 1 or more is due")
+    if chosen.kept and (chosen.keep or chosen.in_order or chosen.faults or chosen.random):
+        raise ValueError("--kept runs nothing: nothing but --json goes with it")
+    if chosen.keep and len(names) < len(faults.CATALOGUE):
+        raise ValueError("--keep keeps a record of all faults: no --faults beside it")
+    if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
+        raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+    judged = table.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
+    print(judged.text())
+    if chosen.json:
+        Path(chosen.json).write_text(judged.json())
+    if chosen.keep:
+        judged.keep()
+    return exits.FAULT if judged.problems() else exits.AGREES
 
 
 def _tell(line: str) -> None:
@@ -105,16 +114,10 @@ def _tell(line: str) -> None:
 
 
 def _audit(chosen: argparse.Namespace) -> int:
-    try:
-        wanted = None if chosen.recipe is None else recipe.load(chosen.recipe)
-        found = audit.audit(release.headers_of(chosen.release), wanted)
-    except GlmDsaError as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    wanted = None if chosen.recipe is None else recipe.load(chosen.recipe)
+    found = audit.audit(release.headers_of(chosen.release), wanted)
     show(audit.as_json(found) if chosen.json else audit.render(found))
-    return 1 if found.verdict.startswith(audit.FAULT) else 0
+    return exits.FAULT if found.verdict.startswith(audit.FAULT) else exits.AGREES
 
 
 if __name__ == "__main__":

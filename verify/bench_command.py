@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from glm_dsa import ModelArgs
-from glm_dsa.errors import GlmDsaError, printable
 from glm_dsa.output import show
 
+from . import exits, oracles
 from .progress import line
 from .saved import whole
 
@@ -59,19 +59,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    try:
-        _check(chosen)
-        if chosen.paper:
-            return _paper(chosen)
-        return _bench(chosen)
-    except (ValueError, OSError, GlmDsaError) as error:
-        print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    _check(chosen)
+    return _paper(chosen) if chosen.paper else _bench(chosen)
 
 
 def _bench(chosen: argparse.Namespace) -> int:
+    if not chosen.kept:
+        oracles.check()
     from .bench import told
     from .bench.course import Bench, Course
     from .bench.figures import draw
@@ -79,7 +73,7 @@ def _bench(chosen: argparse.Namespace) -> int:
     if chosen.kept:
         found = Bench.of_dict(json.loads(KEPT.read_text()))
         show("\n".join(told.summary(found)))
-        return 0 if all(t.met for t in found.targets) else 1
+        return exits.AGREES if all(t.met for t in found.targets) else exits.FAULT
     contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",") if part})
     if not contexts:
         raise ValueError("--contexts: numbers of tokens are due, e.g. 1k,16k")
@@ -105,7 +99,7 @@ def _bench(chosen: argparse.Namespace) -> int:
     if chosen.out is not None:
         files += draw(found, chosen.out)
         show("\n".join(["", *map(str, files)]))
-    return 0 if all(t.met for t in found.targets) else 1
+    return exits.AGREES if all(t.met for t in found.targets) else exits.FAULT
 
 
 def _check(chosen: argparse.Namespace) -> None:

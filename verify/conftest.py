@@ -13,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from . import exits, oracles
+
+try:
+    oracles.check()
+except exits.NotJudged as error:  # before pytest has begun, so that no hook of it could say this
+    print(f"verdict: NOT JUDGED: {error}", file=sys.stderr)
+    raise SystemExit(exits.NOT_JUDGED) from None
+
 import torch
 
 from . import cases, faults, options, report, theirs
@@ -42,23 +51,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        pytest.exit("the gate keeps one report, in one process: run it without -n", returncode=1)
+        pytest.exit("the gate keeps one report, in one process: run it without -n", returncode=exits.UNREADABLE)
     try:
         asked = Asked.of(config)
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
         out.clear()
+    except exits.NotJudged as error:
+        pytest.exit(f"NOT JUDGED: {error}", returncode=exits.NOT_JUDGED)
     except (ValueError, LookupError, OSError) as error:  # GlmDsaError too
-        pytest.exit(str(error), returncode=1)
+        pytest.exit(str(error), returncode=exits.UNREADABLE)
     for argument in config.args:  # what is named is collected, whatever pytest_ignore_collect says
         if why := left_out((config.invocation_params.dir / argument.partition("::")[0]).resolve(), config):
-            pytest.exit(f"{argument}: {why}", returncode=1)
+            pytest.exit(f"{argument}: {why}", returncode=exits.UNREADABLE)
     out.conventions, out.not_verified = asked.conventions(), asked.not_verified(config)
+    out.untried = oracles.untried()
     out.header = {
         "versions": report.versions(), "seed": config.getoption("--seed"),
         "dtype": config.getoption("--dtype"), "device": config.getoption("--device"),
         "command": "pytest " + shlex.join(str(a) for a in config.invocation_params.args if a != "--resume"),
-        "cases": asked.names, "conventions": out.conventions,
+        "cases": asked.names, "conventions": out.conventions, "untried": out.untried,
     }  # fmt: skip
     if asked.release is not None:
         out.told.add(BY_LAYER)
@@ -215,6 +227,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[REPORT].planned.update(claim for claim in claims if claim is not None)
 
 
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside pytest's own, which makes errors of warnings
+def pytest_collection(session: pytest.Session) -> Any:
+    with oracles.heard(session.config.stash[REPORT].warned):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    with oracles.heard(item.config.stash[REPORT].warned):
+        return (yield)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     """Seeded faults are in force while a test runs, not while checkpoints and references are prepared."""
@@ -236,11 +260,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     claim = getattr(getattr(item, "module", None), "CLAIM", None)
     if claim is not None and (result.when == "call" or result.outcome != "passed"):
         out = item.config.stash[REPORT]
-        outcome = "failed" if result.outcome == "failed" else result.outcome
-        out.claims.setdefault(claim, Counter())[outcome] += 1
+        outcome = result.outcome
         if outcome == "failed" and not out.saw_fault(claim):
-            kind = call.excinfo.typename if call.excinfo else ""
-            out.add(Comparison(claim, name_of(item), f"{RAISES} {kind}".strip(), FAULT, note=one_line(call)))
+            assert call.excinfo is not None
+            stage = f"{RAISES} {call.excinfo.typename}"
+            if oracles.is_fault(call.excinfo.value):
+                out.add(Comparison(claim, name_of(item), stage, FAULT, note=one_line(call)))
+            else:
+                outcome, why = report.NOT_JUDGED, oracles.blame(call.excinfo.value)
+                out.add(Comparison(claim, name_of(item), stage, outcome, note=why))
+                out.unjudged.setdefault((claim, why), []).append(item.name)
+        out.claims.setdefault(claim, Counter())[outcome] += 1
         out.judged_so_far = len(out.comparisons)
         if outcome == "skipped":
             reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
@@ -270,9 +300,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if out is None or not out.claims:
         return
     out.finish()
-    empty = [c for c in out.claims if out.claims[c]["passed"] and out.verdict_of(c) == report.NOT_VERIFIED]
-    if session.exitstatus == 0 and (empty or out.verdict(0).startswith(report.NO_VERDICT)):
-        session.exitstatus = 1  # a claim whose tests passed without comparing anything is no pass
+    session.exitstatus = out.exit_status(int(session.exitstatus), session.testsfailed)
     if session.config.stash[ASKED].layers is not None:
         out.not_verified["stages of other layers"] = f"--layers {session.config.getoption('--layers')}"
     out.header["exit_status"] = int(session.exitstatus)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_dsa.errors import GlmDsaError, printable
 from glm_dsa.output import show
 
-from . import stages
+from . import exits, oracles, stages
 from .progress import line
 from .saved import whole
 
@@ -28,7 +27,8 @@ EPILOG = """\
 a side is a checkpoint, an implementation, or both: ./release, OWNER/NAME, hf, equations, mlx_lm.models.glm_moe_dsa,
 FILE.py, mlx_lm.models.glm_moe_dsa@./release; options behind it: ./release,kv_bits=8 (kv_group_size, dtype, device,
 revision, and conventions: indexer_rope, indexer_norm_eps, latent_norm_eps, main_rope, index_topk, ...).
-exit status: 0 where every stage agrees, 1 where not (or nothing could be compared)."""
+exit status: 0 where every stage agrees, 1 where not, 10 for what cannot be read or does not run, 11 where nothing can be
+judged: an oracle failed, the references disagree, or the candidate agrees where it shows something, and does not show all."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -59,31 +59,30 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
-    try:
-        return _run(chosen)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _run(chosen: argparse.Namespace) -> int:
-    from .drift import compare  # brings torch and transformers in, which other commands do without
+    oracles.check()  # brings torch and transformers in, which other commands do without
+    from .drift import compare
     from .implementation import Failed
-    from .tolerances import ReferencesDisagree
 
+    _check(chosen)
     try:
-        _check(chosen)
         with line() as tell:
             found = compare(
                 chosen.candidate, chosen.against, prompt_file=chosen.prompt_file, length=chosen.tokens, seed=chosen.seed,
                 layers=_layers(chosen.layers), stages=chosen.stages, thorough=chosen.thorough,
                 suggest_bits=chosen.suggest_bits, keep=_watch(chosen.watch, chosen.out or Path()), tell=tell,
             )  # fmt: skip
-        found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
-        _write(found, chosen)
-    except (ValueError, LookupError, OSError, GlmDsaError, Failed, ReferencesDisagree) as error:
-        print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
-    return 0 if found.agrees else 1
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    _write(found, chosen)
+    return status_of(found)
+
+
+def status_of(found: Drift) -> int:
+    if found.agrees:
+        return exits.AGREES
+    differs = not found.same_weights or found.strays or found.divergence or found.elsewhere or found.cached
+    return exits.FAULT if differs else exits.NOT_JUDGED  # some of its outputs are out of sight
 
 
 def _check(chosen: argparse.Namespace) -> None:

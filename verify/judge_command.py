@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import report
+from .exits import NotJudged
 from .table import Judged
 
 ROOT = Path(__file__).parents[1]
 
 
-class Failed(Exception):
+class Failed(NotJudged):
     """A part of the judging ended without a result."""
 
 
@@ -61,13 +62,15 @@ def run(name: str, command: list[str], tell: Callable[[str], None]) -> str:
 
 
 def sound(folder: Path, count: int) -> dict[str, Any]:
-    """What the gate said of random sound checkpoints. Raises Failed where that run has no end."""
+    """What the gate said of random sound checkpoints. Raises Failed where that run has no end, or no verdict."""
     lines = (folder / "report.jsonl").read_text().splitlines() if (folder / "report.jsonl").exists() else []
     records = [json.loads(line) for line in lines]
     if not records or records[-1]["type"] != "footer":
         raise Failed("random: the gate's run on random checkpoints did not end")
     faults = [r for r in records if r["type"] == "comparison" and r["verdict"] == report.FAULT]
     last = records[-1]
+    if not last["verdict"].startswith((report.AGREES, report.FAULT)):  # no alarm, and no silence either
+        raise Failed(f"random: the gate's run on random checkpoints gave no verdict: {last['verdict']}")
     return {
         "cases": count, "comparisons": last["comparisons"], "seconds": last["seconds"], "verdict": last["verdict"],
         "false_alarms": [f"{r['case']}, {r['stage']}: {r['note']}" for r in faults],

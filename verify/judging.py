@@ -26,7 +26,7 @@ from _pytest.runner import runtestprotocol
 
 import glm_dsa
 
-from . import faults, seeding, stages
+from . import exits, faults, seeding, stages
 from .cases import Case
 from .faults import Fault
 from .report import FAULT, Report
@@ -97,7 +97,7 @@ class Court:
                 ran.clear()
                 started = time.time()
                 if any(report.failed for report in self.run(item)):
-                    pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=1)
+                    pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=exits.NOT_JUDGED)
                 reached[item], self.seconds[item] = set(ran), time.time() - started
                 case = self.gate._built.get(self.gate.name_of(item))
                 if case is not None:
@@ -183,10 +183,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--judge-out"):
-        pytest.exit("--judge-out FILE is due: where to write what was caught", returncode=1)
+        pytest.exit("--judge-out FILE is due: where to write what was caught", returncode=exits.UNREADABLE)
     try:
         names = faults.chosen(config.getoption("--judge-faults"))
     except LookupError as error:
-        pytest.exit(str(error), returncode=1)
+        pytest.exit(str(error), returncode=exits.UNREADABLE)
     out, in_order = Path(config.getoption("--judge-out")), config.getoption("--judge-in-order")
     config.pluginmanager.register(Judging(config, names, out, in_order))

@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from glm_dsa import ModelArgs, checkpoint, weights
-from glm_dsa.errors import CheckpointError
+from glm_dsa.errors import CheckpointError, printable
 from reference.layers import Layers
 from reference.stored import read_tensors
 
 from . import audit, pruning, report, tolerances
 from .conventions import conventions_in
+from .exits import NotJudged
 from .release import Release
 
 Array = np.ndarray
@@ -58,7 +59,7 @@ class OnTrial:
         seed: int = 0,
         is_half: bool = False,
     ) -> OnTrial:
-        """Raises ValueError, in one line, for what cannot be judged here."""
+        """Raises ValueError, in one line, for what cannot be judged here; NotJudged where HF cannot judge it."""
         overrides: dict[str, Any] = {} if topk is None else {"index_topk": topk}
         args = _args_of(headers, overrides)
         if original is not None:
@@ -179,8 +180,8 @@ def _check_theirs(headers: Release, overrides: Mapping[str, Any]) -> None:
     try:
         Layers(headers.folder, conventions_in(headers.config, **overrides), **overrides)
     except Exception as error:  # HF's, the hub's and safetensors' own: no common base
-        raise CheckpointError(
-            f"{headers.origin}: HF makes no model of it, so nothing can judge it: {_line(error)}"
+        raise NotJudged(
+            printable(f"{headers.origin}: HF makes no model of it, so nothing can judge it: {_line(error)}")
         ) from None
 
 

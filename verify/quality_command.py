@@ -9,9 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-from glm_dsa.errors import GlmDsaError, printable
+from glm_dsa.errors import printable
 from glm_dsa.output import show
 
+from . import exits, oracles
 from .saved import whole
 
 EPILOG = """\
@@ -43,38 +44,31 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _run(chosen)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _can_be_written(file: Path) -> bool:
-    return "\0" not in str(file) and file.absolute().parent.is_dir() and (file.is_file() or not file.exists())
-
-
-def _run(chosen: argparse.Namespace) -> int:
+    oracles.check()  # brings torch and transformers in, which other commands do without
     from .implementation import Failed
     from .progress import line
-    from .quality import measure  # brings torch and transformers in, which other commands do without
+    from .quality import measure
 
+    if chosen.json is not None and not _can_be_written(chosen.json):
+        raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+    stride = chosen.stride
+    if stride is None:
+        stride = chosen.context // 2 if chosen.context % 2 == 0 else chosen.context
     try:
-        if chosen.json is not None and not _can_be_written(chosen.json):
-            raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
-        stride = chosen.stride
-        if stride is None:
-            stride = chosen.context // 2 if chosen.context % 2 == 0 else chosen.context
         with line() as tell:
             found = measure(
                 chosen.candidate, chosen.against, text=chosen.text, length=chosen.tokens, context=chosen.context,
                 stride=stride, tell=tell,
             )  # fmt: skip
-        found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
-        if chosen.json is not None:
-            with whole(chosen.json) as part:
-                part.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-    except (ValueError, LookupError, OSError, GlmDsaError, Failed) as error:
-        print(f"verify: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    if chosen.json is not None:
+        with whole(chosen.json) as part:
+            part.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
     show("\n".join(printable(text) for text in found.lines()))
-    return 0
+    return exits.AGREES
+
+
+def _can_be_written(file: Path) -> bool:
+    return "\0" not in str(file) and file.absolute().parent.is_dir() and (file.is_file() or not file.exists())

@@ -12,12 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import stages
+from . import exits, stages
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
+NOT_JUDGED = "not judged"  # of a claim or a comparison: what should judge it failed
 RAISES = "raises"  # the stage of a test that ended in an error of its own, not in a comparison
 NO_VERDICT = "NO VERDICT"
+REFERENCES = "the references agree"  # the claim that comes before all others
 MEASURED = "measured"  # a figure that is reported, and judged by nothing
 
 
@@ -57,6 +59,11 @@ class Comparison:
     exact_ties: int = 0  # queries of the reference's whose boundary is between equal scores
 
     @property
+    def is_judged(self) -> bool:
+        """Whether it could have failed."""
+        return self.verdict not in (MEASURED, NOT_JUDGED)
+
+    @property
     def share(self) -> float:
         """Error over bound; exact checks count as 0 or, failed, as infinite."""
         if self.bound:
@@ -77,6 +84,9 @@ class Report:
     claims: dict[str, Counter] = field(default_factory=dict)  # claim -> outcomes of its tests
     planned: Counter = field(default_factory=Counter)  # claim -> tests that were collected and not deselected
     not_verified: dict[str, str] = field(default_factory=dict)  # what -> why
+    unjudged: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (claim, why) -> tests without a verdict
+    warned: Counter = field(default_factory=Counter)  # what the oracles warned of -> how often
+    untried: str = ""  # of which version an oracle is, where it was never tried
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     told: set[str] = field(default_factory=set)  # claims whose figures are printed too
     started: float = field(default_factory=time.time)
@@ -118,13 +128,18 @@ class Report:
         outcomes = self.claims[claim]
         if outcomes["failed"]:
             return FAULT
-        if not outcomes["passed"] or not any(c.claim == claim and c.verdict != MEASURED for c in self.comparisons):
+        if outcomes[NOT_JUDGED]:
+            return NOT_JUDGED
+        if not outcomes["passed"] or not any(c.claim == claim and c.is_judged for c in self.comparisons):
             return NOT_VERIFIED
         in_part = set(outcomes) > {"passed"} or claim in self.unfinished()
         return "agrees in part" if in_part else AGREES
 
     def finish(self) -> None:
         """Turns what did not run into lines of its own."""
+        for (claim, why), tests in self.unjudged.items():
+            more = f" and {len(tests) - 1} more" if tests[1:] else ""
+            self.not_verified[f"{claim}: {tests[0]}{more}"] = f"{NOT_JUDGED}: {why}"
         for claim in self.unfinished():
             self.not_verified[f"{claim}: not run"] = "the run ended before"
         for claim, outcomes in self.claims.items():
@@ -134,13 +149,29 @@ class Report:
 
     def unfinished(self) -> list[str]:
         """Claims of which a planned test did not run."""
-        ran = {c: sum(self.claims[c][o] for o in ("passed", "failed", "skipped")) for c in self.planned}
+        ran = {c: sum(self.claims[c][o] for o in ("passed", "failed", "skipped", NOT_JUDGED)) for c in self.planned}
         return [claim for claim, tests in self.planned.items() if ran[claim] < tests]
 
     @property
     def judged(self) -> int:
         """Comparisons that could have failed."""
-        return sum(c.verdict != MEASURED for c in self.comparisons)
+        return sum(c.is_judged for c in self.comparisons)
+
+    def _are(self, verdict: str) -> list[str]:
+        return [claim for claim in self.claims if self.verdict_of(claim) == verdict]
+
+    def _empty(self) -> list[str]:
+        """Claims whose tests passed without comparing anything: that is no pass."""
+        return [claim for claim in self._are(NOT_VERIFIED) if self.claims[claim]["passed"]]
+
+    def exit_status(self, ended: int, failed: int = 0) -> int:
+        """What the run exits with. `ended`: pytest's own status, of which 2 to 5 stay; `failed`: its failed tests."""
+        if ended not in (exits.AGREES, exits.FAULT, exits.NOT_JUDGED):
+            return ended
+        ours = sum(outcomes["failed"] + outcomes[NOT_JUDGED] for outcomes in self.claims.values())
+        is_fault = self._are(FAULT) or failed > ours  # or tests of no claim, that were run along
+        has_none = ended == exits.NOT_JUDGED or self._are(NOT_JUDGED) or self._empty() or not self.judged
+        return exits.worst([exits.FAULT] * bool(is_fault) + [exits.NOT_JUDGED] * bool(has_none or self.unfinished()))
 
     def footer(self, exit_status: int) -> dict[str, Any]:
         verdicts = {claim: self.verdict_of(claim) for claim in self.claims}
@@ -149,6 +180,7 @@ class Report:
             "ties": sum(c.ties for c in self.comparisons),
             "exact_ties": sum(c.exact_ties for c in self.comparisons),
             "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
+            "oracle warnings": dict(self.warned), "untried": self.of_untried(),
             "exit_status": exit_status, "seconds": round(time.time() - self.started, 1),
         }  # fmt: skip
 
@@ -157,14 +189,31 @@ class Report:
 
     def verdict(self, exit_status: int) -> str:
         """The final line. It never reads as a pass where something was not looked at."""
-        faults = [claim for claim in self.claims if self.verdict_of(claim) == FAULT]
+        faults, unjudged = self._are(FAULT), self._are(NOT_JUDGED)
         if faults:
-            return f"FAULT in {len(faults)} of {len(self.claims)} claims: {'; '.join(map(repr, faults))}"
-        if exit_status or not self.judged or self.unfinished():
+            also = f"; {len(unjudged)} not judged: {'; '.join(map(repr, unjudged))}" if unjudged else ""
+            return f"FAULT in {len(faults)} of {len(self.claims)} claims: {'; '.join(map(repr, faults))}{also}"
+        if exit_status not in (exits.AGREES, exits.NOT_JUDGED):
+            return f"{NO_VERDICT}: the run did not end as it should (exit status {exit_status})"
+        if unjudged:
+            why = next((why for claim, why in self.unjudged if claim in unjudged), "what should judge failed")
+            names = "; ".join(map(repr, unjudged))
+            return f"NOT JUDGED: {len(unjudged)} of {len(self.claims)} claims, {names}: {why}"
+        if not self.judged or (exit_status and (empty := self._empty())):
+            return f"NOT JUDGED: nothing was compared{f' in {empty[0]!r}' if self.judged else ''}"
+        if exit_status or self.unfinished():
             return f"{NO_VERDICT}: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
         line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {self.judged} comparisons"
         return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")
+
+    def of_untried(self) -> str:
+        """What is said of an oracle's version that was never tried; the references' own claim decides on it."""
+        if not self.untried:
+            return ""
+        said = {AGREES: "the references agree", NOT_VERIFIED: "whether the references agree was not asked"}
+        verdict = self.verdict_of(REFERENCES) if REFERENCES in self.claims else NOT_VERIFIED
+        return f"{self.untried}; {said.get(verdict, f'that the references agree: {verdict}')}"
 
     def _cases(self, names: list[str]) -> str:
         everywhere = {name for cases in self.conventions.values() for name in cases}
@@ -185,7 +234,7 @@ class Report:
     def lines(self, exit_status: int) -> list[str]:
         rows = [("claim", "compared", "worst error / bound, and where", "ties", "exact ties", "verdict")]
         for claim in self.claims:
-            mine = [c for c in self.comparisons if c.claim == claim and c.verdict != MEASURED]
+            mine = [c for c in self.comparisons if c.claim == claim and c.is_judged]
             bounded = [c for c in mine if c.bound]
             worst = max(bounded, key=lambda c: c.share, default=None)
             where = f"{worst.share:.2f}  {worst.stage} [{worst.case}]" if worst else ("exact" if mine else "-")
@@ -204,6 +253,8 @@ class Report:
         figures = [c for c in self.comparisons if c.claim in self.told and c.verdict == MEASURED]
         out += ["", "measured"] + [f"  {c.stage}: {c.note}" for c in figures] if figures else []
         out += ["", "conventions in force"] + [f"  {line}  [{self._cases(c)}]" for line, c in self.conventions.items()]
+        out += ["", "oracle warnings"] + [f"  {n} x {text}" for text, n in self.warned.items()] if self.warned else []
         out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
+        out += [self.of_untried()] if self.untried else []
         out += [self.header.get("command", ""), "", f"verdict: {self.verdict(exit_status)}"]
         return out

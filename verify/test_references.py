@@ -7,21 +7,37 @@ import torch
 
 from reference import hf
 from reference.capture import capture
-from verify import stages, tolerances
+from verify import exits, stages, tolerances
 from verify.cases import Case
+from verify.judge import Judge
+from verify.report import NOT_JUDGED, Comparison
 
 CLAIM = "the references agree"
 FLOAT64 = 2.0**-29  # its rounding, in units of float32's
 
 
+class Between(Judge):
+    """Holds the oracles to each other: where they differ, nobody is on trial."""
+
+    def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
+        self.report.add(Comparison(self.claim, case, stage, NOT_JUDGED, error, bound, note=lines[0]))
+        raise tolerances.ReferencesDisagree(f"HF and the equations differ at {stage} [{case}]: {'; '.join(lines)}")
+
+
+@pytest.fixture
+def judge(judge):
+    return Between(judge.report, judge.claim, judge.again, judge.seed, judge.layers)
+
+
 @pytest.fixture
 def stop_when_they_disagree(gate):
-    """Nothing is judged by references that contradict each other."""
+    """Nothing is judged by references that contradict each other, or that fail."""
     yield
     if gate.claims[CLAIM]["failed"]:
-        pytest.exit(
-            "the references disagree by more than float32 explains: nothing can be judged by them", returncode=1
-        )
+        pytest.exit("the references cannot be held against each other: mend that first", returncode=exits.FAULT)
+    if gate.claims[CLAIM][NOT_JUDGED]:
+        pytest.exit("the references disagree, or one of them failed: nothing can be judged by them",
+                    returncode=exits.NOT_JUDGED)  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -30,6 +30,7 @@ import torch
 
 from . import stages
 from .compare import values
+from .exits import NotJudged
 
 EXPLAINED = 1e-4  # at these depths HF in float32 errs 1e-6 to 1e-5; more is no rounding, and would make bounds void,
 EXPLAINED_AT_MOST = (
@@ -44,7 +45,7 @@ HALF_ULP_16 = 2.0**-9  # bfloat16
 EXPLAINED_16 = 0.25  # of a stage's rms: HF in bfloat16 beyond that judges nothing
 
 
-class ReferencesDisagree(AssertionError):
+class ReferencesDisagree(NotJudged):
     """HF and the equations differ by more than float32 explains: nothing can be judged by them."""
 
 

@@ -22,6 +22,7 @@ from .choices import Decision, of_stage
 from .compare import Distributions
 from .conventions import conventions_in, conventions_of
 from .damage import Weighing
+from .exits import NotJudged
 from .judge import Judge
 from .on_trial import OnTrial
 from .progress import peak_memory
@@ -156,11 +157,9 @@ class Trial:
     def layer(self, index: int) -> tuple[LayerReference, dict[str, Any], Drift]:
         """(reference, our stages on HF's input, what has come of the layers before)."""
         if self.broken:
-            pytest.fail(f"not run: {self.broken}", pytrace=False)
+            raise NotJudged(f"not run: {self.broken}")  # which has its own verdict
         if index in self.finished:
-            pytest.fail(
-                f"layer {index} was run, and not judged, by the run that was interrupted: start anew", pytrace=False
-            )
+            raise NotJudged(f"layer {index} was run, and not judged, by the run that was interrupted: start anew")
         before = [i for i in self.release.layers if i < index]
         if before:
             self.upto(before[-1])

@@ -23,6 +23,7 @@ from glm_dsa.attention import MultiHeadLatentAttention
 from glm_dsa.cache import LayerCache, Widths
 from glm_dsa.rope import RotaryEmbedding
 from glm_dsa.store import Columns, KvQuantization
+from reference.hf import cache_keyword
 
 EIGHTH = Path(__file__).parent / "eighth.json"
 TRUE = Path(__file__).parents[1] / "configs" / "glm-5.2.json"
@@ -205,7 +206,7 @@ class Hf(Side):
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
-        return self.block(self.x, self.turned, self.mask, past_key_values=self.held)[0]
+        return self.block(self.x, self.turned, self.mask, **{cache_keyword(self.block): self.held})[0]
 
 
 class _Held:
@@ -214,7 +215,7 @@ class _Held:
     def __init__(self, latent: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor) -> None:
         self.latent, self.rope, self.keys = latent.contiguous(), rope.contiguous(), keys
 
-    def update(self, latent: torch.Tensor, rope: torch.Tensor, _: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, latent: torch.Tensor, rope: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat([self.latent, latent], dim=2), torch.cat([self.rope, rope], dim=2)
 
     def update_indexer(self, keys: torch.Tensor, _: int) -> torch.Tensor:
