@@ -193,3 +193,15 @@ def test_a_kept_checkpoint_that_is_not_as_its_card_says_stops_the_gate(tmp_path)
         with pytest.raises(ValueError, match=message):
             cases.check_kept(kept)
     cases.check_kept.cache_clear()
+
+
+def test_tests_that_were_left_out_for_one_reason_take_one_line():
+    more = {
+        "a: test_x[1]": "no such case",
+        "a: test_x[2]": "no such case",
+        "a: test_y": "too long",
+        "Metal": "no such case",
+    }
+    report = report_with({"a": {"passed": 1, "skipped": 3}}, [GOOD], **more)
+    assert report.open_lines() == ["a: 2 tests: no such case", "a: test_y: too long", "Metal: no such case"]
+    assert report.verdict(0).endswith("3 not verified, listed above")

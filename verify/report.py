@@ -205,7 +205,20 @@ class Report:
             return f"{NO_VERDICT}: the run did not end as it should (exit status {exit_status})"
         agreeing = sum(self.verdict_of(c) == AGREES for c in self.claims)
         line = f"agrees with HF and the equations in {agreeing} of {len(self.claims)} claims, {self.judged} comparisons"
-        return line + (f"; {len(self.not_verified)} not verified, listed above" if self.not_verified else "")
+        return line + (f"; {len(self.open_lines())} not verified, listed above" if self.not_verified else "")
+
+    def open_lines(self) -> list[str]:
+        """What was not verified, and why: tests of one claim that were left out for one reason in one line."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for what, why in self.not_verified.items():
+            claim, _, test = what.partition(": ")
+            groups.setdefault((claim if claim in self.claims and test.startswith("test_") else what, why), []).append(
+                what
+            )
+        return [
+            f"{whats[0] if len(whats) == 1 else f'{group}: {len(whats)} tests'}: {why}"
+            for (group, why), whats in groups.items()
+        ]
 
     def of_untried(self) -> str:
         """What is said of an oracle's version that was never tried; the references' own claim decides on it."""
@@ -245,11 +258,7 @@ class Report:
         out.insert(1, "  ".join("-" * width for width in widths))
         faults = self.faults()
         out += ["", "faults", *faults] if faults else []
-        out += (
-            ["", "not verified"] + [f"  {what}: {why}" for what, why in self.not_verified.items()]
-            if self.not_verified
-            else []
-        )
+        out += ["", "not verified"] + [f"  {line}" for line in self.open_lines()] if self.not_verified else []
         figures = [c for c in self.comparisons if c.claim in self.told and c.verdict == MEASURED]
         out += ["", "measured"] + [f"  {c.stage}: {c.note}" for c in figures] if figures else []
         out += ["", "conventions in force"] + [f"  {line}  [{self._cases(c)}]" for line, c in self.conventions.items()]
