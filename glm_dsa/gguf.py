@@ -22,8 +22,8 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -159,50 +159,59 @@ class Rules:
     rules: tuple[tuple[str, str], ...]
     base: str
     source: str = ""
+    found: Mapping[str, int | None] = field(
+        default_factory=dict, compare=False
+    )  # the place that decides, of names tried
 
-    def check(self, names: list[str]) -> None:
-        """That no pattern takes forever on these names. Raises `RecipeError`, naming the pattern.
+    def tried(self, names: list[str]) -> Rules:
+        """The same, and what they decide for these names. Raises `RecipeError`, naming the pattern, where one takes forever.
 
-        `re` backtracks, and how far cannot be read off a pattern. So a process of its own tries them first, which the
+        `re` backtracks, and how far cannot be read off a pattern. So a process of its own does the matching, which the
         system ends when one pattern has computed too long: no signal, no thread of the caller's is touched.
         """
         if not self.rules:
-            return
+            return self
         text = json.dumps([PATIENCE, [pattern for pattern, _ in self.rules], names])
         command, source = [sys.executable, "-I", "-S", "-c", TRIAL], self.source or "--custom-q"
         try:
             done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=WAIT, check=False)  # noqa: S603 - Python itself, on data
-            begun, end, why = done.stdout.split(), done.returncode, done.stderr.strip().rpartition("\n")[2]
+            lines, end, why = done.stdout.splitlines(), done.returncode, done.stderr.strip().rpartition("\n")[2]
         except subprocess.TimeoutExpired as error:
-            begun, end, why = bytes(error.stdout or b"").decode().split(), -signal.SIGPROF, ""
+            lines, end, why = bytes(error.stdout or b"").decode().splitlines(), -signal.SIGPROF, ""
         if end == 0:
-            return
-        which = repr(self.rules[int(begun[-1])][0]) if begun else "no rule"
+            return replace(self, found=dict(zip(names, json.loads(lines[-1]), strict=True)))
+        which = repr(self.rules[int(lines[-1])][0]) if lines else "no rule"
         if end == -signal.SIGPROF:
             why = "takes forever on this model's names (its repeats backtrack); write it with fewer * and +, none in another"
         raise RecipeError(f"{source}: {which}: {why or f'matching ended with {end}'}")
 
     def type_of(self, name: str) -> tuple[str, int | None]:
         """(type, the place of the rule that decides)."""
-        for place, (pattern, kind) in enumerate(self.rules):
-            if re.search(pattern, name):
-                return kind, place
-        return self.base, None
+        if name in self.found:
+            place = self.found[name]
+        else:
+            place = next((i for i, (pattern, _) in enumerate(self.rules) if re.search(pattern, name)), None)
+        return (self.base, None) if place is None else (self.rules[place][1], place)
 
     def told(self) -> str:
         return f"{self.source or 'custom-q'}, {self.base} for the rest" if self.rules else self.base
 
 
-# As `Rules.type_of`: what a rule has found is not asked of later ones. SIGPROF, of CPU time, ends a process by itself.
+# What a rule has found is not asked of later ones. SIGPROF, of CPU time, ends a process by itself.
 TRIAL = """
 import json, re, signal, sys, warnings
 warnings.simplefilter("ignore")
 patience, patterns, names = json.load(sys.stdin)
+left, found = list(range(len(names))), [None] * len(names)
 for place, pattern in enumerate(patterns):
     print(place, flush=True)
     signal.setitimer(signal.ITIMER_PROF, patience)
     search = re.compile(pattern).search
-    names = [name for name in names if not search(name)]
+    for i in [i for i in left if search(names[i])]:
+        found[i] = place
+    left = [i for i in left if found[i] is None]
+signal.setitimer(signal.ITIMER_PROF, 0)
+print(json.dumps(found))
 """
 
 
@@ -296,7 +305,7 @@ def planned(args: ModelArgs, rules: Rules, with_mtp: bool = True) -> tuple[dict[
     replaced: dict[tuple[str, str], list[str]] = {}
     rest, rows = 0, []
     specs = [spec for spec in inventory(args) if with_mtp or spec.component != "mtp"]
-    rules.check([spec.name for spec in specs])
+    rules = rules.tried([spec.name for spec in specs])
     for spec in specs:
         kind, place, asked = stored_as(spec, rules)
         if not spec.is_packable and rules.type_of(spec.name)[0] == kind:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glm_dsa.errors import GlmDsaError, printable
-from glm_dsa.output import show
+from glm_dsa.output import listen, show
 
 from . import stages
 from .progress import line
@@ -59,6 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
+    listen()  # what the models take in memory
     try:
         return _run(chosen)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_dsa.errors import GlmDsaError, printable
-from glm_dsa.output import show
+from glm_dsa.output import listen, show
 
 from .saved import whole
 
@@ -43,6 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listen()  # what the models take in memory
     try:
         return _run(chosen)
     except KeyboardInterrupt:
