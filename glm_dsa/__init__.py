@@ -8,7 +8,7 @@ Axes, as written behind array-producing lines:
 from .cache import LayerCache, Widths
 from .checkpoint import load
 from .config import Convention, ModelArgs
-from .errors import CacheError, CheckpointError, ConfigError, GlmDsaError, WeightsError
+from .errors import CacheError, CheckpointError, ConfigError, GlmDsaError, InputError, WeightsError
 from .model import Model
 from .mtp import Draft
 from .store import KvQuantization
@@ -22,6 +22,7 @@ __all__ = [
     "Convention",
     "Draft",
     "GlmDsaError",
+    "InputError",
     "KvQuantization",
     "LayerCache",
     "Model",

@@ -127,7 +127,7 @@ class LayerCache:
 
     def trim(self, tokens: int) -> int:
         """Forgets the last `tokens` tokens in every part; returns how many. Raises where there are not so many."""
-        there = self.length - max(self.left_padding or [0])
+        there = max(self.length - max(self.left_padding or [0]), 0)
         if not 0 <= tokens <= there:
             where = " in its shortest row" if self.left_padding else ""
             raise CacheError(f"trim({tokens}): this cache holds {there} tokens{where}")
@@ -181,15 +181,17 @@ class LayerCache:
         self._become(self.merge([self, other]))
 
     def filter(self, rows: Sequence[int] | mx.array) -> None:
-        """Keeps only these rows, in this order, and no more pads than the longest of them needs."""
+        """Keeps only these rows, in this order, and no more pads than the longest of them needs. Pads that were announced
+        and have not come yet are still to come."""
         self._check_settled("filter")
         self._become(self._rows(rows.tolist() if isinstance(rows, mx.array) else list(rows)))  # type: ignore[arg-type]
 
     def extract(self, row: int) -> LayerCache:
-        """One row as a cache of its own, without padding."""
+        """One row as a cache of its own, without padding; of announced pads that have not come, it expects none."""
         self._check_settled("extract")
         single = self._rows([row])
         single.left_padding = None
+        single.latents.first = single._first()
         # Lazy, it would keep the whole batch in memory, where `nbytes` tells of one row.
         mx.eval(single.latents.plain.buffers, single.latents.packed.buffers, single.index_keys.buffers)
         return single
@@ -308,7 +310,7 @@ class LayerCache:
         if not rows or any(isinstance(row, bool) or not 0 <= row < there for row in rows):
             raise CacheError(f"rows {rows} of a batch of {there}")
         padding = self.left_padding or [0] * there
-        spare = min(padding[row] for row in rows)
+        spare = min(self.length, *(padding[row] for row in rows))
         twin = self._twin(padding[row] - spare for row in rows)
         if self.length:
             twin.latents = self.latents.rows(rows, spare)
@@ -347,8 +349,8 @@ class LayerCache:
         if not are_floats or len(latents) > 1 or any(w.dtype != mx.uint32 for w in words):
             raise ValueError(f"tensors of {', '.join(map(str, kinds))}")
         for padding in (self.left_padding, self.right_padding):
-            if padding is not None and (len(padding) != rows or not all(0 <= pads <= length for pads in padding)):
-                raise ValueError(f"padding {padding} of {rows} rows of {length}")
+            if padding is not None and len(padding) != rows:  # it may be announced, and longer than what has come
+                raise ValueError(f"padding {padding} of {rows} rows")
 
     def _check_settled(self, what: str) -> None:
         if self.right_padding is not None:
@@ -410,6 +412,21 @@ def check_caches(caches: Sequence[Any], due: Sequence[Widths], model: str, rows:
         raise CacheError(
             f"the layers' caches hold between {min(lengths)} and {max(lengths)} tokens: an earlier run was cut short, "
             "or they were not trimmed together. Start anew"
+        )
+
+
+def check_in_step(cache: LayerCache, main: LayerCache, tokens: int, rows: int) -> None:
+    """Raises `CacheError` where the MTP layer's cache, `tokens` later, would not stand where the main model's does."""
+    if main.batch not in (None, rows):
+        raise CacheError(f"the main model's cache has {main.batch} rows, for a batch of {rows}")
+    own, due = ([c.start + c.length - pads for pads in c.left_padding or [0] * rows] for c in (cache, main))
+    row = next((i for i in range(rows) if own[i] + tokens != due[i]), None)
+    if row is not None:
+        where = f" (row {row})" if rows > 1 else ""
+        raise CacheError(
+            f"the MTP cache holds {own[row]} tokens, and the main model's {due[row]}{where}: expected "
+            f"{due[row] - tokens} before the {tokens} handed in; hand in the hiddens of every token that it has not seen, or "
+            "restore it beside the main one"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import weights
+from . import memory, weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError
 from .keys import LARGEST_JSON, parse_json, read_json
@@ -64,9 +64,11 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
     HF layout (bf16, fp16, fp32, FP8 blocks, one file or shards) or mlx-lm's (quantized or not, bits per module).
     `dtype` casts the floating-point tensors that are not quantized (the correction bias stays float32).
     `check_finite` reads everything once more, to refuse NaN. `overrides` are conventions, as in `ModelArgs.from_dict`.
-    Raises `CheckpointError`.
+    What the weights take is logged ("glm_dsa", INFO) before they are read. Raises `CheckpointError`, for weights that this
+    machine's memory cannot hold too.
     """
     model, stored = assemble(path, dtype, **overrides)
+    memory.check_model(str(path), model)
     if check_finite:
         check_values(stored)
     for parameter in parameters_of(model).values():

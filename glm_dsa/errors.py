@@ -28,6 +28,10 @@ class RecipeError(GlmDsaError):
     """A recipe that cannot be followed: names the file and the rule."""
 
 
+class InputError(GlmDsaError):
+    """Tokens or embeddings that this model cannot be run on: names what was expected and what came."""
+
+
 class CacheError(GlmDsaError):
     """A cache that cannot do what it was asked to; it is unchanged."""
 

@@ -5,20 +5,25 @@ expressions (`--custom-q` of ik_llama.cpp, `--tensor-type` of llama.cpp).
     blk\\..*\\.attn_.*=q8_0
     blk\\..*\\.ffn_(gate|up)_exps\\.weight=iq4_k, output\\.weight=iq6_k
 
-Rules are separated by commas or lines; each is searched for in the name, and the first that is found decides. Norms, biases
-and the router are stored in float32 and no rule is asked about them. Where a row is no multiple of a type's block, another
+Rules are separated by commas or lines; each is searched for in the name, and the first that is found decides. Recipes of
+Thireus' GGUF Tool Suite are read too: a rule may stand in quotes, and end in `=locked`. Norms, biases and the router are
+stored in float32 and no rule is asked about them. Where a row is no multiple of a type's block, another
 type takes its place, as in ik_llama.cpp's llama-quantize (change_type_if_necessary). What no rule names is of one `base`
 type here; llama-quantize has mixtures of its own for it, which are not planned.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +33,11 @@ from .components import Component, counted
 from .config import ModelArgs
 from .errors import RecipeError
 
-LARGEST = 1 << 20  # bytes of a file of rules
+LARGEST, LONGEST = 1 << 20, 4096  # bytes of a file of rules, and signs of a pattern
+PATIENCE = 0.4  # seconds of computing that one pattern may take for all names; a sound one takes some milliseconds
+WAIT = 30  # seconds for all patterns, whatever else the machine does
+# One item of a line: up to a comma that is not in quotes.
+ITEM = re.compile(r"""(?:'[^']*'|"[^"]*"|[^,])+""")
 
 
 class Type(NamedTuple):
@@ -67,7 +76,14 @@ IK_TYPES = {
     "iq5_ks": Type(256, 168, 4), "iq1_kt": Type(256, 56, 4), "iq2_kt": Type(256, 68, 4),
     "iq3_kt": Type(256, 100, 4), "iq4_kt": Type(256, 128, 4),
 }  # fmt: skip
-ALL = TYPES | IK_TYPES
+# Its types of interleaved rows ("repacked") take the bytes of the plain ones, but for two with blocks of their own.
+REPACKED = {f"{name}_r4": (TYPES | IK_TYPES)[name] for name in (
+    "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q5_0", "q6_0", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl",
+    "iq2_k", "iq3_k", "iq4_k", "iq5_k", "iq4_ks", "iq5_ks",
+)} | {f"{name}_r8": TYPES[name] for name in ("q4_0", "q8_0", "iq4_xs")} | {
+    "bf16_r16": TYPES["bf16"], "iq1_s_r4": Type(32, 6, 2), "iq1_m_r4": Type(32, 7, 2),
+}  # fmt: skip
+ALL = TYPES | IK_TYPES | REPACKED
 INTEGERS = ("i8", "i16", "i32", "i64")
 # Of types with blocks of 256, what takes their place in rows that are no multiple of it.
 INSTEAD = {
@@ -143,16 +159,60 @@ class Rules:
     rules: tuple[tuple[str, str], ...]
     base: str
     source: str = ""
+    found: Mapping[str, int | None] = field(
+        default_factory=dict, compare=False
+    )  # the place that decides, of names tried
+
+    def tried(self, names: list[str]) -> Rules:
+        """The same, and what they decide for these names. Raises `RecipeError`, naming the pattern, where one takes forever.
+
+        `re` backtracks, and how far cannot be read off a pattern. So a process of its own does the matching, which the
+        system ends when one pattern has computed too long: no signal, no thread of the caller's is touched.
+        """
+        if not self.rules:
+            return self
+        text = json.dumps([PATIENCE, [pattern for pattern, _ in self.rules], names])
+        command, source = [sys.executable, "-I", "-S", "-c", TRIAL], self.source or "--custom-q"
+        try:
+            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=WAIT, check=False)  # noqa: S603 - Python itself, on data
+            lines, end, why = done.stdout.splitlines(), done.returncode, done.stderr.strip().rpartition("\n")[2]
+        except subprocess.TimeoutExpired as error:
+            lines, end, why = bytes(error.stdout or b"").decode().splitlines(), -signal.SIGPROF, ""
+        if end == 0:
+            return replace(self, found=dict(zip(names, json.loads(lines[-1]), strict=True)))
+        which = repr(self.rules[int(lines[-1])][0]) if lines else "no rule"
+        if end == -signal.SIGPROF:
+            why = "takes forever on this model's names (its repeats backtrack); write it with fewer * and +, none in another"
+        raise RecipeError(f"{source}: {which}: {why or f'matching ended with {end}'}")
 
     def type_of(self, name: str) -> tuple[str, int | None]:
         """(type, the place of the rule that decides)."""
-        for place, (pattern, kind) in enumerate(self.rules):
-            if re.search(pattern, name):
-                return kind, place
-        return self.base, None
+        if name in self.found:
+            place = self.found[name]
+        else:
+            place = next((i for i, (pattern, _) in enumerate(self.rules) if re.search(pattern, name)), None)
+        return (self.base, None) if place is None else (self.rules[place][1], place)
 
     def told(self) -> str:
         return f"{self.source or 'custom-q'}, {self.base} for the rest" if self.rules else self.base
+
+
+# What a rule has found is not asked of later ones. SIGPROF, of CPU time, ends a process by itself.
+TRIAL = """
+import json, re, signal, sys, warnings
+warnings.simplefilter("ignore")
+patience, patterns, names = json.load(sys.stdin)
+left, found = list(range(len(names))), [None] * len(names)
+for place, pattern in enumerate(patterns):
+    print(place, flush=True)
+    signal.setitimer(signal.ITIMER_PROF, patience)
+    search = re.compile(pattern).search
+    for i in [i for i in left if search(names[i])]:
+        found[i] = place
+    left = [i for i in left if found[i] is None]
+signal.setitimer(signal.ITIMER_PROF, 0)
+print(json.dumps(found))
+"""
 
 
 def rules_of(said: str | None, base: str = "bf16") -> Rules:
@@ -173,12 +233,18 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
             raise RecipeError(f"--custom-q {said}: {why}; a file of rules, or PATTERN=TYPE,... is due") from None
     rules = []
     lines = (re.split(r"(?:^|\s)#", line)[0] for line in text.splitlines())  # up to a comment
-    for item in (part.strip() for line in lines for part in line.split(",")):
+    for item in (unquoted(part, source) for line in lines for part in ITEM.findall(line)):
         if not item:
             continue
-        pattern, equals, kind = (part.strip() for part in item.rpartition("="))
+        rule = re.sub(r"\s*=\s*locked$", "", item)  # not to be chosen otherwise: nothing is chosen here
+        pattern, equals, kind = (part.strip() for part in rule.rpartition("="))
+        pattern = unquoted(pattern, source)
         if not equals or not pattern:
             raise RecipeError(f"{source}: {item!r}: PATTERN=TYPE is due")
+        if len(pattern) > LONGEST:
+            raise RecipeError(
+                f"{source}: a pattern of {len(pattern):,} signs; {LONGEST:,} at most, so part it into several"
+            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what a later Python may read otherwise
@@ -191,13 +257,28 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
     return Rules(tuple(rules), known(base, "--gguf"), source)
 
 
+def unquoted(text: str, source: str) -> str:
+    """Without the quotes around it. Raises `RecipeError` where one is not closed."""
+    text = text.strip()
+    ends = {text[:1], text[-1:]} & {"'", '"'}
+    if not ends:
+        return text
+    if len(text) > 1 and text[0] == text[-1]:
+        return text[1:-1].strip()
+    if text[0] in ends and text.count(text[0]) > 1:  # 'PATTERN'=TYPE
+        return text
+    raise RecipeError(f"{source}: {text!r}: a quote that is not closed; 'PATTERN=TYPE' is due")
+
+
 def known(kind: str, where: str) -> str:
     """A type as ggml writes it, whatever its letters' case. Raises `RecipeError`."""
     found = next((name for name in ALL if name.lower() == kind.lower()), None)
     if found in INTEGERS:
         raise RecipeError(f"{where}: {found} keeps whole numbers; a type of weights is due")
     if found is None:
-        raise RecipeError(f"{where}: unknown type {kind!r}; known are {', '.join(ALL)}")
+        raise RecipeError(
+            f"{where}: unknown type {kind!r}; known are {', '.join(TYPES | IK_TYPES)}, and repacked {', '.join(REPACKED)}"
+        )
     return found
 
 
@@ -208,7 +289,8 @@ def stored_as(spec: weights.TensorSpec, rules: Rules) -> tuple[str, int | None, 
     asked, place = rules.type_of(spec.name)
     kind = asked
     if not ALL[kind].fits(spec.shape[-1]):
-        kind = next((other for other, kinds in INSTEAD.items() if kind in kinds), kind)
+        plain = re.sub(r"_r\d+$", "", kind)
+        kind = next((other for other, kinds in INSTEAD.items() if plain in kinds), kind)
     if not ALL[kind].fits(spec.shape[-1]):
         rule = "--gguf" if place is None else repr(rules.rules[place][0])
         raise RecipeError(
@@ -222,10 +304,14 @@ def planned(args: ModelArgs, rules: Rules, with_mtp: bool = True) -> tuple[dict[
     used: Counter[int] = Counter()
     replaced: dict[tuple[str, str], list[str]] = {}
     rest, rows = 0, []
-    for spec in inventory(args):
-        if spec.component == "mtp" and not with_mtp:
-            continue
+    specs = [spec for spec in inventory(args) if with_mtp or spec.component != "mtp"]
+    rules = rules.tried([spec.name for spec in specs])
+    for spec in specs:
         kind, place, asked = stored_as(spec, rules)
+        if not spec.is_packable and rules.type_of(spec.name)[0] == kind:
+            place = rules.type_of(spec.name)[
+                1
+            ]  # a rule that says what holds anyway, as Thireus' recipes do, is followed
         if place is not None:
             used[place] += 1
         elif spec.is_packable:

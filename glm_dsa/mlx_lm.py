@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 try:
@@ -35,6 +36,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("glm_dsa.mlx_lm needs mlx-lm: pip install 'glm-dsa[mlx-lm]'", name=error.name) from None
 
+from . import memory
 from .cache import LayerCache, cache_bytes
 from .config import ModelArgs
 from .converting import ByRecipe
@@ -42,6 +44,7 @@ from .errors import CacheError, CheckpointError, GlmDsaError, RecipeError
 from .formats import AFFINE
 from .linear import QuantizedMultiLinear, QuantizedSwitchLinear, SwitchLinear
 from .model import Model
+from .output import listen
 from .recipe import kept as kept_recipes
 from .recipe import load as load_recipe
 from .store import KvQuantization
@@ -121,6 +124,18 @@ def _load_config(original: Callable[[Path], dict[str, Any]], model_path: Path) -
     if config.get("model_file") == MODEL_FILE and file.is_file() and file.read_bytes() == MODEL_FILE_TEXT.encode():
         del config["model_file"]
     return config
+
+
+def _load_model(original: Callable[..., Any], model_path: Path, lazy: bool = False, **kwargs: Any) -> Any:
+    """What a model takes is told before its weights are read; one that cannot fit is refused."""
+    model, config = original(model_path, lazy=True, **kwargs)
+    if isinstance(model, Model) and lazy:
+        log.info("%s: weights take %s; they are read as they are needed", model_path, memory.gib(memory.taken(model)))
+    elif isinstance(model, Model):
+        memory.check_model(str(model_path), model)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, config
 
 
 def _load_prompt_cache(original: Callable[..., Any], file_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -267,6 +282,7 @@ def _mixed_recipe(original: Callable[..., Any], recipe: str, model: Any, *args: 
 
 WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mlx_lm.utils", "load_config"): _load_config,
+    ("mlx_lm.utils", "load_model"): _load_model,
     ("mlx_lm.generate", "load_prompt_cache"): _load_prompt_cache,
     ("mlx_lm.models.cache:LRUPromptCache", "insert_cache"): _insert_cache,
     ("mlx_lm.generate", "maybe_quantize_kv_cache"): _quantize_kv,
@@ -316,12 +332,7 @@ def _to_lora(self: Any, r: int, scale: float, dropout: float) -> LoRAExperts:
 def run(command: str, arguments: Sequence[str]) -> int:
     """mlx-lm's own command on this definition. Returns its exit status."""
     register()
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[glm-dsa] %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    listen()
     if any(a.startswith("--max-k") for a in arguments):  # argparse takes abbreviations
         raise CacheError(
             "--max-kv-size: mlx-lm hands it only to models without a cache of their own, so it would do nothing here; "

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 
 from . import weights
 from .block import DecoderLayer
-from .cache import LayerCache, Widths, check_caches
+from .cache import LayerCache, Widths, check_caches, check_in_step
 from .config import ModelArgs
+from .inputs import check_embeddings, check_tokens
 from .mask import CausalMask
 from .mtp import Draft, MtpLayer, last_selection
 from .rope import RotaryEmbedding
@@ -71,8 +72,14 @@ class Model(nn.Module):
     ) -> mx.array:
         """tokens int [B, S] -> logits [B, S, V]. With `input_embeddings` [B, S, hidden] the tokens are not looked up.
 
-        Raises `CacheError` where `cache` is not this model's, before it is changed.
+        Raises `InputError` for other shapes and dtypes, and for tokens beyond the vocabulary where several come at once, or the
+        first one (`inputs.py` says why no decode step is looked at); `CacheError` where `cache` is not this model's. Either
+        before the cache is changed.
         """
+        if input_embeddings is None:
+            check_tokens(inputs, self.args.vocab_size, not cache or _is_empty(cache[0]))
+        else:
+            check_embeddings(input_embeddings, inputs, self.args.hidden_size)
         if cache is not None:
             check_caches(cache, [self._widths(layer) for layer in self.layers], self.fingerprint, inputs.shape[0])
         return self.logits(self.model(inputs, cache, input_embeddings))
@@ -96,6 +103,7 @@ class Model(nn.Module):
         cache: LayerCache,
         steps: int,
         choose: Callable[[int, mx.array], mx.array] | None = None,
+        main: Sequence[LayerCache] | None = None,
     ) -> list[Draft]:
         """Runs `steps` chained draft steps of the MTP layer.
 
@@ -105,15 +113,23 @@ class Model(nn.Module):
         cache: `make_mtp_cache()`. It ends `S + steps - 1` tokens longer. Before the next draft, `trim(steps - 1)`: what
         the chain wrote came from the draft's own hiddens. Then hand the accepted tokens in with the main model's.
 
+        main: the main model's caches, that hold these S tokens by now. Only by them can a drafter know that its own cache
+        has seen all the others: one that is empty behind a restored prompt drafts too, but otherwise.
+
         With `mtp_reuses_selection`, later steps use the first step's selection for the last token as it stands: they
         see neither their own key nor those of earlier drafts. Otherwise each step selects for itself.
 
-        Raises ValueError where the model has no MTP layer.
+        Raises ValueError where the model has no MTP layer; `InputError` as a call of the model does; `CacheError` where the
+        cache is not the MTP layer's, or not `main`'s length less S.
         """
         mtp = self._mtp_layer()
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least 1 draft step")
+        check_embeddings(hidden, next_tokens, self.args.hidden_size, "hidden")
+        check_tokens(next_tokens, self.args.vocab_size, _is_empty(cache))
         check_caches([cache], [self._widths(mtp)], self.fingerprint, hidden.shape[0])
+        if main is not None:
+            check_in_step(cache, main[0], hidden.shape[1], hidden.shape[0])
         choose = choose or (lambda _, logits: mx.argmax(logits, axis=-1))
         drafts: list[Draft] = []
         tokens, reuse = next_tokens, None
@@ -232,6 +248,10 @@ class _Fingerprint:
 
     def __init__(self, norms: list[mx.array], text: str) -> None:
         self.norms, self.text = norms, text
+
+
+def _is_empty(cache: Any) -> bool:
+    return isinstance(cache, LayerCache) and cache.empty()
 
 
 def positions(length: int, cache: LayerCache) -> mx.array:

@@ -1,6 +1,7 @@
 """What the bits of a packed build buy: held to packing each component alone, and to uniform bits of the same size."""
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from verify.cases import TRAINED, probes
 from verify.drift.build import Build
 from verify.drift.checks import same_weights
 from verify.drift.recipe import recipe
+from verify.drift.session import Session
 
 ORIGINAL = TRAINED / "interleaved"
 LENGTH = 96
@@ -127,9 +129,25 @@ def test_the_recipe_keeps_its_budget_and_beats_uniform_bits_of_its_size(found, b
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(found, build):
-    sides = drift.sides_of(str(build), f"glm_dsa@{ORIGINAL}", "")
-    with pytest.raises(ValueError, match=r"--suggest-bits 2: .* takes [0-9.]+ already"):
-        recipe(found.sensitivity, Build(*sides), 2)
+    """Before anything runs, with the least that is possible; which is possible."""
+    made = Build(*drift.sides_of(str(build), f"glm_dsa@{ORIGINAL}", ""))
+    message = r"--suggest-bits [0-9.]+: at least ([0-9.]+) are possible: ([0-9.]+) are taken by what stays"
+    with pytest.raises(ValueError, match=message) as error:
+        recipe(found.sensitivity, made, 2)
+    least, fixed = map(float, re.search(message, str(error.value)).groups())
+    assert fixed < least
+    assert recipe(found.sensitivity, made, least).bits <= least
+    with pytest.raises(ValueError, match=message):
+        recipe(found.sensitivity, made, round(least - 0.001, 3))
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_the_run(build, monkeypatch):
+    monkeypatch.setattr(Session, "_run", None)  # would fail otherwise
+    arguments = {"text": probes()["texts"][0], "length": LENGTH}
+    with pytest.raises(ValueError, match="--suggest-bits 3: at least"):
+        drift.compare(str(build), f"hf@{ORIGINAL}", suggest_bits=3, **arguments)
+    with pytest.raises(TypeError, match="NoneType"):
+        drift.compare(str(build), f"hf@{ORIGINAL}", suggest_bits=6.25, **arguments)
 
 
 def test_what_is_measured_is_exchanged_and_put_back(build):

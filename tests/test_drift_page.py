@@ -5,6 +5,8 @@ import copy
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -149,6 +151,46 @@ def test_sections_in_order(small):
     assert not re.search(r"Left out|Besides", found.all_text())
     for name, text in small["how"].items():
         assert text in found.text[name.replace(" ", "-")]
+
+
+def test_of_other_weights_the_map_is_shaded_by_relative_error(small):
+    """Beyond its bound is every cell there: that would say nothing, and would call the bits a fault."""
+    assert Page(page.render(small)).data["relative"] is False
+    found, same = Page(page.render(small | {"same_weights": False})), Page(page.render(small | {"same_weights": True}))
+    assert found.data["relative"] is True
+    assert same.data["relative"] is False
+    for made, shown, hidden in (
+        (found, "relative error", "in units of the bound"),
+        (same, "in units of the bound", "relative error"),
+    ):
+        text = made.text["heat-map"].replace(small["how"]["heat map"], "")
+        assert shown in text
+        assert hidden not in text
+    assert "FAULT" not in found.text["heat-map"]
+    assert "FAULT" in same.text["heat-map"]
+    classes = {a.get("class") for tag, a in found.elements if tag == "rect"}
+    assert {f"r{i}" for i in range(8)} <= classes
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's own code")
+@pytest.mark.parametrize("is_same", [True, False])
+def test_tones(small, is_same):
+    """The page's own function: by decades of the bound, or by half decades of the error; what is no number is the last."""
+    script = Page(page.render(small | {"same_weights": is_same})).inside["script", None]
+    body = re.search(r"function tone\(.*?\n}", script, re.DOTALL)[0]
+    rows = [[0.0009, 1e-6], [0.5, 1e-6], [20, 1e-6], [0, 1e-6], [1e-6, 1e-5], [0.2, 0], ["nan", 1.0], ["inf", 1.0]]
+    code = f"""
+      const data = {{relative: {str(not is_same).lower()}}}, value = v => v === "nan" ? NaN : v === "inf" ? Infinity : v;
+      const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
+      {body}
+      console.log(JSON.stringify({json.dumps(rows)}.map(row => tone(...row))));"""
+    out = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout
+    due = (
+        ["e6", "e7", "e7", "e0", "e2", "e8", "e7", "e7"]
+        if is_same
+        else ["r0", "r6", "r7", "r0", "r0", "r5", "r7", "r7"]
+    )
+    assert json.loads(out) == due
 
 
 def test_findings_first_one_first(small):

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import glm_dsa
-from glm_dsa.errors import CacheError
+from glm_dsa.errors import CacheError, InputError
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
@@ -180,6 +180,142 @@ def test_an_mtp_cache_that_is_not_this_models_is_refused(model):
         with pytest.raises(CacheError, match=message):
             model.draft(hidden, tokens, cache, 1)
         assert cache.empty()
+
+
+BAD_TOKENS = {
+    "one-dimensional": (mx.array([5, 6, 7]), "shape [3]: expected [B, S]"),
+    "none": (mx.zeros((1, 0), mx.int32), "shape [1, 0]: expected [B, S]"),
+    "no rows": (mx.zeros((0, 3), mx.int32), "shape [0, 3]: expected [B, S]"),
+    "three axes": (mx.zeros((1, 3, 2), mx.int32), "shape [1, 3, 2]: expected [B, S]"),
+    "floating": (mx.array([[5.0, 6.0]]), "float32: expected integers, ids from 0 to 159"),
+    "of bool": (mx.array([[True, False]]), "bool: expected integers"),
+    "beyond": (mx.array([[5, 6, 7], [8, 160, 9]]), "token 160 at [1, 1]: expected 0 to 159"),
+    "negative": (mx.array([[5, -1, 7]]), "token -1 at [0, 1]: expected 0 to 159"),
+    "one, the first": (mx.array([[160]]), "token 160 at [0, 0]: expected 0 to 159"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_TOKENS)
+def test_tokens_that_are_none_of_this_models_are_one_line(model, how):
+    tokens, message = BAD_TOKENS[how]
+    cache, mtp_cache = model.make_cache(), model.make_mtp_cache()
+    hidden = mx.zeros((*tokens.shape[:2], model.args.hidden_size))
+    calls = [lambda: model(tokens), lambda: model(tokens, cache)]
+    calls += [lambda: model.draft(hidden, tokens, mtp_cache, 1)] if tokens.ndim == 2 and tokens.size else []
+    for call in calls:
+        with pytest.raises(InputError, match=re.escape(message)) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert cache[0].empty()
+    assert mtp_cache.empty()
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.int64, mx.uint32, mx.uint8])
+def test_every_token_of_the_vocabulary_in_any_integer_dtype_runs(model, dtype):
+    tokens = mx.array([[0, 159, 5], [1, 158, 0]], dtype=dtype)
+    cache = model.make_cache()
+    assert model(tokens, cache).shape == (2, 3, 160)
+    assert model(tokens[:, :1], cache).shape == (2, 1, 160)
+    assert mx.compile(lambda given: model(given))(tokens).shape == (2, 3, 160)  # where no value is known yet
+
+
+def test_a_decode_step_is_not_waited_for(model, monkeypatch):
+    """Its token is the last step's, which may be under way: only shape and dtype are looked at."""
+    cache = model.make_cache()
+    model(mx.array([[5, 6]]), cache)
+    monkeypatch.setattr(glm_dsa.inputs, "_check_values", None)  # would fail if it were called
+    model(mx.array([[7]]), cache)
+    with pytest.raises(TypeError):
+        model(mx.array([[7, 8]]), cache)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 3, 63), mx.float32, "input_embeddings of shape [1, 3, 63]: expected [B, S, 64]"),
+        ((3, 64), mx.float32, "input_embeddings of shape [3, 64]: expected [B, S, 64]"),
+        ((1, 0, 64), mx.float32, "shape [1, 0, 64]: expected [B, S, 64]"),
+        ((1, 4, 64), mx.float32, "beside tokens of [1, 3]: expected tokens of [1, 4]"),
+        ((2, 3, 64), mx.float32, "beside tokens of [1, 3]: expected tokens of [2, 3]"),
+        ((1, 3, 64), mx.int32, "input_embeddings of mlx.core.int32: expected a floating dtype"),
+    ],
+)
+def test_embeddings_of_another_shape_are_one_line(model, shape, dtype, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        model(mx.array([[5, 6, 7]]), input_embeddings=mx.zeros(shape, dtype))
+
+
+def test_embeddings_may_come_without_tokens(model):
+    """As mlx-lm calls with `input_embeddings` alone."""
+    embedded = model.model.embed_tokens(mx.array([[5, 6, 7]]))
+    assert mx.array_equal(model(mx.array([[]]), input_embeddings=embedded), model(mx.array([[5, 6, 7]])))
+
+
+def test_hiddens_and_the_tokens_after_them_go_together(model):
+    hidden, cache = model.model(mx.array([[5, 6, 7]])), model.make_mtp_cache()
+    for given, tokens in (
+        (hidden, mx.array([[6, 7]])),
+        (hidden[0], mx.array([[6, 7, 8]])),
+        (hidden[..., :9], mx.array([[6, 7, 8]])),
+    ):
+        with pytest.raises(InputError, match="hidden of shape"):
+            model.draft(given, tokens, cache, 1)
+    assert cache.empty()
+
+
+# -- an MTP cache beside the main one
+
+
+def test_an_empty_mtp_cache_behind_a_restored_prompt_is_refused(model):
+    """It would run, and draft otherwise; `start` makes its positions right and leaves its keys missing."""
+    prompt, more = mx.array([[5, 6, 7, 8, 9]]), mx.array([[10, 11]])
+    cache = model.make_cache()
+    model(prompt, cache)
+    restored = [glm_dsa.LayerCache.from_state(layer.state) for layer in cache]
+    hidden = model.model(more, restored)
+    mtp_cache = model.make_mtp_cache()
+    with pytest.raises(
+        CacheError, match="the MTP cache holds 0 tokens, and the main model's 7: expected 5 before the 2"
+    ):
+        model.draft(hidden, mx.array([[11, 12]]), mtp_cache, 2, main=restored)
+    assert mtp_cache.empty()
+    whole = model.model(mx.concatenate([prompt, more], axis=1))
+    following = mx.array([[6, 7, 8, 9, 10, 11, 12]])
+    drafts = model.draft(whole, following, mtp_cache, 3, main=restored)  # all of them handed in
+    assert len(drafts) == 3
+    with pytest.raises(CacheError, match="holds 9 tokens"):  # what the chain wrote is still in it
+        model.draft(hidden, following[:, -2:], mtp_cache, 1, main=restored)
+
+
+def test_a_loop_of_drafts_and_rewinds_stays_in_step(model):
+    tokens = mx.array([[5, 6, 7, 8]])
+    cache, mtp_cache = model.make_cache(), model.make_mtp_cache()
+    hidden = model.model(tokens, cache)
+    following = mx.array([[6, 7, 8, 9]])
+    for accepted in (1, 3, 2):
+        model.draft(hidden, following, mtp_cache, 3, main=cache)
+        mtp_cache.trim(2)
+        hidden = model.model(mx.array([[9, 10, 11]]), cache)[:, :accepted]
+        for layer in cache:
+            layer.trim(3 - accepted)
+        following = mx.array([[10, 11, 12]])[:, :accepted]
+    model.draft(hidden, following, mtp_cache, 1, main=cache)
+    assert mtp_cache.length == cache[0].length
+
+
+def test_padded_rows_are_held_each_to_its_own(model):
+    tokens, pads = mx.array([[0, 0, 5, 6], [4, 5, 6, 7]]), [2, 0]
+    cache, mtp_cache = model.make_cache(left_padding=pads), model.make_mtp_cache(left_padding=pads)
+    hidden = model.model(tokens, cache)
+    model.draft(hidden, tokens, mtp_cache, 1, main=cache)
+    for other, message in (
+        (model.make_mtp_cache(left_padding=[1, 0]), r"\(row 0\)"),
+        (model.make_mtp_cache(), r"\(row 0\)"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            model.draft(hidden, tokens, other, 1, main=cache)
+    with pytest.raises(CacheError, match="2 rows, for a batch of 1"):
+        model.draft(hidden[:1], tokens[:1], model.make_mtp_cache(), 1, main=cache)
 
 
 def test_the_fingerprint_tells_models_apart(folder, model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,84 @@ def test_rules_as_people_write_them(tmp_path):
     assert sum("'_exps' decides for no tensor" in note for note in notes) == 1
 
 
+# As Thireus' GGUF Tool Suite writes recipes (a heading, f32 for what is f32 anyway, repacked types), and as its benchmark
+# has the same rules (in quotes, locked).
+RECIPE = r"""## Model head & embeddings — qbits: 32 8
+^output_norm\.weight$=f32
+'^token_embd\.weight$=bf16=locked'
+"^output\.weight$=Q8_0",
+'^blk\.0\.attn_norm\.weight$'=f32=locked
+
+## Multi-headed attention parameters
+^blk\.([0-9]|[1-6][0-9]|7[0-8])\.attn_.*\.weight$=iq4_xs
+# ffn_down_exps — qbits: 1
+^blk\.([3-9]|[1-6][0-9]|7[0-8])\.ffn_down_exps\.weight$=iq1_m_r4
+'_(gate|up)_exps=iq5_k_r4', '\.ffn_[a-z]{2,4}\.=q6_K'
+## Summary
+# GPU Total: 11.744 GiB (95.1%)
+
+## THE END!
+"""
+
+
+def test_recipes_of_thireus_are_read():
+    rules = gguf.rules_of(RECIPE)
+    assert [kind for _, kind in rules.rules] == [
+        "f32", "bf16", "q8_0", "f32", "iq4_xs", "iq1_m_r4", "iq5_k_r4", "q6_K",
+    ]  # fmt: skip
+    assert rules.rules[-1][0] == r"\.ffn_[a-z]{2,4}\."  # a comma in quotes parts nothing
+    notes = gguf.planned(ModelArgs.from_file(CONFIGS / "glm-5.1.json"), rules)[1]
+    assert not any("decides for no tensor" in note for note in notes)  # f32 for a norm is what it is
+
+
+def test_a_rule_for_what_is_f32_whatever_it_says_is_told_of():
+    rules = gguf.rules_of("attn_norm=q8_0,blk=q6_K")
+    notes = gguf.planned(ModelArgs.from_file(CONFIGS / "glm-5.1.json"), rules)[1]
+    assert sum("decides for no tensor" in note for note in notes) == 1
+
+
+def test_repacked_types_take_their_own_bytes():
+    """bpw as ik_llama.cpp publishes it; of all but two as the plain type."""
+    assert gguf.ALL["iq5_k_r4"] == gguf.ALL["iq5_k"]
+    assert gguf.ALL["iq1_m_r4"].of((256, 6144)) == 256 * (6144 * 1.75 // 8 + 2)
+    assert gguf.ALL["iq1_s_r4"].of((256, 6144)) == 256 * (6144 * 1.5 // 8 + 2)
+    args = ModelArgs.from_file(CONFIGS / "glm-5.1.json")
+    odd = next(s for s in gguf.inventory(args) if s.name == "blk.0.attn_k_b.weight")  # rows of 192
+    assert (
+        gguf.stored_as(odd, gguf.rules_of(".=iq4_k_r4"))[0]
+        == gguf.stored_as(odd, gguf.rules_of(".=iq4_k"))[0]
+        == "q5_0"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["^(a|b|[a-z0-9._]+)+Z", "(.*)*Z", ".*.*.*.*.*.*.*.*Z"])
+def test_a_pattern_that_backtracks_for_ever_ends_within_a_second_and_is_named(pattern, tmp_path, capsys):
+    file = tmp_path / "rules.txt"
+    file.write_text(f"attn=q8_0\n{pattern}=q4_K\nffn=q8_0\n")
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    error = refused(capsys, CONFIGS / "glm-5.1.json", "--custom-q", file)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # of computing, whatever else this machine does
+    assert 0.3 < ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime < 1
+    assert str(file) in error
+    assert repr(pattern) in error
+
+
+def test_what_is_tried_is_what_would_be_found():
+    """By a process of its own, all names at once, as by a name at a time."""
+    names = [spec.name for spec in gguf.inventory(ModelArgs.from_file(CONFIGS / "glm-5.1.json"))]
+    for said in (RECIPE, MIXED, CAUTIOUS, "nothing=q8_0"):
+        rules = gguf.rules_of(said)
+        tried = rules.tried(names)
+        assert tried == rules
+        assert [tried.type_of(name) for name in names] == [rules.type_of(name) for name in names]
+
+
+def test_patterns_that_could_backtrack_and_do_not_are_followed():
+    args = ModelArgs.from_file(CONFIGS / "glm-5.1.json")
+    many = "\n".join(f"^blk\\.{i}\\.(.*_)*(exps|shexp)\\..*.*=q6_K" for i in range(300))
+    assert gguf.planned(args, gguf.rules_of(many))[0]["experts"].told().startswith("q6_K")
+
+
 def test_rules_from_a_file(tmp_path, capsys):
     file = tmp_path / "rules.txt"
     file.write_text(MIXED)
@@ -217,6 +296,10 @@ def test_rules_from_a_file(tmp_path, capsys):
         ("a=i8", "i8 keeps whole numbers"),
         ("=q8_0", "PATTERN=TYPE is due"),
         (" # =q8_0\n", "no rules"),
+        ("'blk=q8_0", "a quote that is not closed"),
+        ("blk=locked", "PATTERN=TYPE is due"),
+        ("f32=locked", "PATTERN=TYPE is due"),
+        ("a" * 5000 + "=q8_0", "4,096 at most"),
         ("blk{1,2}=q8_0", "PATTERN=TYPE is due"),  # there too, commas part rules
     ],
 )

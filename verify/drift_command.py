@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_dsa.output import show
+from glm_dsa.output import listen, show
 
 from . import exits, oracles, stages
 from .progress import line
@@ -60,6 +60,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
     oracles.check()  # brings torch and transformers in, which other commands do without
+    listen()  # what the models take in memory
     from .drift import compare
     from .implementation import Failed
 

@@ -461,6 +461,9 @@ def _cache() -> Iterator[Fault]:
     yield fault("filter-forgets-index-keys", "rows are reordered, their indexer keys are not",
                 Edit("cache.LayerCache._rows", "self.index_keys.rows(mx.array(rows))",
                      "self.index_keys.rows(mx.array(sorted(rows)))"), stage="batch", shows="batches whose rows are reordered")
+    yield fault("filter-drops-announced-padding", "rows are filtered before the pads have come, and come without them",
+                Edit("cache.LayerCache._rows", "min(self.length, *(padding[row] for row in rows))",
+                     "min(padding[row] for row in rows)"), stage="padded", shows="left padding, filtered before the first token")
     yield fault("right-padding-stays", "right padding is not rolled to the left",
                 Edit("cache.LayerCache.finalize", "if self.right_padding is None:",
                      "if setattr(self, 'right_padding', None) is None:"), stage="batch",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_dsa.errors import printable
-from glm_dsa.output import show
+from glm_dsa.output import listen, show
 
 from . import exits, oracles
 from .saved import whole
@@ -45,6 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     oracles.check()  # brings torch and transformers in, which other commands do without
+    listen()  # what the models take in memory
     from .implementation import Failed
     from .progress import line
     from .quality import measure

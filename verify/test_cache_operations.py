@@ -105,9 +105,12 @@ class Contents(RuleBasedStateMachine):
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             row.grow(vectors[i, :length], keys[i, :length])
 
-    def new(self) -> None:
+    def fresh(self, pads=None) -> LayerCache:
         quantization = None if self.start is None else KvQuantization(8, 32, self.start)
-        self.rows.append(Row(LayerCache(Widths(64, 32, 6), quantization, start=self.first), self.start))
+        return LayerCache(Widths(64, 32, 6), quantization, pads, self.first)
+
+    def new(self) -> None:
+        self.rows.append(Row(self.fresh(), self.start))
 
     @initialize(start=st.sampled_from([None, 0, 5, 20]), first=st.sampled_from([0, 200_000]))
     def begin(self, start, first) -> None:
@@ -189,6 +192,42 @@ class Contents(RuleBasedStateMachine):
         for row in chosen:
             self.check(row, "merge leaves its parts alone")
         self.rows = (rows + self.rows)[:6]
+
+    @rule(data=st.data(), pads=st.lists(st.integers(0, 6), min_size=2, max_size=4), is_prepared=st.booleans())
+    def padded(self, data, pads, is_prepared) -> None:
+        """A batch whose left padding is announced before its first token; it changes before, between and after the pads."""
+        total = max(pads) + data.draw(st.integers(1, 4))
+        vectors, keys = self.draw(len(pads), total)
+        batch = self.fresh(None if is_prepared else pads)
+        if is_prepared:
+            batch.prepare(left_padding=pads)
+        rows, cut = list(range(len(pads))), data.draw(st.integers(0, total))
+        for columns in (slice(0, 0), slice(0, cut), slice(cut, total)):
+            if columns.start < columns.stop:
+                batch.append_index_keys(mx.array(keys[rows, columns]))
+                batch.append(mx.array(vectors[rows, columns]))
+            batch, rows = self.changed(data, batch, rows)
+        for place, row in enumerate(rows):
+            alone = Row(batch.extract(place), self.start)
+            alone.grow(vectors[row, pads[row] :], keys[row, pads[row] :])
+            self.check(alone, "padded")
+
+    def changed(self, data, batch: LayerCache, rows: list[int]) -> tuple[LayerCache, list[int]]:
+        """The batch after one operation that keeps what its rows hold and expect, and which rows it has then."""
+        how = data.draw(st.sampled_from(["filter", "extend", "trim", "copy", "state", "file"]))
+        keep = data.draw(picks(len(rows)))
+        if how == "filter":
+            batch.filter(keep)
+            return batch, [rows[place] for place in keep]
+        if how == "extend":
+            other = copy.deepcopy(batch)
+            other.filter(keep[:1])
+            batch.extend(other)
+            return batch, [*rows, rows[keep[0]]]
+        if how == "trim":
+            batch.trim(0)
+            return batch, rows
+        return remade(batch, how, self.folder), rows
 
 
 def run(machine, examples: int, steps: int, **more) -> None:

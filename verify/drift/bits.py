@@ -12,7 +12,6 @@ import numpy as np
 from .. import compare, stages
 from .build import FULL_BYTES, Build, layer_of
 from .recipe import Recipe, next_bit
-from .sides import Side
 
 Array = np.ndarray
 LAYER_GROUPS = 8  # into which layers are divided, at most
@@ -97,10 +96,9 @@ class Sensitivity:
 
 
 def measure(
-    packed: Side, original: Side, tokens: Array, due: Array, tell: Callable[[str], None] = lambda _: None
+    build: Build, tokens: Array, due: Array, tell: Callable[[str], None] = lambda _: None
 ) -> Sensitivity | None:
     """due: the original's logits [S, V]. None where nothing is packed that the original has unpacked."""
-    build = Build(packed, original)
     if not build.paths:
         return None
     kl = compare.distributions(build.logits(tokens), due).kl_mean

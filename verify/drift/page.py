@@ -63,12 +63,18 @@ def render(report: Mapping[str, Any]) -> str:
         titles={name: title for name, title in SECTIONS.items() if parts[name] or name in reasons},
         other_reasons={name: why for name, why in reasons.items() if name not in SECTIONS},
         other_how={name: text for name, text in how.items() if name not in SECTIONS},
+        relative=is_relative(report),
         chosen=[name for name in ("selection", "routing") if has(report.get("choices"), name, f"{name}_own")],
         gains=has(report.get("growth"), "gain"),
         kinds=KINDS,
         policy=policy(source),
         data=embedded(packed(report)),
     )
+
+
+def is_relative(report: Mapping[str, Any]) -> bool:
+    """Of other weights every error is beyond what rounding explains: there the map is shaded by the errors themselves."""
+    return not report.get("same_weights", True)
 
 
 def part(report: Mapping[str, Any], name: str) -> Any:
@@ -115,6 +121,7 @@ def packed(report: Mapping[str, Any]) -> dict[str, Any]:
         "choices": rows(report.get("choices"), CHOICES),
         "tokens": rows(report.get("tokens"), TOKEN),
         "mass": rows(report.get("mass"), MASS),
+        "relative": is_relative(report),
         "index_topk": (report.get("prompt") or {}).get("index_topk"),
     }
 

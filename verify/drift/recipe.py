@@ -6,6 +6,7 @@ Noise of b bits has a power of about 4^-b, and KL is of second order in it: of a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,27 +116,51 @@ def next_bit(found: Sensitivity, build: Build) -> str:
     return said
 
 
+class Choice:
+    """What a recipe can choose of a build, and what it cannot: known from its headers, before anything is read.
+
+    sizes: {module: bytes at each of STEPS}. fixed: bytes of all else. (The MTP layer keeps its bits: no KL of the main model
+    tells of its drafts.)
+    """
+
+    def __init__(self, build: Build) -> None:
+        self.plain, self.packed = dict(build.whole.named_modules()), dict(build.model.named_modules())
+        self.every = [p for p, m in self.plain.items() if not m.children() and p in self.packed]  # mostly without MTP
+        self.weights = sum(a.size for p in self.every for a in self.plain[p].values() if isinstance(a, mx.array))
+        layers = build.args.num_hidden_layers
+        chosen = [p for p in build.paths if component_of(p) not in UNPACKED and (layer_of(p) or 0) < layers]
+        self.fixed = sum(stored_bytes(self.packed[p]) for p in self.every if p not in set(chosen))
+        self.sizes = {
+            p: [Format(DTYPE, b, group_of(shape[-1])).nbytes(shape) for b in STEPS]
+            for p in chosen
+            for shape in (self.plain[p].weight.shape,)
+        }
+
+    @property
+    def least(self) -> int:
+        """Bytes with the fewest bits everywhere."""
+        return self.fixed + sum(sizes[0] for sizes in self.sizes.values())
+
+    def check(self, budget: float) -> None:
+        """Raises ValueError where so many bits a weight are too few, or nothing can be chosen."""
+        if not self.sizes:
+            raise ValueError(f"--suggest-bits {budget:g}: nothing is packed that the original has unpacked")
+        if self.least > budget * self.weights / 8:
+            least, fixed = (math.ceil(8000 * n / self.weights) / 1000 for n in (self.least, self.fixed))
+            raise ValueError(
+                f"--suggest-bits {budget:g}: at least {least:.3f} are possible: {fixed:.3f} are taken by what stays as it is "
+                f"(unpacked parts, the MTP layer), the rest by all others in {STEPS[0]} bits"
+            )
+
+
 def recipe(found: Sensitivity, build: Build, budget: float) -> Recipe:
     """Bits of every module, within `budget` bits a weight of the whole model. Raises ValueError where that is too little."""
-    plain, packed = dict(build.whole.named_modules()), dict(build.model.named_modules())
-    shares = _shares(found, build)
-    every = [p for p, m in plain.items() if not m.children() and p in packed]  # most builds have no MTP layer
-    weights = sum(a.size for p in every for a in plain[p].values() if isinstance(a, mx.array))
-    layers = build.args.num_hidden_layers
-    # The MTP layer keeps its bits: no KL of the main model tells of its drafts.
-    chosen = {p: STEPS[0] for p in build.paths if component_of(p) not in UNPACKED and (layer_of(p) or 0) < layers}
-    fixed = sum(stored_bytes(packed[p]) for p in every if p not in chosen)
-    sizes = {
-        p: [Format(DTYPE, b, group_of(shape[-1])).nbytes(shape) for b in STEPS]
-        for p in chosen
-        for shape in (plain[p].weight.shape,)
-    }
-    spent, most = fixed + sum(s[0] for s in sizes.values()), budget * weights / 8
-    if spent > most:
-        raise ValueError(
-            f"--suggest-bits {budget:g}: all that can be packed in {STEPS[0]} bits takes {8 * spent / weights:.3f} already "
-            "(what the build has unpacked stays so, and its MTP layer as it is)"
-        )
+    choice = Choice(build)
+    choice.check(budget)
+    plain, packed, every, weights = choice.plain, choice.packed, choice.every, choice.weights
+    shares, sizes = _shares(found, build), choice.sizes
+    chosen = dict.fromkeys(sizes, STEPS[0])
+    spent, most = choice.least, budget * weights / 8
     own = {p: getattr(packed[p], "bits", 16) for p in chosen}
 
     def kl(path: str, bits: int) -> float:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm_dsa import memory
 from reference import layout
 from reference.stored import read_tensors
 
@@ -26,7 +28,7 @@ from .checks import Wanted, check_shapes, config_differences, numbered, on_devic
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
 from .lineup import Lineup
 from .prompts import Prompt, pieces
-from .recipe import recipe
+from .recipe import Choice, recipe
 from .recording import HIDDEN, Hearing, Recording, is_given
 from .remaining import remaining
 from .repair import repair
@@ -67,6 +69,10 @@ class Session:
         check_shapes(self.candidate, self.reference)
         self.candidate = numbered(self.candidate, self.reference)
         self._check_wanted()
+        for side in (self.candidate, self.reference):
+            if not side.is_small:
+                size = memory.gib(sum(t.nbytes for t in side.release.tensors.values()))
+                memory.log.info("%s: weights take %s; they are read a layer at a time", side.checkpoint, size)
         with ExitStack() as stack:
             self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="drift-")))
             found = self._run()
@@ -93,6 +99,22 @@ class Session:
             raise ValueError(f"--suggest-bits {self.suggest:g}: {OTHER_EXPERTS}")
         if self.suggest is not None and not self.in_full:
             raise ValueError(f"--suggest-bits {self.suggest:g}: the model is {TOO_LARGE}")
+        if self.suggest is not None:
+            Choice(self.build).check(self.suggest)
+        if self.is_measured and self.thorough:
+            both = memory.taken(self.build.model) + memory.taken(self.build.whole)
+            memory.check(f"--thorough: {self.candidate.checkpoint} and {self.reference.checkpoint}, both in full,", both,
+                         "without --thorough drift goes through them a layer at a time")  # fmt: skip
+
+    @property
+    def is_measured(self) -> bool:
+        """What the bits cost: both models are in memory for that."""
+        return self.in_full and self.candidate.release.is_packed and not self.reference.release.is_packed
+
+    @cached_property
+    def build(self) -> Build:
+        """Lazy: it holds nothing yet."""
+        return Build(self.candidate, self.reference)
 
     @property
     def in_full(self) -> bool:
@@ -322,10 +344,9 @@ class Session:
         else:
             due = reference["logits"]
             assert due is not None
-            found.sensitivity = bits.measure(self.candidate, self.reference, self.prompt.tokens, due, self.tell)
+            found.sensitivity = bits.measure(self.build, self.prompt.tokens, due, self.tell)
         if self.suggest is not None and found.sensitivity is not None:
-            build = Build(self.candidate, self.reference)
-            found.sensitivity.recipe = recipe(found.sensitivity, build, self.suggest)
+            found.sensitivity.recipe = recipe(found.sensitivity, self.build, self.suggest)
 
     def _mass(self, found: Drift) -> None:
         """What the candidate's weights tell of the layout that its indexers were trained under."""

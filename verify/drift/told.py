@@ -72,9 +72,9 @@ def _of_same_weights(found: Drift) -> Iterator[Finding]:
 
 def _of_other_weights(found: Drift) -> Iterator[Finding]:
     if found.sensitivity is not None:
-        yield "cost", found.sensitivity.title(), [_distance(found), *found.sensitivity.lines()]
+        yield "cost", found.sensitivity.title(), [_distance(found), _most(found), *found.sensitivity.lines()]
     else:
-        yield "note", "The weights differ", [_distance(found)]
+        yield "note", "The weights differ", [_distance(found), _most(found)]
     own = found.own_weights
     if own is None:
         return
@@ -137,6 +137,13 @@ def _growth(found: Drift) -> Finding:
 def _distance(found: Drift) -> str:
     kl = found.distributions
     return f"KL mean {kl['kl_mean']:.3g}, max {kl['kl_max']:.3g} nats; top-1 {kl['top1']:.1%} the same" if kl else ""
+
+
+def _most(found: Drift) -> str:
+    """Of other weights no stage is at fault; where they cost most by themselves."""
+    local = [c for c in found.comparisons if c.run == LOCAL and c.bound]
+    most = max(local, key=lambda c: c.error, default=None)
+    return f"largest relative error on the reference's input: {most.stage}, {most.error:.2g}" if most else ""
 
 
 def _error(c: Compared) -> str:

@@ -41,6 +41,11 @@ HOW = {
     "mass": "The share of dense attention that the indexer's selection catches under each RoPE layout, by the equations. The "
     "layout of the training catches clearly more.",
 }
+RELATIVE = (
+    "The weights differ, and nothing is judged. Cells are shaded by relative error: the largest difference over the rms of the "
+    "reference's values; of choices, the share of queries that choose otherwise. Local: each layer on the reference's input. "
+    "Own: the candidate from the tokens on."
+)
 
 
 def report_of(found: Drift) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def report_of(found: Drift) -> dict[str, Any]:
         "cached": None if found.cached is None else asdict(found.cached),
         "repair": None if found.repair is None else found.repair.as_dict(),
         "sensitivity": None if found.sensitivity is None else found.sensitivity.as_dict(),
-        "mass": found.mass_by_layer or None, "reasons": found.reasons, "how": HOW,
+        "mass": found.mass_by_layer or None, "reasons": found.reasons,
+        "how": HOW if found.same_weights else {**HOW, "heat map": RELATIVE},
         "own_weights": None if found.own_weights is None else report_of(found.own_weights),
     })  # fmt: skip
 
@@ -91,7 +97,10 @@ def _causes(found: Drift) -> list[dict[str, Any]]:
 def write(found: Drift, folder: Path) -> list[Path]:
     """report.json, report.jsonl (header, a record a comparison, footer) and report.html; each whole, or not there."""
     told = report_of(found)
-    head = {k: told[k] for k in ("format", "command", "date", "versions", "candidate", "reference", "prompt")}
+    head = {
+        k: told[k]
+        for k in ("format", "command", "date", "versions", "candidate", "reference", "prompt", "same_weights")
+    }
     records = [{"type": "header", **head}]
     records += [{"type": "comparison", **c} for c in told["comparisons"]]
     records += [{"type": "token", **t} for t in told["tokens"]]

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from glm_dsa import memory
 from glm_dsa.cache import LayerCache
 from glm_dsa.store import KvQuantization
 
@@ -42,6 +43,13 @@ class OurRun(Run):
         self.layers = OurLayers(side.folder, MX[side.dtype], **side.overrides)
         model = self.layers.model
         model.drop_mtp()
+        memory.check(
+            f"{side.checkpoint}: weights"
+            if side.is_small
+            else f"{side.checkpoint}: weights of a layer, in {side.dtype},",
+            memory.taken(model) if side.is_small else max(map(memory.taken, model.model.layers)),
+            "dtype=bfloat16 takes half of float32",
+        )
         self.quantization = _quantization(side)
         if side.is_small:
             model.set_dtype(self.layers.dtype)  # scales too: an embedding is unpacked in their dtype
