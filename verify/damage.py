@@ -20,8 +20,8 @@ from glm_dsa.checkpoint import Stored
 from reference.packed import Packing
 from reference.stored import read_tensors
 
-from .audit import FAULT, WARNING, Finding, ranges
 from .hands import Weights
+from .merging import FAULT, WARNING, Finding, ranges
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
