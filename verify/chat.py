@@ -1,7 +1,7 @@
 """Tokenizer and chat, from the small files beside the weights: ids that end a generation, tokens without a row in the
 embedding, the chat template.
 
-JSON and jinja2's parser alone: nothing of a template is run, and no tokenizer is built. A FAULT is what breaks: a token that
+Plain JSON, and templates parsed: nothing is run, and no tokenizer is built. A FAULT is what breaks: a token that
 the embedding has no row for, ends of which no two files agree, a template that no engine can compile. What merely differs is
 a warning, and what is not there is a note.
 """
@@ -11,19 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from glm_dsa.errors import ConfigError, printable
 from glm_dsa.keys import read_json
 
+from . import template
 from .merging import FAULT, NOTE, WARNING, Findings
 from .release import Release, small_file
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION, TEMPLATE, OLD_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
-LARGEST_TOKENIZER, LARGEST_TEMPLATE = 64 << 20, 1 << 20  # bytes; GLM-5.2's take 20 MB and 10 kB
+LARGEST_TOKENIZER = 64 << 20  # bytes; GLM-5.2's has 20 MB
 SHOWN = 6  # ids or tokens in a message
 EOS, PAD, BOS = "eos_token", "pad_token", "bos_token"
 
@@ -193,27 +190,14 @@ def _pads(named: Mapping[str, list[int]], findings: Findings) -> None:
         findings.say(WARNING, f"padding differs: {told}")
 
 
-# -- chat templates
-
-
-class _Generation(jinja2.ext.Extension):
-    """HF's tags round what the assistant says: {% generation %} .. {% endgeneration %}."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2's own way
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _chat(files: _Files, tokenizer: Mapping[str, Any], findings: Findings) -> None:
     """The file in force is the first that is there, as in HF: chat_template.jinja, .json, tokenizer_config.json."""
     templates: dict[str, str] = {}
-    if (text := files.text(TEMPLATE, LARGEST_TEMPLATE)) is not None:
+    if (text := files.text(TEMPLATE, template.LARGEST)) is not None:
         templates[TEMPLATE] = text
-    elif (old := files.json(OLD_TEMPLATE, LARGEST_TEMPLATE, wanted=False)) is not None:
-        templates = dict(_templates(old.get("chat_template"), OLD_TEMPLATE))
-    inner = dict(_templates(tokenizer.get("chat_template"), TOKENIZER_CONFIG))
+    elif (old := files.json(OLD_TEMPLATE, template.LARGEST, wanted=False)) is not None:
+        templates = dict(template.named(old.get("chat_template"), OLD_TEMPLATE))
+    inner = dict(template.named(tokenizer.get("chat_template"), TOKENIZER_CONFIG))
     if not templates and not inner:
         if small_file(files.release, TEMPLATE) is None:  # one that cannot be read is told of already
             findings.say(
@@ -222,38 +206,8 @@ def _chat(files: _Files, tokenizer: Mapping[str, Any], findings: Findings) -> No
         return
     for chosen, severity in ((templates or inner, FAULT), (inner if templates else {}, WARNING)):
         for where, text in chosen.items():
-            if wrong := compile_error(text):
+            if wrong := template.compile_error(text):
                 findings.say(severity, f"{where}: the chat template does not compile: {wrong}")
-
-
-def _templates(said: Any, file: str) -> Iterator[tuple[str, str]]:
-    """A text, or a list of named ones."""
-    if isinstance(said, str):
-        yield file, said
-    for entry in said if isinstance(said, list) else ():
-        if isinstance(entry, Mapping) and isinstance(entry.get("template"), str):
-            yield f"{file}, {_short(str(entry.get('name')))}", entry["template"]
-
-
-def compile_error(template: str) -> str:
-    """Why a chat template does not compile under HF's environment; empty where it does. Parsed, never run: jinja2's compiler
-    computes constants, and 'a' * 10 ** 10 is one."""
-    if len(template) > LARGEST_TEMPLATE:
-        return f"{len(template):,} characters, at most {LARGEST_TEMPLATE:,} are due"
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    try:
-        tree = environment.parse(template)
-        for kind, known in ((jinja2.nodes.Filter, environment.filters), (jinja2.nodes.Test, environment.tests)):
-            for node in tree.find_all(kind):
-                if node.name not in known:
-                    return f"line {node.lineno}: no {kind.__name__.lower()} is named {_short(node.name)}"
-    except jinja2.TemplateSyntaxError as error:
-        return printable(f"line {error.lineno}: {error.message}")[:300]
-    except RecursionError:
-        return "nested too deep"
-    return ""
 
 
 def _short(text: str) -> str:

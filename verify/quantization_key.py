@@ -65,6 +65,9 @@ def _modules(tensors: Tensors) -> dict[str, _Module]:
             continue
         stored = _stored(path, tensors)
         packing = tensors.packed.get(stored)
+        is_broken = packing is None and f"{stored}.scales" in tensors.found
+        if is_broken or not any(f"{stored}.{part}" in tensors.specs for part in ("weight", "bias")):
+            continue  # told of already
         if packing and stored.endswith(".kv_b_proj") and spec.shape[-1] % packing["group_size"]:
             packing = None  # this half is unpacked on load
         packable = spec.is_packable and spec.name.endswith(".weight")
