@@ -23,7 +23,7 @@ START = "start from the release it was made from (zai-org publishes bf16 and FP8
 
 
 @dataclass(frozen=True)
-class Format:
+class ForeignFormat:
     """`tool` writes it; `remedy`: what its owner can do."""
 
     name: str
@@ -31,26 +31,28 @@ class Format:
     remedy: str = START
 
 
-MODELOPT = Format("ModelOpt NVFP4", "NVIDIA's Model Optimizer", f"{START} (mode nvfp4 packs in the same grid)")
-COMPRESSED = Format(
+MODELOPT = ForeignFormat("ModelOpt NVFP4", "NVIDIA's Model Optimizer", f"{START} (mode nvfp4 packs in the same grid)")
+COMPRESSED = ForeignFormat(
     "compressed-tensors", "llm-compressor",
     f"unpack it to bf16 (transformers: CompressedTensorsConfig(dequantize=True), then save_pretrained), or {START}",
 )  # fmt: skip
-QUARK = Format("Quark", "AMD Quark", f"{START} (mode mxfp4 packs in the same grid)")
-GPTQ, AWQ = Format("GPTQ", "GPTQModel or AutoGPTQ"), Format("AWQ", "AutoAWQ or llm-compressor")
-AUTOROUND = Format("AutoRound", "Intel AutoRound")
-BITSANDBYTES = Format(
+QUARK = ForeignFormat("Quark", "AMD Quark", f"{START} (mode mxfp4 packs in the same grid)")
+GPTQ, AWQ = ForeignFormat("GPTQ", "GPTQModel or AutoGPTQ"), ForeignFormat("AWQ", "AutoAWQ or llm-compressor")
+AUTOROUND = ForeignFormat("AutoRound", "Intel AutoRound")
+BITSANDBYTES = ForeignFormat(
     "bitsandbytes", "transformers with bitsandbytes",
     f"unpack it to bf16 (transformers: model.dequantize(), then save_pretrained), or {START}",
 )  # fmt: skip
-ASCEND = Format("W8A8 for Ascend", "msModelSlim")
-W8A8 = Format("W8A8 (int8 with scales)", "llm-compressor, msModelSlim or another")
-FP8 = Format("FP8 with a scale for each channel or tensor", "llm-compressor, Model Optimizer, Quark or FBGEMM")
-JANGTQ = Format("JANGTQ", "jang-tools", f"vMLX runs it; for this definition, {START}")
-JANG = Format("JANG, version 1", "jang-tools", f"write it anew as version 2, whose tensors are MLX's, or {START}")
-MXFP4 = Format("FP4 bytes with scales", "Quark, Model Optimizer or another")
-GGUF = Format("GGUF", "llama.cpp", f"llama.cpp runs it; for this definition, {START}")
-PICKLE = Format(
+ASCEND = ForeignFormat("W8A8 for Ascend", "msModelSlim")
+W8A8 = ForeignFormat("W8A8 (int8 with scales)", "llm-compressor, msModelSlim or another")
+FP8 = ForeignFormat("FP8 with a scale for each channel or tensor", "llm-compressor, Model Optimizer, Quark or FBGEMM")
+JANGTQ = ForeignFormat("JANGTQ", "jang-tools", f"vMLX runs it; for this definition, {START}")
+JANG = ForeignFormat(
+    "JANG, version 1", "jang-tools", f"write it anew as version 2, whose tensors are MLX's, or {START}"
+)
+MXFP4 = ForeignFormat("FP4 bytes with scales", "Quark, Model Optimizer or another")
+GGUF = ForeignFormat("GGUF", "llama.cpp", f"llama.cpp runs it; for this definition, {START}")
+PICKLE = ForeignFormat(
     "PyTorch's pickle", "torch.save",
     "safetensors is due, for a pickle can run code: load it where it is trusted and save_pretrained it again",
 )  # fmt: skip
@@ -60,7 +62,9 @@ METHODS = {  # quantization_config.quant_method
     "awq": AWQ, "auto-round": AUTOROUND, "auto_round": AUTOROUND, "bitsandbytes": BITSANDBYTES, "ascend": ASCEND,
     "fbgemm_fp8": FP8, "mxtq": JANGTQ,
 }  # fmt: skip
-PARTS: dict[str, tuple[Format, str]] = {  # what lies beside a matrix, or in its place: no sound build has any of these
+PARTS: dict[
+    str, tuple[ForeignFormat, str]
+] = {  # what lies beside a matrix, or in its place: no sound build has any of these
     "tq_packed": (JANGTQ, ""),
     "weight_scale_2": (MODELOPT, "weight"),
     "weight_packed": (COMPRESSED, ""),
@@ -90,11 +94,11 @@ LAYERED = re.compile(r"(?:^|\.)layers\.[0-9]{1,6}\.")
 
 def recognized(
     config: Mapping[str, Any], tensors: Mapping[str, Any], files: Iterable[str] = ()
-) -> tuple[Format, str] | None:
+) -> tuple[ForeignFormat, str] | None:
     """The format that a checkpoint is in, and by what it is known; None for one that is read here, or for none at all.
 
     tensors: {name: anything with a `dtype`, as safetensors spells it}; files: names in the folder."""
-    found = _by_tensors(tensors)
+    found = _by_tensors(tensors, _said(config)[0])
     if found is None:
         names = sorted(files)
         if tensors or any(READABLE.fullmatch(n) for n in names):
@@ -157,9 +161,11 @@ def explained(read: Callable[P, R]) -> Callable[P, R]:
     return reading
 
 
-def _by_tensors(tensors: Mapping[str, Any]) -> tuple[Format, str] | None:
+def _by_tensors(tensors: Mapping[str, Any], method: str | None) -> tuple[ForeignFormat, str] | None:
     """By the strongest part that is found in any layer: the order of PARTS."""
     found: dict[str, list[str]] = {}
+    # in a release of FP8 blocks, one matrix with another scale is damage, and is told by its name
+    has_blocks = method not in METHODS and any(name.endswith(".weight_scale_inv") for name in tensors)
     for name in tensors:
         path, _, part = name.rpartition(".")
         if part not in PARTS or not LAYERED.search(name):
@@ -168,7 +174,7 @@ def _by_tensors(tensors: Mapping[str, Any]) -> tuple[Format, str] | None:
         owner = f"{path}.{beside}" if beside else path
         if beside and owner not in tensors:
             continue
-        if part == "weight_scale" and (tensors[owner].dtype not in SCALED or f"{owner}_scale_inv" in tensors):
+        if part == "weight_scale" and (has_blocks or tensors[owner].dtype not in SCALED):
             continue
         found.setdefault(part, []).append(name)
     for part, (format, _) in PARTS.items():

@@ -96,6 +96,10 @@ SOUND = {
         CONFIG,
     ),
     "loop controls and generation tags": (set_template(GOOD + LOOPS), CONFIG),
+    "tokens added by tokenizer_config": (
+        set_tokenizer(added_tokens_decoder={"300": {"content": "<|x|>"}, "0": {"content": "<|pad|>"}, "y": 1}),
+        CONFIG,
+    ),
     "a token in the last row": (set_token("<|last|>", ROWS - 1), CONFIG),
     "a constant that would take all memory": (set_template("{{ 'a' * 10 ** 10 }}{{ [0] * 10 ** 10 }}"), CONFIG),
 }
@@ -122,6 +126,12 @@ CASES = {  # name: (change, config, severity, what is named)
     ),
     "a generation_config that is no JSON": (
         lambda f: (f / "generation_config.json").write_text("x"), CONFIG, WARNING, ("generation_config.json",)
+    ),
+    "an added token beyond the embedding": (
+        set_tokenizer(added_tokens_decoder={"320": {"content": "<|x|>"}}), CONFIG, FAULT, ("tokenizer_config", "<|x|>", "320")
+    ),
+    "an added token of another number": (
+        set_tokenizer(added_tokens_decoder={"300": {"content": "<|pad|>"}}), CONFIG, WARNING, ("<|pad|>", "300")
     ),
     "an end left out": (set_generation(eos_token_id=[EOS]), CONFIG, WARNING, ("generation_config.json", "5")),
     "the tokenizer's end left out": (set_generation(eos_token_id=[SEP]), {"eos_token_id": SEP}, WARNING, ("tokenizer_config",)),

@@ -10,6 +10,7 @@ import pytest
 import glm_dsa
 import glm_dsa.__main__
 from glm_dsa import ModelArgs, foreign, weights
+from glm_dsa.checkpoint import read_headers
 from glm_dsa.errors import CheckpointError, FormatError
 from glm_dsa.model import parameters_of
 from reference import checkpoints
@@ -244,6 +245,17 @@ def test_damage_is_no_foreign_format(sound, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         glm_dsa.load(folder)
     assert not isinstance(caught.value, FormatError)
+
+
+def test_a_block_scale_of_another_name_is_told_by_its_name(sound, tmp_path):
+    """One of a sound release of FP8 blocks; it is no other format for that."""
+    headers = read_headers(sound[1])
+    one = next(n for n in headers if n.endswith("o_proj.weight_scale_inv"))
+    tensors = [(n.removesuffix("_inv") if n == one else n, t.dtype, t.shape, t.nbytes) for n, t in headers.items()]
+    folder = write_headers(tmp_path / "d", json.loads((sound[1] / "config.json").read_text()), tensors)
+    found = audit.audit(release.headers_of(str(folder)))
+    faults = [f.what for f in found.findings if f.severity == audit.FAULT]
+    assert any(one.removesuffix("_scale_inv") in what for what in faults), faults
 
 
 def test_a_repository_without_safetensors_is_known_by_its_files(monkeypatch):

@@ -71,6 +71,8 @@ def audit(release: Release, recipe: Recipe | None = None, strict: bool = False, 
     except ConfigError as error:
         raise ConfigError(f"{release.origin}/config.json: {error}") from None
     findings = Findings()
+    for note in getattr(release.tensors, "notes", ()):  # how it is laid out
+        findings.say(NOTE, note)
     tensors = Tensors(args, release.tensors, findings)
     policy.judge(tensors, findings, strict)
     quantization_key.judge(tensors, release.config, findings)

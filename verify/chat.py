@@ -38,6 +38,7 @@ def judge(release: Release, vocabulary: int, findings: Findings) -> None:
     ids = {key: _named(sources, key, findings) for key in (EOS, PAD, BOS)}
     _beyond(ids, vocabulary, findings)
     if tokenizer is not None:
+        tokens.check_added(tokenizer)
         for key, named in ids.items():
             if (found := tokens.id_of(tokenizer, key)) is not None:
                 named[TOKENIZER_CONFIG] = [found]
@@ -96,14 +97,37 @@ class _Tokens:
                 FAULT, f"{TOKENIZER}: its model.vocab or added_tokens do not number tokens; no tokenizer can be made"
             )
             return
-        beyond = sorted((number, text) for text, number in self.by_text.items() if not 0 <= number < vocabulary)
+        self._check_rows(TOKENIZER, self.by_text)
+
+    def _check_rows(self, file: str, by_text: Mapping[str, int]) -> None:
+        vocabulary = self.vocabulary
+        beyond = sorted((number, text) for text, number in by_text.items() if not 0 <= number < vocabulary)
         if beyond:
             shown = ", ".join(f"{_short(text)} {number}" for number, text in beyond[:SHOWN])
-            findings.say(
+            self.findings.say(
                 FAULT,
-                f"{TOKENIZER}: {len(beyond):,} tokens beyond the embedding's {vocabulary:,} rows ({shown}"
+                f"{file}: {len(beyond):,} tokens beyond the embedding's {vocabulary:,} rows ({shown}"
                 f"{', ...' if len(beyond) > SHOWN else ''}): config.json's vocab_size, or the tokenizer, is another model's",
             )
+
+    def check_added(self, config: Mapping[str, Any]) -> None:
+        """What tokenizer_config.json adds, or numbers otherwise: HF's loader takes both files."""
+        said = config.get("added_tokens_decoder")
+        added: dict[str, int] = {}
+        for number, entry in said.items() if isinstance(said, Mapping) else ():
+            text = entry.get("content") if isinstance(entry, Mapping) else None
+            if isinstance(text, str) and number.isascii() and number.isdecimal() and len(number) < 19:
+                added[text] = int(number)
+        self._check_rows(TOKENIZER_CONFIG, {t: n for t, n in added.items() if t not in self.by_text})
+        if other := [t for t, n in added.items() if self.by_text.get(t, n) != n]:
+            first = other[0]
+            self.findings.say(
+                WARNING,
+                f"{TOKENIZER_CONFIG}: added_tokens_decoder numbers {len(other)} tokens otherwise than {TOKENIZER}: "
+                f"{_short(first)} is {added[first]}, there {self.by_text[first]}",
+            )
+        for text, number in added.items():
+            self.by_text.setdefault(text, number)
 
     def id_of(self, config: Mapping[str, Any], key: str) -> int | None:
         """Of the token that tokenizer_config.json names. One that has no number is given the next by HF's loader."""
@@ -113,10 +137,6 @@ class _Tokens:
             return None
         if text in self.by_text:
             return self.by_text[text]
-        added = config.get("added_tokens_decoder")
-        for number, entry in added.items() if isinstance(added, Mapping) else ():
-            if isinstance(entry, Mapping) and entry.get("content") == text and str(number).isdecimal():
-                return int(str(number)[:18])
         following = max(self.by_text.values()) + 1
         no_row = following >= self.vocabulary
         self.findings.say(
@@ -174,20 +194,21 @@ def _ends(named: Mapping[str, list[int]], tokenizer: Mapping[str, Any] | None, f
     sets = {file: set(ids) for file, ids in named.items()}
     every = [n for ids in sets.values() for n in ids]
     if len(sets) > 1 and len(set(every)) == len(every):
-        findings.say(FAULT, f"no two files agree on an end of text: {told}; a generation may never end")
+        findings.say(FAULT, f"no two files agree on eos_token_id: {told}; a generation may never end")
         return
     used = next(file for file in (GENERATION, "config.json", TOKENIZER_CONFIG) if file in sets)
     for file, ids in sets.items():
         if missing := sorted(ids - sets[used]):
             findings.say(
-                WARNING, f"end of text: {used}, which engines go by, leaves out {_listed(missing)} of {file}; ({told})"
+                WARNING,
+                f"eos_token_id: {used}, which engines go by, leaves out {_listed(missing)} of {file} ({told})",
             )
 
 
 def _pads(named: Mapping[str, list[int]], findings: Findings) -> None:
     if len({tuple(ids) for ids in named.values()}) > 1:
         told = "; ".join(f"{file} {_listed(ids)}" for file, ids in named.items())
-        findings.say(WARNING, f"padding differs: {told}")
+        findings.say(WARNING, f"pad_token_id differs: {told}")
 
 
 def _chat(files: _Files, tokenizer: Mapping[str, Any], findings: Findings) -> None:
