@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import __version__, gguf, plan, recipe, weights
+from . import __version__, foreign, gguf, plan, recipe, weights
 from .checkpoint import ITEM_BYTES, assemble, check_values
 from .config import ModelArgs
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
@@ -125,6 +125,7 @@ def planned(options: argparse.Namespace) -> plan.Plan:
     )
 
 
+@foreign.explained
 def count(path: Path, values: bool = False) -> dict[str, Any]:
     """Tensors and parameters by component, conventions, and what a folder holds of them."""
     args = ModelArgs.from_file(path)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import memory, weights
+from . import foreign, memory, weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError
 from .keys import LARGEST_JSON, parse_json, read_json
@@ -26,7 +26,10 @@ DTYPES = {  # as mlx reads them
     "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
     "F64": mx.float64,
 }  # fmt: skip
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U32": 4, "U8": 1}
+ITEM_BYTES = {  # of all that safetensors has by whole bytes: what is not read is refused by name, not by a header's entry
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U64": 8, "I64": 8, "U32": 4, "I32": 4,
+    "U16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 class Described(NamedTuple):
@@ -55,7 +58,9 @@ class Stored(NamedTuple):
 
     @property
     def described(self) -> Described:
-        return Described(self.shape, DTYPES[self.dtype])
+        return Described(
+            self.shape, DTYPES.get(self.dtype, mx.bool_)
+        )  # which is nothing that packed weights are made of
 
 
 def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any) -> Model:
@@ -76,6 +81,7 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
     return model
 
 
+@foreign.explained
 def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) -> tuple[Model, dict[str, Stored]]:
     """As `load`, but lazy: headers are read and every name and shape is checked, no tensor is."""
     path = Path(path)

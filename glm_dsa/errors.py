@@ -20,6 +20,10 @@ class CheckpointError(GlmDsaError):
     """A checkpoint that cannot be read: names file and tensor."""
 
 
+class FormatError(CheckpointError):
+    """A checkpoint in a format of another tool: names the format, the tool, by what it is known, and what can be done."""
+
+
 class WeightsError(GlmDsaError):
     """Tensors that do not make this model: names them."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gguf, weights
+from . import foreign, gguf, weights
 from .cache import Widths, cache_bytes
 from .checkpoint import Stored, read_headers
 from .components import Component, counted
@@ -259,6 +259,7 @@ def _widths(args: ModelArgs, layer: int) -> Widths:
 # -- the command
 
 
+@foreign.explained
 def plan(
     path: Path,
     recipe: Recipe | None = None,

@@ -130,7 +130,7 @@ def test_audit_rejects_one_tensor_off(build, tmp_path):
         (file,) = other.glob("*.safetensors")
         save_file(change(load_file(file)), file, {"format": "mlx"})
         (other / "model.safetensors.index.json").unlink()
-        found = faults(other, rules)
+        found = [line for line in faults(other, rules) if line.startswith("recipe")]  # config.json is wrong then, too
         assert len(found) == 1, (what, found)
         assert (plain if what in ("dtype", "half") else packed) in found[0]
         assert f"recipe {name}" in found[0]

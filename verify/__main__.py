@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         "release", metavar="DIR_OR_REPO", help="a checkpoint's folder, or a repository's name on the hub"
     )
     auditing.add_argument("--recipe", metavar="R", help="a build is to follow it: a .toml, or the name of a kept one")
+    auditing.add_argument(
+        "--policy",
+        choices=audit.POLICIES,
+        default="usual",
+        help="strict: few bits in an indexer, router or embedding are a FAULT, not a warning",
+    )
     auditing.add_argument("--json", action="store_true", help="for machines")
     drift_command.add(commands)
     quality_command.add(commands)
@@ -115,7 +121,7 @@ def _tell(line: str) -> None:
 
 def _audit(chosen: argparse.Namespace) -> int:
     wanted = None if chosen.recipe is None else recipe.load(chosen.recipe)
-    found = audit.audit(release.headers_of(chosen.release), wanted)
+    found = audit.audit(release.headers_of(chosen.release), wanted, chosen.policy == "strict")
     show(audit.as_json(found) if chosen.json else audit.render(found))
     return exits.FAULT if found.verdict.startswith(audit.FAULT) else exits.AGREES
 

@@ -21,8 +21,8 @@ from reference.packed import Packing
 from reference.stored import read_tensors
 
 from . import pruning
-from .audit import FAULT, WARNING, Finding, ranges
 from .hands import Weights
+from .merging import FAULT, WARNING, Finding, ranges
 from .pruning import Numberings
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -215,7 +215,7 @@ def _check_headers(original: Release) -> None:
         raise ValueError(
             f"--original {original.origin}: packed itself; the weights that the release was packed from are due"
         )
-    faults = [f.what for f in audit.audit(original).findings if f.severity == audit.FAULT]
+    faults = [f.what for f in audit.audit(original, with_chat=False).findings if f.severity == audit.FAULT]
     if faults:
         raise ValueError(
             f"--original {original.origin}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else "")

@@ -10,15 +10,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from . import cases, cost, faults, theirs
+from . import audit, cases, cost, faults, theirs
 from .implementation import Implementation
 from .on_trial import OnTrial
 from .random_specs import random_specs
 from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
-UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu")  # the options below, where nobody asks for more
-OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings", "--dtype", "--device")
+UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu", "usual")  # the options below, where nobody asks for more
+OF_RELEASE = (
+    "--tokens", "--original", "--limit", "--prompt-file", "--policy", "--resume", "--timings", "--dtype", "--device",
+)  # fmt: skip
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
 REPEATED = ("--implementation", "--checkpoint", *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
@@ -60,6 +62,12 @@ def add(parser: pytest.Parser) -> None:
         "--prompt-file",
         metavar="FILE",
         help="with --checkpoint: text to run on, not random tokens; needs tokenizer.json",
+    )
+    group.addoption(
+        "--policy",
+        choices=audit.POLICIES,
+        default=audit.POLICIES[0],
+        help="with --checkpoint: strict makes few bits in an indexer, router or embedding a FAULT, not a warning",
     )
     group.addoption(
         "--resume",

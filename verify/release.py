@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm_dsa import foreign
 from glm_dsa.checkpoint import Stored, read_headers, stored_as
-from glm_dsa.errors import CheckpointError
+from glm_dsa.errors import CheckpointError, GlmDsaError
 from glm_dsa.keys import read_json
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
@@ -27,6 +28,7 @@ class Release:
     folder: Path | None
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    revision: str | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -46,7 +48,13 @@ def headers_of(target: str, revision: str | None = None) -> Release:
 
 
 def _of_folder(origin: str, folder: Path) -> Release:
-    return Release(origin, folder, read_json(folder / CONFIG), read_headers(folder))
+    try:
+        found = Release(origin, folder, read_json(folder / CONFIG), read_headers(folder))
+    except GlmDsaError:
+        foreign.refuse_folder(folder, origin)
+        raise
+    foreign.refuse(origin, found.config, found.tensors)
+    return found
 
 
 def _in_cache(repository: str, revision: str | None) -> Path | None:
@@ -74,6 +82,7 @@ def _of_repository(repository: str, revision: str | None) -> Release:
     except CheckpointError:
         raise
     except Exception as error:  # requests', httpx's and the hub's own: no common base
+        foreign.refuse(repository, {}, {}, _files_of(repository, revision))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{repository}: no such folder here, and the hub does not give it: {reason}") from None
     tensors: dict[str, Stored] = {}
@@ -81,4 +90,31 @@ def _of_repository(repository: str, revision: str | None) -> Release:
         for name, entry in header.tensors.items():
             fields = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
             tensors[name] = stored_as(Path(file), name, fields)
-    return Release(repository, None, config, tensors)
+    foreign.refuse(repository, config, tensors)
+    return Release(repository, None, config, tensors, revision)
+
+
+def _files_of(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(repository, revision=revision)
+    except Exception:  # as above
+        return []
+
+
+def small_file(release: Release, name: str) -> Path | None:
+    """A file beside the weights (a tokenizer's, a template), of the folder or from the hub; None where there is none."""
+    if release.folder is not None:
+        file = release.folder / name
+        return file if file.exists() or file.is_symlink() else None
+    return _download(release.origin, name, release.revision)
+
+
+def _download(repository: str, name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except Exception:  # not there, or not given: nothing that a verdict about weights could hang on
+        return None

@@ -13,7 +13,7 @@ CLAIM = "the release, layer by layer"
 def test_headers(judge, gate, request):
     """What the headers tell: tensors, shapes, formats, policy; and whether the release loads."""
     release = request.config.stash[ASKED].release
-    found = audit.audit(release.headers)
+    found = audit.audit(release.headers, strict=request.config.getoption("--policy") == "strict")
     tell(gate, release.name, "headers", found.findings)
     for line in release.pruned():
         gate.add(Comparison(CLAIM, release.name, "experts", MEASURED, note=line))
