@@ -18,6 +18,7 @@ from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
 UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu")  # the options below, where nobody asks for more
+LAYOUT = "that the indexers were trained under this RoPE layout"
 OF_RELEASE = ("--tokens", "--original", "--limit", "--prompt-file", "--resume", "--timings", "--dtype", "--device")
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
@@ -204,8 +205,8 @@ class Asked:
         if had and args.num_hidden_layers not in release.layers:
             lines["MTP"] = "the original has such a layer; the release has none of it, or it is left out"
         if args.has_indexer:
-            lines["that the indexers were trained under this RoPE layout"] = (
-                "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
+            lines[LAYOUT] = (
+                "HF runs them under the same one; verify/test_release_layout.py asks the weights, and was not run"
             )
         return lines
 
