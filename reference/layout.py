@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .equations import Array, Conventions, Equations, Weights, causal, rms_norm, select
-from .stored import read_tensors
 
 LAYOUTS, CHANCE = ("interleaved", "half-split"), "chance"
 # What a verdict takes at least: texts, layers, the better's mass over the other's, and its share of what chance leaves, over all
 # layers and in each. The last two tell indexers that have learned: without, those that never did favour either layout, by luck
 # of their weights, at ratios up to 2.6; and so do those whose rotary rows were shuffled, alike in queries and keys.
 TEXTS, LAYERS, RATIO, LEARNED, LEARNED_EACH = 4, 2, 1.1, 1 / 2, 1 / 3
-SLAB = 8192  # rows of an embedding that are read at once
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class _Watched(Equations):
@@ -40,46 +36,26 @@ class _Watched(Equations):
         return scores
 
 
-class Stored:
-    """`captured_mass`'s weights out of a checkpoint of any size: in float32, nothing kept, an embedding by its rows."""
-
-    def __init__(self, read: read_tensors) -> None:
-        self.read = read
-
-    def __call__(self, name: str) -> Array:
-        weight: Array = self.read(name, torch.float32).numpy()
-        return weight
-
-    def embed(self, tokens: Array) -> Array:
-        """int [.., T] -> [.., T, hidden]."""
-        wanted, at = np.unique(tokens, return_inverse=True)
-        rows = []
-        for start in np.unique(wanted // SLAB) * SLAB:
-            inside = wanted[(wanted >= start) & (wanted < start + SLAB)]
-            slab = self.read(EMBEDDING, torch.float32, slice(int(start), int(inside[-1]) + 1)).numpy()
-            rows.append(slab[inside - start])
-        return np.concatenate(rows)[at.reshape(tokens.shape)]
-
-
 def captured_mass(
     config: Mapping[str, Any],
-    weights: Weights | Stored,
+    weights: Weights,
     tokens: Array,
     conventions: Conventions | None = None,
     layers: int | None = None,
     topk: int | None = None,
+    embed: Callable[[Array], Array] | None = None,
 ) -> dict[str, dict[int, Array]]:
     """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice. And, under
     "chance", what a choice of as many keys at random would catch.
 
-    weights: names in HF layout -> arrays (`Stored`, or `stored.read_tensors`); they are read once a layer, and of the last layer
+    weights: names in HF layout -> arrays (as `stored` reads them); they are read once a layer, and of the last layer
     nothing behind its attention. tokens: int [B, T], different texts that the model can read. layers: how many, from the first on
     (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
     everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer
     is held to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
     Memory: one layer's attention, and of one text some 3 x heads x T^2 numbers; then its feed-forward (of experts one at a time),
     and of all texts some 4 x tokens x intermediate_size numbers; in the dtype that `weights` gives. The embedding as a whole
-    (7.6 GB in GLM-5.2 in float64), but for `Stored`.
+    (7.6 GB of GLM-5.2 in float64), but where `embed` is given: tokens [B, T] -> [B, T, hidden].
 
     Raises ValueError for a model without an indexer, for texts or a number of layers that do not fit, and for a checkpoint
     that lacks a tensor, or holds one that is not finite.
@@ -111,7 +87,7 @@ def captured_mass(
     indexers = {
         rope: Equations(config, weights, dataclasses.replace(conventions, indexer_rope=rope)) for rope in LAYOUTS
     }
-    hidden = weights.embed(tokens) if isinstance(weights, Stored) else weights(EMBEDDING)[tokens]  # [B, T, hidden]
+    hidden = weights("model.embed_tokens.weight")[tokens] if embed is None else embed(tokens)  # [B, T, hidden]
     chosen: dict[tuple[str, int], Array] = {}
     mass: dict[str, dict[int, Array]] = {rope: {i: np.zeros(batch) for i in range(layers)} for rope in LAYOUTS}
     by_chance = float((topk / np.arange(2 * topk + 1, length + 1)).mean())
@@ -148,7 +124,7 @@ def captured_mass(
     return mass
 
 
-def _kept(weights: Weights | Stored) -> Weights:
+def _kept(weights: Weights) -> Weights:
     """Reads each tensor once."""
     read: dict[str, Array] = {}
 

@@ -12,7 +12,7 @@ import pytest
 import glm_dsa
 from glm_dsa import ModelArgs
 from glm_dsa.model import parameters_of
-from reference import checkpoints, layout
+from reference import checkpoints, layout, stored
 from reference.stored import read_tensors
 from verify import layout_evidence
 from verify.cases import TRAINED
@@ -205,10 +205,10 @@ def test_true_widths_stay_bounded():
 
 def test_the_embedding_is_read_by_rows(monkeypatch):
     read = read_tensors(TRAINED / "interleaved")
-    monkeypatch.setattr(layout, "SLAB", 16)
+    monkeypatch.setattr(stored, "SLAB", 16)
     tokens = np.random.default_rng(0).integers(0, 262, (2, 9))
-    whole = read(layout.EMBEDDING).astype(np.float32)
-    assert np.array_equal(layout.Stored(read).embed(tokens), whole[tokens])
+    whole = read(stored.EMBEDDING).astype(np.float32)
+    assert np.array_equal(stored.InFloat32(read).embed(tokens), whole[tokens])
 
 
 def test_the_layout_asked_is_the_one_in_force():

@@ -18,7 +18,7 @@ from glm_dsa import ModelArgs
 from glm_dsa.config import INTERLEAVED
 from glm_dsa.errors import printable
 from reference import layout
-from reference.stored import read_tensors
+from reference.stored import InFloat32, read_tensors
 
 from .conventions import conventions_of
 from .tokenizer import tokenizer_of
@@ -96,8 +96,9 @@ def measure(folder: Path, config: Mapping[str, Any], args: ModelArgs, texts: Arr
     """
     meant = {key: getattr(args, key) for key in RESOLVED}
     meant |= {"indexer_types": list(args.indexer_types), "mlp_layer_types": list(args.mlp_layer_types)}
-    weights = layout.Stored(read_tensors(folder))
-    mass = layout.captured_mass({**config, **meant}, weights, texts, conventions_of(args), layers_of(args))
+    weights = InFloat32(read_tensors(folder))
+    conventions = conventions_of(args)
+    mass = layout.captured_mass({**config, **meant}, weights, texts, conventions, layers_of(args), embed=weights.embed)
     return layout.evidence(mass)
 
 
