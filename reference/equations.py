@@ -250,14 +250,18 @@ class Equations:
         w, stage, eps = self._scoped(layer), f"layers.{layer}", self.config["rms_norm_eps"]
         normed = self.record(f"{stage}.input_layernorm", rms_norm(x, w("input_layernorm.weight"), eps))
         attended, selection = self.attention(layer, normed, positions, allowed, selection, reuse)
-        x = x + attended
+        return self.feed(layer, x + attended), selection
+
+    def feed(self, layer: int, x: Array) -> Array:
+        """What comes after a layer's attention: x + mlp(norm(x)), [B, S, hidden]."""
+        w, stage, eps = self._scoped(layer), f"layers.{layer}", self.config["rms_norm_eps"]
         normed = self.record(
             f"{stage}.post_attention_layernorm", rms_norm(x, w("post_attention_layernorm.weight"), eps)
         )
         is_sparse = layer >= self.config["num_hidden_layers"] or self._mlp_types()[layer] == "sparse"
         fed = self.experts(layer, normed) if is_sparse else swiglu(normed, *self._swiglu(w, "mlp"))
         fed = self.record(f"{stage}.mlp_output", fed)
-        return self.record(f"{stage}.output", x + fed), selection
+        return self.record(f"{stage}.output", x + fed)
 
     def attention(
         self, layer: int, x: Array, positions: Array, allowed: Array, selection: Array | None, reuse: Array | None

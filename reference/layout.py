@@ -2,7 +2,7 @@
 
 An indexer learns to select what attention then looks at. Under the layout of its training its selection holds most of
 the attention mass; under the other its position signal is scrambled, and mass is lost, silently: both layouts have the
-same tensors. `captured_mass` measures it by the equations, on text, for the first layers of any checkpoint in HF layout:
+same tensors. `captured_mass` measures it by the equations, on text, for the first layers of any checkpoint that `stored` reads:
 their inputs need no other layer's weights, so a machine that cannot hold the model can still ask about the dense ones.
 """
 
@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .equations import Array, Conventions, Equations, Weights, causal, rms_norm, select, softmax
+from .equations import Array, Conventions, Equations, Weights, causal, rms_norm, select
 
 LAYOUTS, CHANCE = ("interleaved", "half-split"), "chance"
-# What a verdict takes at least: texts, the better's mass over the other's, and its share of what chance leaves. The last tells
-# an indexer that has learned: without, one that never did favours either layout, by luck of its weights, at ratios up to 1.65.
-TEXTS, RATIO, LEARNED = 4, 1.1, 0.5
+# What a verdict takes at least: texts, layers, the better's mass over the other's, and its share of what chance leaves, over all
+# layers and in each. The last two tell indexers that have learned: without, those that never did favour either layout, by luck
+# of their weights, at ratios up to 2.6; and so do those whose rotary rows were shuffled, alike in queries and keys.
+TEXTS, LAYERS, RATIO, LEARNED, LEARNED_EACH = 4, 2, 1.1, 1 / 2, 1 / 3
 
 
 class _Watched(Equations):
     """The equations, with the attention of the last layer that ran kept, as a mean over heads [B, S, T]."""
 
     def attend(self, scores: Array) -> Array:
-        attention = softmax(scores)
-        self.attention_seen = attention.mean(1)
-        return attention
+        """In place: nobody else holds them, and they are the largest arrays there are."""
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(-1, keepdims=True)
+        self.attention_seen = scores.mean(1)
+        return scores
 
 
 def captured_mass(
@@ -39,17 +43,19 @@ def captured_mass(
     conventions: Conventions | None = None,
     layers: int | None = None,
     topk: int | None = None,
+    embed: Callable[[Array], Array] | None = None,
 ) -> dict[str, dict[int, Array]]:
     """{layout: {layer: mass [B]}}: the share of a layer's dense attention that falls on its indexer's choice. And, under
     "chance", what a choice of as many keys at random would catch.
 
-    weights: names in HF layout -> arrays (`stored.read_tensors`); they are read once a layer, and of the last layer
+    weights: names in HF layout -> arrays (as `stored` reads them); they are read once a layer, and of the last layer
     nothing behind its attention. tokens: int [B, T], different texts that the model can read. layers: how many, from the first on
     (default: all). topk: the size of the choice (default: index_topk, or an eighth of T where that is smaller; a choice of
     everything tells nothing). Averaged over heads, and over the queries that see more than twice `topk` keys. A shared layer
     is held to the selection that it is handed. All layers' inputs are those of dense attention, the same for both layouts.
-    Memory: the embedding once (7.6 GB in GLM-5.2), one layer's weights, and of one text some 4 x heads x T^2 numbers (2 GB for
-    T = 1024), all in the dtype that `weights` gives. A layer of experts that is not the last holds those that are chosen.
+    Memory: one layer's attention, and of one text some 3 x heads x T^2 numbers; then its feed-forward (of experts one at a time),
+    and of all texts some 4 x tokens x intermediate_size numbers; in the dtype that `weights` gives. The embedding as a whole
+    (7.6 GB of GLM-5.2 in float64), but where `embed` is given: tokens [B, T] -> [B, T, hidden].
 
     Raises ValueError for a model without an indexer, for texts or a number of layers that do not fit, and for a checkpoint
     that lacks a tensor, or holds one that is not finite.
@@ -81,9 +87,7 @@ def captured_mass(
     indexers = {
         rope: Equations(config, weights, dataclasses.replace(conventions, indexer_rope=rope)) for rope in LAYOUTS
     }
-    embedding = weights("model.embed_tokens.weight")
-    hidden = [embedding[row[None]] for row in tokens]
-    del embedding
+    hidden = weights("model.embed_tokens.weight")[tokens] if embed is None else embed(tokens)  # [B, T, hidden]
     chosen: dict[tuple[str, int], Array] = {}
     mass: dict[str, dict[int, Array]] = {rope: {i: np.zeros(batch) for i in range(layers)} for rope in LAYOUTS}
     by_chance = float((topk / np.arange(2 * topk + 1, length + 1)).mean())
@@ -92,16 +96,11 @@ def captured_mass(
         own = _kept(weights)
         for equations in (watched, *indexers.values()):
             equations.weights = own
+        norm = own(f"model.layers.{layer}.input_layernorm.weight")
         for text in range(batch):
-            if layer < layers - 1:
-                hidden[text], _ = watched.layer(layer, hidden[text], positions, allowed, None, everything)
-            else:
-                normed = rms_norm(
-                    hidden[text], own(f"model.layers.{layer}.input_layernorm.weight"), config["rms_norm_eps"]
-                )
-                watched.attention(layer, watched.record(f"layers.{layer}.input_layernorm", normed), positions, allowed,
-                                  None, everything)  # fmt: skip
-            x, q_latent = (watched.stages[f"layers.{layer}.{s}"] for s in ("input_layernorm", "self_attn.q_latent"))
+            x = rms_norm(hidden[text : text + 1], norm, config["rms_norm_eps"])
+            attended, _ = watched.attention(layer, x, positions, allowed, None, everything)
+            q_latent = watched.stages[f"layers.{layer}.self_attn.q_latent"]
             for rope, equations in indexers.items():
                 if watched.full[layer]:
                     scores = equations.scores(layer, x, q_latent, positions, allowed)
@@ -112,8 +111,16 @@ def captured_mass(
                     chosen[rope, text] = select(scores[:, 2 * topk :], topk)
                 seen = np.take_along_axis(watched.attention_seen[:, 2 * topk :], chosen[rope, text], -1)
                 mass[rope][layer][text] = seen.sum(-1).mean()
+            hidden[text] += attended[0]
             for equations in (watched, *indexers.values()):
                 equations.stages.clear()
+        if layer < layers - 1:
+            watched.weights = weights  # each is needed once, for all texts together
+            del own
+            for equations in indexers.values():
+                equations.weights = weights
+            hidden = watched.feed(layer, hidden)
+            watched.stages.clear()
     return mass
 
 
@@ -159,35 +166,60 @@ def interval(samples: Sequence[float] | Array, draws: int = 2000) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What attention says about the layout: the mass that each captures, mean over layers, and its interval over texts."""
+    """What attention says about the layout: the mass that each captures, mean over layers, and its interval over texts.
+
+    by_layer: {layer: {layout, or "chance": mass, mean over texts}}.
+    """
 
     mass: Mapping[str, Interval]
     texts: int
     chance: float
+    by_layer: Mapping[int, Mapping[str, float]]
 
     @property
     def layout(self) -> str | None:
-        """The layout of the training; None where this does not suffice to tell: too few texts, masses too near to each other,
-        or to what chance would catch."""
-        better, worse = sorted(LAYOUTS, key=lambda layout: -self.mass[layout].mean)
-        is_clear = self.mass[better].low > self.mass[worse].high and self.ratio >= RATIO
-        return better if is_clear and self.has_learned and self.texts >= TEXTS else None
+        """The layout of the training; None where this does not suffice to tell."""
+        return None if self.doubt else self._ranked[0]
+
+    @property
+    def doubt(self) -> str:
+        """Why this tells of no layout, in a line; empty where it does."""
+        better, worse = self._ranked
+        if self.texts < TEXTS:
+            return f"{self.texts} texts, at least {TEXTS} are due"
+        if len(self.by_layer) < LAYERS:
+            return "one layer alone may favour either layout by luck of its weights"
+        if not self.has_learned:
+            return "an indexer catches little more than random keys do, under either layout: it never learned, or was shuffled"
+        if self.mass[better].low <= self.mass[worse].high or self.ratio < RATIO:
+            return "what the layouts catch is too near to each other"
+        if any(mass[worse] >= mass[better] for mass in self.by_layer.values()):
+            return "the layers favour different layouts"
+        return ""
 
     @property
     def has_learned(self) -> bool:
-        """Whether the indexers catch far more than chance, under the better layout."""
-        best = max(self.mass[layout].low for layout in LAYOUTS)
-        return best - self.chance >= LEARNED * (1 - self.chance)
+        """Whether the indexers catch far more than chance, under the better layout: all together, and each."""
+        better = self._ranked[0]
+        is_clear = self.mass[better].low - self.chance >= LEARNED * (1 - self.chance)
+        return is_clear and all(
+            mass[better] - mass[CHANCE] >= LEARNED_EACH * (1 - mass[CHANCE]) for mass in self.by_layer.values()
+        )
 
     @property
     def ratio(self) -> float:
         """The better's mass over the other's."""
-        worse, better = sorted(self.mass[layout].mean for layout in LAYOUTS)
-        return better / worse
+        better, worse = self._ranked
+        return self.mass[better].mean / self.mass[worse].mean
+
+    @property
+    def _ranked(self) -> list[str]:
+        return sorted(LAYOUTS, key=lambda layout: -self.mass[layout].mean)
 
 
 def evidence(mass: Mapping[str, Mapping[int, Array]]) -> Evidence:
     """Of all layers together, from `captured_mass`."""
     by_text = {rope: np.mean(list(layers.values()), 0) for rope, layers in mass.items()}
     masses = {rope: interval(by_text[rope]) for rope in LAYOUTS}
-    return Evidence(masses, len(by_text[LAYOUTS[0]]), float(by_text[CHANCE].mean()))
+    by_layer = {i: {rope: float(mass[rope][i].mean()) for rope in (*LAYOUTS, CHANCE)} for i in mass[LAYOUTS[0]]}
+    return Evidence(masses, len(by_text[LAYOUTS[0]]), float(by_text[CHANCE].mean()), by_layer)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from .packed import Packing, dequantize
 
 INDEX = "model.safetensors.index.json"
+EMBEDDING, SLAB = "model.embed_tokens.weight", 8192  # rows of it that are read at once
 BLOCK = 128  # FP8: rows and columns that share a scale
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
 HALF = re.compile(r"(.*\.self_attn)\.(embed_q|unembed_out)\.weight")
@@ -146,6 +147,27 @@ class read_tensors:
             raise ValueError(f"{self.folder}: no tensor {name} in its *.safetensors; are all shards there?")
         with safe_open(self.names[name], "pt") as shard:
             return shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+
+
+class InFloat32:
+    """The equations' weights out of a checkpoint of any size: in float32, nothing kept, of the embedding only rows."""
+
+    def __init__(self, read: read_tensors) -> None:
+        self.read = read
+
+    def __call__(self, name: str) -> np.ndarray:
+        weight: np.ndarray = self.read(name, torch.float32).numpy()
+        return weight
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """int [.., T] -> [.., T, hidden]."""
+        wanted, at = np.unique(tokens, return_inverse=True)
+        rows = []
+        for start in np.unique(wanted // SLAB) * SLAB:
+            inside = wanted[(wanted >= start) & (wanted < start + SLAB)]
+            slab = self.read(EMBEDDING, torch.float32, slice(int(start), int(inside[-1]) + 1)).numpy()
+            rows.append(slab[inside - start])
+        return np.concatenate(rows)[at.reshape(tokens.shape)]
 
 
 def weights_of(folder: str | Path) -> Callable[[str], np.ndarray]:

@@ -170,22 +170,32 @@ def test_what_has_no_layout_is_refused(folder, tmp_path):
         layout.captured_mass(config, read_tensors(tmp_path), np.zeros((1, 64), int))
 
 
+def of_layers(*layers, chance=0.1):
+    """(interleaved, half-split) masses by text of each layer -> what `captured_mass` gives."""
+    found = {
+        rope: {i: np.array(masses[side]) for i, masses in enumerate(layers)} for side, rope in enumerate(layout.LAYOUTS)
+    }
+    return found | {"chance": {i: np.full(len(masses[0]), chance) for i, masses in enumerate(layers)}}
+
+
 def test_evidence_names_no_layout_without_grounds(folder):
-    chance = {"chance": {0: np.full(4, 0.1)}}
-    near = {"interleaved": {0: np.array([0.7, 0.9, 0.8, 0.7])}, "half-split": {0: np.array([0.75, 0.8, 0.9, 0.8])}}
-    assert layout.evidence(near | chance).layout is None
-    far = {
-        "interleaved": {0: np.array([0.2, 0.21, 0.19, 0.2])},
-        "half-split": {0: np.array([0.75, 0.8, 0.9, 0.8])},
-    } | chance
-    assert layout.evidence(far).layout == "half-split"
-    assert layout.evidence(far).ratio == pytest.approx(0.8125 / 0.2)
-    unlearned = {rope: {0: mass[0] / 2} for rope, mass in far.items() if rope != "chance"} | chance
-    assert layout.evidence(unlearned).layout is None
-    few = {rope: {0: mass[0][:3]} for rope, mass in far.items()}
-    assert layout.evidence(few).layout is None
-    slight = {"interleaved": {0: np.full(8, 0.8)}, "half-split": {0: np.full(8, 0.82)}, "chance": {0: np.full(8, 0.1)}}
-    assert layout.evidence(slight).layout is None
+    low, high = [0.2, 0.21, 0.19, 0.2], [0.75, 0.8, 0.9, 0.8]
+    far = layout.evidence(of_layers((low, high), (low, high)))
+    assert (far.layout, far.doubt) == ("half-split", "")
+    assert far.ratio == pytest.approx(0.8125 / 0.2)
+    half = np.array(high) / 2
+    for layers, why in (
+        ([([0.7, 0.9, 0.8, 0.7], high)] * 2, "too near"),
+        ([([0.8] * 8, [0.82] * 8)] * 2, "too near"),
+        ([(np.array(low) / 2, half)] * 2, "never learned"),
+        ([(low, high), (low, high), (low, half / 2)], "never learned"),
+        ([(low[:3], high[:3])] * 2, "3 texts"),
+        ([(low, high)], "one layer"),
+        ([(low, high), (low, high), (high, half + 0.2)], "different layouts"),
+    ):
+        found = layout.evidence(of_layers(*layers))
+        assert found.layout is None, layers
+        assert why in found.doubt
     config, read = json.loads((folder / "config.json").read_text()), weights_of(folder)
     random = layout.captured_mass(config, read, np.random.default_rng(0).integers(6, 262, (8, 96)))
     assert layout.evidence(random).layout is None, "indexers that never learned"

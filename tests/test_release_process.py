@@ -75,7 +75,7 @@ def test_a_release_beside_its_original(release, source, tmp_path):
     assert "does not hold: kl_mean" in said
     assert "at most 1e-06 is asked for" in said
     assert "top1" not in said.split("does not hold:")[1].splitlines()[0]
-    assert "verdict: FAULT in 1 of 1 claims" in said
+    assert "verdict: FAULT in 1 of 2 claims" in said
 
 
 def test_without_the_original_the_report_says_what_nobody_can_tell(release, source, given):

@@ -34,7 +34,7 @@ from .trial import Trial
 
 REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"
-RELEASE = "test_release.py"
+RELEASE = "test_release"  # how the files are named that judge a release
 WIDE = 1024  # from this hidden size on, torch's work is worth all cores
 IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
 # The references judge first: nothing else counts until they agree. Then from the parts to the whole, so that the first fault
@@ -92,7 +92,7 @@ def left_out(file: Path, config: pytest.Config) -> str:
     is_of_implementations = file.name.startswith(IMPLEMENTATION)
     if is_of_implementations != (config.getoption("--implementation") is not None):
         return f"--implementation is judged by {IMPLEMENTATION}*.py alone, and they judge nothing else"
-    if file.name == RELEASE and config.getoption("--checkpoint") is None:
+    if file.name.startswith(RELEASE) and config.getoption("--checkpoint") is None:
         return "judges a release: add --checkpoint DIR_OR_REPO"
     return ""
 
@@ -188,7 +188,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def all_claims(of_implementations: bool = False) -> list[str]:
     """Every claim of the gate, whether its file was collected or not; or those on somebody's implementation."""
-    files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if file.name != RELEASE]
+    files = [file for file in sorted(Path(__file__).parent.glob("test_*.py")) if not file.name.startswith(RELEASE)]
     files = [file for file in files if file.name.startswith(IMPLEMENTATION) == of_implementations]
     texts = (file.read_text(encoding="utf-8") for file in files)
     return [match[1] for text in texts if (match := re.search(r'^CLAIM = "(.*)"$', text, re.MULTILINE))]
@@ -197,7 +197,7 @@ def all_claims(of_implementations: bool = False) -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     out, asked = config.stash[REPORT], config.stash[ASKED]
     if asked.only:
-        items[:] = [item for item in items if item.path.name == RELEASE]
+        items[:] = [item for item in items if item.path.name.startswith(RELEASE)]
     if config.getoption("--random"):
         items[:] = [item for item in items if "case" in getattr(item, "fixturenames", ())]
         out.not_verified["what needs no checkpoint"] = "--random judges checkpoints alone"

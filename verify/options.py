@@ -18,6 +18,7 @@ from .release import headers_of
 
 REAL_SHAPE = "one layer at GLM-5.2's true widths"
 UNASKED: tuple[Any, ...] = (None, False, [], "float32", "cpu", "usual")  # the options below, where nobody asks for more
+LAYOUT = "that the indexers were trained under this RoPE layout"
 OF_RELEASE = (
     "--tokens", "--original", "--limit", "--prompt-file", "--policy", "--resume", "--timings", "--dtype", "--device",
 )  # fmt: skip
@@ -212,8 +213,8 @@ class Asked:
         if had and args.num_hidden_layers not in release.layers:
             lines["MTP"] = "the original has such a layer; the release has none of it, or it is left out"
         if args.has_indexer:
-            lines["that the indexers were trained under this RoPE layout"] = (
-                "HF runs them under the same one; reference.layout.captured_mass tells it from text and weights"
+            lines[LAYOUT] = (
+                "HF runs them under the same one; verify/test_release_layout.py asks the weights, and was not run"
             )
         return lines
 

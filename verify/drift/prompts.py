@@ -15,6 +15,7 @@ from glm_dsa.errors import printable
 
 from ..cases import TRAINED, check_kept, probes
 from ..on_trial import default_length
+from ..tokenizer import tokenizer_of
 from .sides import Side
 
 Array = np.ndarray
@@ -102,33 +103,6 @@ def encoded(
         raise ValueError(f"{source}: {len(ids)} tokens, {length} are asked for")
     found = Prompt.of(ids[:wanted], source, folders, args.vocab_size)
     return Prompt(found.tokens, source, ids, found.word, found.note)
-
-
-def pieces(prompt: Prompt, topk: int, most: int, times: int) -> Array | None:
-    """Different stretches of the prompt's text, int [most or fewer, times * topk]; None where there are too few."""
-    from reference.layout import TEXTS
-
-    size = times * topk
-    count = min(most, len(prompt.every) // size)
-    if prompt.note or count < TEXTS:  # random tokens tell nothing
-        return None
-    starts = np.linspace(0, len(prompt.every) - size, count).astype(int)
-    found = np.stack([prompt.every[s : s + size] for s in starts])
-    return np.unique(found, axis=0) if len(np.unique(found, axis=0)) >= TEXTS else None
-
-
-def tokenizer_of(folders: Sequence[Path]) -> Any:
-    from tokenizers import Tokenizer
-
-    for folder in folders:
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            try:
-                return Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises nothing more precise
-                reason = " ".join(str(error).split())
-                raise ValueError(f"{printable(str(file))}: no tokenizer: {printable(reason)}") from None
-    return None
 
 
 def words_of(folders: Sequence[Path]) -> Callable[[Any], str]:

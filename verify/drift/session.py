@@ -18,7 +18,7 @@ from glm_dsa import memory
 from reference import layout
 from reference.stored import read_tensors
 
-from .. import compare, cost, pruning, stages
+from .. import compare, cost, layout_evidence, pruning, stages
 from ..implementation import Failed
 from ..report import FAULT
 from . import bits
@@ -27,7 +27,7 @@ from .cached import examine
 from .checks import Wanted, check_shapes, config_differences, numbered, on_device, same_weights
 from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
 from .lineup import Lineup
-from .prompts import Prompt, pieces
+from .prompts import Prompt
 from .recipe import Choice, recipe
 from .recording import HIDDEN, Hearing, Recording, is_given
 from .remaining import remaining
@@ -39,11 +39,9 @@ from .suspects import Diagnosis
 
 Array = np.ndarray
 LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large vocabularies, evenly spread positions
-PIECES, PIECE = 8, 4  # texts by which the layout is told; their length, in index_topk
 TOO_LARGE = "larger than 1 GiB: --thorough runs the model some 20 times more for it"
 NEEDS_PACKED = "for a packed candidate beside a reference that is not"
 OTHER_EXPERTS = "the candidate's experts are not the reference's, in its order: nothing can be exchanged one for one"
-LAYOUT_LAYERS = 3
 
 
 @dataclass
@@ -353,28 +351,29 @@ class Session:
         side, args = self.candidate, self.candidate.args
         if not args.has_indexer:
             return
-        texts = pieces(self.prompt, args.index_topk, PIECES, PIECE)
-        if texts is None:
-            found.reasons["mass"] = f"needs a text of at least {layout.TEXTS} times {PIECE} index_topk tokens"
+        if self.prompt.note:
+            found.reasons["mass"] = (
+                f"needs a text of at least {layout.TEXTS} times {layout_evidence.TIMES} index_topk tokens"
+            )
+            return
+        try:
+            texts = layout_evidence.pieces(self.prompt.every, layout_evidence.length_of(args))
+        except ValueError as error:
+            found.reasons["mass"] = str(error)
             return
         if not side.is_small and not self.thorough:
             found.reasons["mass"] = TOO_LARGE
             return
         self.tell("attention mass of both RoPE layouts")
-        read = read_tensors(side.folder)
-        config = dict(side.release.config) | side.changes
-        layers = min(LAYOUT_LAYERS, args.num_hidden_layers)
         try:
-            mass = layout.captured_mass(config, read, texts, side.conventions, layers)
+            found.mass = layout_evidence.measure(side.folder, dict(side.release.config) | side.changes, args, texts)
         except (ValueError, MemoryError) as error:
             found.reasons["mass"] = str(error)
             return
-        found.mass = layout.evidence(mass)
         found.mass_by_layer = [
-            {"layer": i, "interleaved": float(mass["interleaved"][i].mean()),
-             "half_split": float(mass["half-split"][i].mean()), "chance": float(mass[layout.CHANCE][i].mean())}
-            for i in range(layers)
-        ]  # fmt: skip
+            {"layer": i, "interleaved": mass["interleaved"], "half_split": mass["half-split"], "chance": mass["chance"]}
+            for i, mass in found.mass.by_layer.items()
+        ]
 
 
 # -- figures
