@@ -176,7 +176,9 @@ class Judge:
         return scores, reference.bound(scores_stage, local).absolute(scores), case.args.index_topk, "keys"
 
     def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
-        before = [c for c in self.report.comparisons[self.begun :] if c.case == case and c.bound and c.verdict == AGREES]
+        before = [
+            c for c in self.report.comparisons[self.begun :] if c.case == case and c.bound and c.verdict == AGREES
+        ]
         worst = max(before, key=lambda c: c.share, default=None)
         agreed = f"stages before it agree (worst: {worst.stage}, {worst.share:.2g} of its bound)" if worst else ""
         self.report.add(Comparison(self.claim, case, stage, FAULT, error, bound, note=lines[0]))

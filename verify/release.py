@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_dsa.checkpoint import Stored, read_headers, stored_as
-from glm_dsa.errors import CheckpointError
+from glm_dsa import ModelArgs
+from glm_dsa.checkpoint import Headers, Stored, known, read_headers, stored_as
+from glm_dsa.errors import CheckpointError, ConfigError
 from glm_dsa.keys import read_json
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
@@ -26,7 +27,12 @@ class Release:
     origin: str
     folder: Path | None
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Headers
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How it is laid out, where that is neither HF's way nor mlx-lm's, and what of it is not read."""
+        return self.tensors.notes
 
     @property
     def is_packed(self) -> bool:
@@ -81,4 +87,8 @@ def _of_repository(repository: str, revision: str | None) -> Release:
         for name, entry in header.tensors.items():
             fields = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
             tensors[name] = stored_as(Path(file), name, fields)
-    return Release(repository, None, config, tensors)
+    try:
+        args = ModelArgs.from_dict(config)
+    except ConfigError:  # whoever needs it will say so
+        args = None
+    return Release(repository, None, config, known(repository, tensors, args))
