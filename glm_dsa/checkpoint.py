@@ -25,6 +25,7 @@ from .keys import LARGEST_JSON, parse_json, read_json
 from .layouts import Part
 from .linear import SwitchLinear
 from .model import Model, parameters_of
+from .mtp import MtpLayer
 
 INDEX = "model.safetensors.index.json"
 HEADS = "mtp*.safetensors"  # an MTP head beside a build, which mlx-lm's own loader does not see
@@ -425,6 +426,31 @@ def check_values(stored: Mapping[str, Stored]) -> None:
                 tensor = mx.from_fp8(tensor, dtype=mx.float32)
             if mx.issubdtype(tensor.dtype, mx.floating) and not mx.isfinite(tensor).all().item():
                 raise CheckpointError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged")
+
+
+def add_mtp(model: Model, folder: Path) -> bool:
+    """Reads an MTP head in a file of its own into a model that was loaded without it. Returns whether there is one.
+
+    Raises `CheckpointError`.
+    """
+    args = model.args
+    if model.mtp is not None or not args.num_nextn_predict_layers or not any(folder.glob(HEADS)):
+        return False
+    own = {n: s for n, s in read_headers(folder, args).items() if weights.is_mtp(args, n)}
+    if not own:
+        return False
+    try:
+        tensors = weights.to_modules(args, read_tensors(own))
+        weights.check_dtypes(tensors)
+        model.model.layers = [*model.layers, MtpLayer(args, args.num_hidden_layers)]
+        quantize_as_stored(model, tensors)
+        due = {n: v.shape for n, v in parameters_of(model).items() if weights.is_mtp(args, n)}
+        weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
+    except WeightsError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    model.load_weights(list(tensors.items()), strict=False)
+    model.eval()
+    return True
 
 
 def quantize_as_stored(model: Model, tensors: dict[str, mx.array]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 import torch
@@ -427,6 +428,60 @@ def test_a_head_alone_is_no_model(plain, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "glm_moe_dsa_mtp" in said
     assert "mtp.safetensors" in said
+
+
+# -- converted
+
+
+@pytest.mark.parametrize(
+    ("layout", "choice", "kept"),
+    [(everything, None, True), (everything, "drop", False), (everything, "keep", True), (pruned, None, False)],
+)
+def test_conversion_keeps_the_mtp_layer_or_drops_it(registered, plain, tmp_path, layout, choice, kept):
+    form = "packed" if layout is everything else "hf"
+    tensors, config, _ = plain[form]
+    config = config | ({"n_routed_experts": 4, "num_experts_per_tok": 2} if layout is pruned else {})
+    config |= {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}} if form == "packed" else {}
+    folder = checkpoints.write_tokenizer(written(tmp_path / "ck", layout(tensors), config))
+    mlx_lm.convert(str(folder), str(tmp_path / "out"), mtp=choice)
+    found, due = (parameters_of(glm_dsa.load(f)) for f in (tmp_path / "out", folder))
+    assert found.keys() == {n for n in due if kept or not n.startswith(MTP)}
+    assert all(mx.array_equal(value, due[name]) for name, value in found.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == int(kept)
+    if not kept:
+        with pytest.raises(glm_dsa.GlmDsaError, match="--mtp keep"):
+            mlx_lm.convert(str(tmp_path / "out"), str(tmp_path / "again"), mtp="keep")
+        assert not (tmp_path / "again").exists()
+
+
+def test_a_choice_that_is_none_is_refused(registered):
+    with pytest.raises(glm_dsa.GlmDsaError, match="keep or drop"):
+        mlx_lm.convert("a", "b", mtp="maybe")
+
+
+@pytest.mark.parametrize(("form", "layout"), [("hf", dict), ("packed", everything)])
+def test_mlx_lm_is_given_a_head_beside_the_model(registered, plain, tmp_path, form, layout):
+    main_part, head, config, source = apart(plain, form, layout)
+    config |= {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}} if form == "packed" else {}
+    folder = written(tmp_path / "ck", main_part, config)
+    save_file({n: t.contiguous() for n, t in head.items()}, folder / "mtp.safetensors")
+    model, _ = mlx_lm.utils.load_model(folder)
+    due = parameters_of(glm_dsa.load(source))
+    assert parameters_of(model).keys() == due.keys()
+    assert all(mx.array_equal(value, due[name]) for name, value in parameters_of(model).items())
+    (folder / "mtp.safetensors").unlink()
+    assert mlx_lm.utils.load_model(folder)[0].mtp is None
+    del head[next(n for n in head if n.endswith("norm.weight"))]
+    save_file({n: t.contiguous() for n, t in head.items()}, folder / "mtp.safetensors")
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        mlx_lm.utils.load_model(folder)
+
+
+def test_mlx_lms_loader_names_a_float64_tensor(registered, plain, tmp_path):
+    tensors, config, _ = plain["hf"]
+    folder = written(tmp_path / "ck", tensors | {"model.norm.weight": tensors["model.norm.weight"].double()}, config)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.norm\.weight is F64"):
+        mlx_lm.utils.load_model(folder)
 
 
 # -- dtypes
