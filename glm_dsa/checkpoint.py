@@ -198,7 +198,7 @@ def _head_beside(
     elif any(layouts.is_of_mtp(args, name) for name in stored):
         reason = "the model's own files hold its MTP layer"
     else:
-        return beside, [printable(f"MTP head in {names}, beside the model: read")]
+        return beside, [printable(f"MTP head in {names}, beside the model: taken as its MTP layer")]
     return {}, [printable(f"{names}: unread; {reason}")]
 
 

@@ -3,7 +3,6 @@ refused by the name of a tensor."""
 
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +24,7 @@ from verify.pieces import OurLayers
 from verify.release import headers_of
 
 CONFIG = checkpoints.packable(
-    num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=8, moe_intermediate_size=128, hidden_size=128
+    num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=4, moe_intermediate_size=128, hidden_size=128
 )
 LAYER = CONFIG["num_hidden_layers"]  # of the MTP layer
 MTP = f"model.layers.{LAYER}."
@@ -79,7 +78,7 @@ def stacked_experts(tensors):
             if f"{path}.0.gate_proj.{ending}" not in out:
                 continue
             gate, up, down = (
-                torch.stack([out.pop(f"{path}.{e}.{p}_proj.{ending}") for e in range(8)])
+                torch.stack([out.pop(f"{path}.{e}.{p}_proj.{ending}") for e in range(CONFIG["n_routed_experts"])])
                 for p in ("gate", "up", "down")
             )
             out[f"{path}.gate_up_proj{suffix}"] = torch.cat([_bytes(gate), _bytes(up)], 1).view(gate.dtype)
@@ -189,7 +188,7 @@ def test_a_layout_reads_as_the_plain_checkpoint_does(plain, tmp_path, layout, fo
 def test_a_few_experts_of_a_layer_are_read_by_themselves(plain, tmp_path, layout, form):
     tensors, config, source = plain[form]
     folder = written(tmp_path / "ck", layout(tensors), config)
-    due, found = (OurLayers(f, mx.float32).experts(1, 2, 3) for f in (source, folder))
+    due, found = (OurLayers(f, mx.float32).experts(1, 1, 3) for f in (source, folder))
     for name, value in parameters_of(due).items():
         assert mx.array_equal(parameters_of(found)[name], value), name
 
@@ -248,7 +247,7 @@ DAMAGE = {
     "an odd row": (stacked_experts, "hf", cut(GATE_UP), GATE_UP),
     "two rows less": (stacked_experts, "hf", cut(GATE_UP, 2), f"{SPARSE}.experts.0.gate_proj.weight"),
     "two dimensions": (stacked_experts, "hf", lambda t: t | {GATE_UP: t[GATE_UP][0]}, GATE_UP),
-    "experts missing": (stacked_experts, "hf", lambda t: t | {GATE_UP: t[GATE_UP][:6]}, f"{SPARSE}.experts.6.gate_proj"),
+    "experts missing": (stacked_experts, "hf", lambda t: t | {GATE_UP: t[GATE_UP][:3]}, f"{SPARSE}.experts.3.gate_proj"),
     "no down_proj": (stacked_experts, "hf", without(f"{SPARSE}.experts.down_proj"), f"{SPARSE}.experts.0.down_proj.weight"),
     "both forms": (stacked_experts, "hf", both(f"{SPARSE}.experts.3.up_proj.weight", torch.ones(128, 128)), GATE_UP),
     "a scale's row less": (stacked_experts, "fp8", cut(f"{GATE_UP}_scale_inv"), f"{GATE_UP}_scale_inv"),
@@ -261,7 +260,7 @@ DAMAGE = {
         fused_rows, "packed", without(f"{SPARSE}.switch_mlp.gate_up_proj.scales"), f"{SPARSE}.switch_mlp.gate_proj"
     ),
     "stack's both forms": (
-        fused_rows, "packed", both(f"{SPARSE}.switch_mlp.up_proj.scales", torch.ones(8, 128, 2)),
+        fused_rows, "packed", both(f"{SPARSE}.switch_mlp.up_proj.scales", torch.ones(4, 128, 2)),
         f"{SPARSE}.switch_mlp.gate_up_proj.scales",
     ),
     "with and without the prefix": (prefixed, "hf", both("model.norm.weight", torch.ones(128)), "language_model.model.norm"),
@@ -291,7 +290,7 @@ def test_a_damaged_layout_is_refused_by_name(plain, tmp_path, what, capsys):
 
 def test_a_block_of_scales_that_two_matrices_share_is_refused(tmp_path):
     config = {**CONFIG, "moe_intermediate_size": 64}
-    shapes = {GATE_UP: (8, 128, 128), f"{GATE_UP}_scale_inv": (8, 2, 1)}
+    shapes = {GATE_UP: (4, 128, 128), f"{GATE_UP}_scale_inv": (4, 2, 1)}
     with pytest.raises(glm_dsa.errors.WeightsError, match=f"{GATE_UP}_scale_inv.*cannot be divided"):
         layouts.plan(shapes, glm_dsa.ModelArgs.from_dict(config))
 
@@ -334,7 +333,7 @@ def test_a_layer_too_many_is_no_mtp_layer(plain, tmp_path):
         glm_dsa.load(folder)
 
 
-def pruned(tensors, keep=4):
+def pruned(tensors, keep=2):
     """The main model's experts fewer; the MTP layer as it was."""
     out = {}
     for name, t in tensors.items():
@@ -353,7 +352,7 @@ def pruned(tensors, keep=4):
 @pytest.mark.parametrize("form", ["hf", "packed"])
 def test_an_mtp_layer_with_more_experts_than_the_model_is_dropped(plain, tmp_path, form, capsys):
     tensors, config, _ = plain[form]
-    changes = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    changes = {"n_routed_experts": 2, "num_experts_per_tok": 2}
     folder = written(tmp_path / "ck", pruned(tensors), config | changes)
     bare = {n: t for n, t in pruned(tensors).items() if not n.startswith(MTP)}
     due = parameters_of(glm_dsa.load(written(tmp_path / "bare", bare, config | changes)))
@@ -361,9 +360,9 @@ def test_an_mtp_layer_with_more_experts_than_the_model_is_dropped(plain, tmp_pat
     assert model.mtp is None
     assert all(mx.array_equal(value, due[name]) for name, value in parameters_of(model).items())
     assert main(["inventory", str(folder)]) == 0
-    assert "8 experts, the model 4" in capsys.readouterr().out
+    assert "4 experts, the model 2" in capsys.readouterr().out
     assert not any(name.startswith(MTP) for name in read_tensors(folder).names)
-    fewer = config | {"n_routed_experts": 16}
+    fewer = config | {"n_routed_experts": 8}
     with pytest.raises(CheckpointError, match=r"mlp\.(gate|experts|switch_mlp)"):
         glm_dsa.load(written(tmp_path / "fewer", tensors, fewer))
 
@@ -440,7 +439,7 @@ def test_a_head_alone_is_no_model(plain, tmp_path, capsys):
 def test_conversion_keeps_the_mtp_layer_or_drops_it(registered, plain, tmp_path, layout, choice, kept):
     form = "packed" if layout is everything else "hf"
     tensors, config, _ = plain[form]
-    config = config | ({"n_routed_experts": 4, "num_experts_per_tok": 2} if layout is pruned else {})
+    config = config | ({"n_routed_experts": 2, "num_experts_per_tok": 2} if layout is pruned else {})
     config |= {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}} if form == "packed" else {}
     folder = checkpoints.write_tokenizer(written(tmp_path / "ck", layout(tensors), config))
     mlx_lm.convert(str(folder), str(tmp_path / "out"), mtp=choice)
@@ -518,13 +517,11 @@ GATE = f"{SPARSE}.gate.weight"
 )  # fmt: skip
 def test_a_dtype_that_nothing_here_has_is_refused_by_name(plain, tmp_path, dtype, capsys):
     tensors, config, _ = plain["hf"]
-    for name in (GATE, f"{MTP}enorm.weight"):
-        odd = torch.ones(tensors[name].shape).to(getattr(torch, dtype))
-        folder = written(tmp_path / name, tensors | {name: odd}, config)
-        for command in (["inventory", str(folder)], ["inventory", str(folder), "--values"]):
-            assert main(command) == 1
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1
-            assert f"model.safetensors: {name} " in said
-        with pytest.raises(CheckpointError, match=name):
-            checkpoint.read_headers(Path(folder))
+    odd = torch.ones(tensors[GATE].shape).to(getattr(torch, dtype))
+    folder = written(tmp_path / "ck", tensors | {GATE: odd}, config)
+    assert main(["inventory", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"model.safetensors: {GATE} " in said
+    with pytest.raises(CheckpointError, match=GATE):
+        checkpoint.read_headers(folder)

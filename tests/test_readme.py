@@ -86,6 +86,7 @@ def test_every_option_is_in_the_readme_and_every_option_in_it_exists(capsys):
         "--json",
         "--version",
         "--max-kv-size",
+        "--mtp",  # of convert
         *options_of_mlx_lm("generate", capsys),
     }
     planned: set[str] = set()

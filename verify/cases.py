@@ -181,6 +181,12 @@ def spec_of(folder: Path, index_topk: int | None) -> Spec:
         raise ValueError(
             f"--checkpoint {folder}: HF does not load this layout ({', '.join(sorted(unknown))}); it is judged layer by layer"
         )
+    kept_in = {s.dtype for name, s in stored.items() if not name.endswith("e_score_correction_bias")}
+    if len(kept_in) > 1:
+        raise ValueError(
+            f"--checkpoint {folder}: HF rounds all tensors to one dtype, and these are in {', '.join(sorted(kept_in))}; it is "
+            "judged layer by layer"
+        )
     parameters = sum(math.prod(s.shape) for s in stored.values())
     if parameters > LARGEST:
         raise ValueError(
