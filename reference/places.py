@@ -39,8 +39,8 @@ def places(files: Sequence[Path], heads: Sequence[Path], config: dict[str, Any])
     Raises ValueError where two stored tensors are one and the same.
     """
     layer = f"model.layers.{config['num_hidden_layers']}." if "num_hidden_layers" in config else None
-    stored = {name: (file, shape) for file in files for name, shape in _shapes(file)}
-    beside = {name: (file, shape) for file in heads for name, shape in _shapes(file)}
+    stored = {name: (file, shape) for file in files for name, shape in shapes_in(file)}
+    beside = {name: (file, shape) for file in heads for name, shape in shapes_in(file)}
     own, apart = ([_plain(n, layer).startswith(layer or "?") for n in names] for names in (stored, beside))
     if all(apart) and not any(own):
         stored |= beside
@@ -64,7 +64,8 @@ def places(files: Sequence[Path], heads: Sequence[Path], config: dict[str, Any])
     return out
 
 
-def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+def shapes_in(file: Path) -> list[tuple[str, list[int]]]:
+    """(name, shape) of each tensor of a file, as they are stored."""
     with safe_open(file, "pt") as shard:
         return [(name, shard.get_slice(name).get_shape()) for name in shard.keys()]  # noqa: SIM118
 
