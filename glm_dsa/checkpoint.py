@@ -176,7 +176,7 @@ def known(origin: str | Path, stored: Mapping[str, Stored], args: ModelArgs | No
     except WeightsError as error:
         raise CheckpointError(f"{origin}: {error}") from None
     headers = Headers(
-        (name, stored[name] if part == Part(name) else stored[part.source].view(part))
+        (name, stored[name] if part == (name, None, None) else stored[part.source].view(part))
         for name, part in found.parts.items()
     )
     headers.notes, headers.kinds = tuple(map(printable, found.notes)), frozenset(found.kinds)

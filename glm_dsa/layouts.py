@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ OF_MTP = re.compile(
 EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)(_scale_inv)?")
 GATE_UP = re.compile(r"(mlp(?:\.switch_mlp|\.shared_experts)?)\.gate_up_proj\.(weight|scales|biases|weight_scale_inv)")
 INDEXER = re.compile(r"(self_attn\.indexer)\.wk_weights_proj\.(weight|scales|biases|weight_scale_inv)")
+SEVERAL = (".gate_up_proj", ".wk_weights_proj.", ".experts.down_proj")  # what a name that these match has in it
 COPIES = re.compile(r"(?:embed_tokens|shared_head\.head)\.(?:weight|scales|biases)")
 
 PREFIX, STACKED, FUSED, HEAD, UNREAD = "prefix", "stacked experts", "fused rows", "MTP head", "unread"
@@ -84,12 +85,13 @@ def plan(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs | None) -> Plan:
         name = _without_prefix(stored)
         if name != stored:
             found[PREFIX].append(stored)
-        known = iter([(name, Part(stored))])
-        if args is not None:
-            own = name_in_layer(args, name)
-            if own != name:
+        if args is not None and name.startswith("mtp."):
+            name, before = name_in_layer(args, name), name
+            if name != before:
                 found[HEAD].append(stored)
-            kind, known = _divided(args, own, stored, shape, shapes)
+        known: Iterable[tuple[str, Part]] = ((name, Part(stored)),)
+        if args is not None and any(word in name for word in SEVERAL):
+            kind, known = _divided(args, name, stored, shape, shapes)
             if kind:
                 found[kind].append(stored)
         for name, part in known:
