@@ -125,6 +125,16 @@ def name_in_layer(args: ModelArgs, name: str) -> str:
     return f"model.layers.{args.num_hidden_layers}.{rest}" if OF_MTP.fullmatch(rest) else name
 
 
+def modules(args: ModelArgs, path: str) -> list[str]:
+    """A module as config.json's key `quantization` names it -> the modules here that this speaks of."""
+    name = name_in_layer(args, _without_prefix(f"{path}.weight"))
+    layer = LAYER.fullmatch(name)
+    for pattern, several in ((GATE_UP, ("gate_proj", "up_proj")), (INDEXER, ("wk", "weights_proj"))):
+        if layer is not None and (match := pattern.fullmatch(layer[2])):
+            return [f"model.layers.{layer[1]}.{match[1]}.{one}" for one in several]
+    return [name.removesuffix(".weight")]
+
+
 def is_of_mtp(args: ModelArgs, stored: str) -> bool:
     return name_in_layer(args, _without_prefix(stored)).startswith(_mtp_layer(args))
 

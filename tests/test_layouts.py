@@ -288,6 +288,31 @@ def test_a_damaged_layout_is_refused_by_name(plain, tmp_path, what, capsys):
         glm_dsa.load(folder)
 
 
+@pytest.mark.parametrize("what", [w for w in DAMAGE if "both forms" in w or "twice" in w or "with and without" in w])
+def test_the_oracle_takes_no_two_tensors_for_one(plain, tmp_path, what):
+    layout, form, damage, named = DAMAGE[what]
+    tensors, config, _ = plain[form]
+    with pytest.raises(ValueError, match="both hold") as error:
+        read_tensors(written(tmp_path / "ck", damage(layout(tensors)), config))
+    assert named in str(error.value)
+
+
+def test_quantized_modules_are_known_by_the_names_that_config_json_has():
+    args = glm_dsa.ModelArgs.from_dict(CONFIG)
+    indexer = "self_attn.indexer"
+    for said, due in {
+        "lm_head": ["lm_head"],
+        "language_model.lm_head": ["lm_head"],
+        "language_model.model.layers.1.mlp.switch_mlp.gate_up_proj": [
+            f"{SPARSE}.switch_mlp.gate_proj", f"{SPARSE}.switch_mlp.up_proj"
+        ],
+        f"mtp.0.block.{indexer}.wk_weights_proj": [f"{MTP}{indexer}.wk", f"{MTP}{indexer}.weights_proj"],
+        "mtp.eh_proj": [f"{MTP}eh_proj"],
+        "mtp.fc": ["mtp.fc"],
+    }.items():  # fmt: skip
+        assert layouts.modules(args, said) == due
+
+
 def test_a_block_of_scales_that_two_matrices_share_is_refused(tmp_path):
     config = {**CONFIG, "moe_intermediate_size": 64}
     shapes = {GATE_UP: (4, 128, 128), f"{GATE_UP}_scale_inv": (4, 2, 1)}
@@ -510,6 +535,18 @@ def test_float64_is_read_and_rounded_once(plain, tmp_path):
 
 
 GATE = f"{SPARSE}.gate.weight"
+
+
+def test_all_claims_are_judged_where_hf_keeps_what_is_stored(plain, tmp_path):
+    """It casts all to one dtype, but for the correction bias: of several, some would be rounded, and ours not."""
+    tensors, config, _ = plain["hf"]
+    bias = f"{SPARSE}.gate.e_score_correction_bias"
+    folder = written(tmp_path / "bias", tensors | {bias: tensors[bias].double()}, config)
+    assert cases.spec_of(folder, None).has_mtp
+    for dtype in (torch.float64, torch.float32):
+        folder = written(tmp_path / str(dtype), tensors | {GATE: tensors[GATE].to(dtype)}, config)
+        with pytest.raises(ValueError, match="one dtype"):
+            cases.spec_of(folder, None)
 
 
 @pytest.mark.parametrize(
