@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, foreign, gguf, plan, recipe, weights
-from .checkpoint import ITEM_BYTES, assemble, check_values
+from .checkpoint import assemble, check_values
 from .config import ModelArgs
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 from .output import show
@@ -146,7 +146,7 @@ def count(path: Path, values: bool = False) -> dict[str, Any]:
         model, stored = assemble(path)
         bytes_of = Counter[str]()
         for tensor in stored.values():
-            bytes_of[tensor.dtype] += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            bytes_of[tensor.dtype] += tensor.nbytes
         out["stored"] = {
             "layout": "HF" if weights.is_hf_layout(stored) else "MLX",
             "files": len({s.file for s in stored.values()}),
@@ -155,6 +155,7 @@ def count(path: Path, values: bool = False) -> dict[str, Any]:
             "mtp": "present" if model.mtp else "absent",
             "values": "not read",
             "bytes": dict(bytes_of),
+            "notes": list(stored.notes),
         }
         if values:
             check_values(stored)
@@ -176,7 +177,8 @@ def render(found: dict[str, Any], as_json: bool) -> str:
     if "stored" in found:
         held = dict(found["stored"])
         sizes = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in held.pop("bytes").items())
-        lines += ["", "stored", *(f"  {key}: {value}" for key, value in held.items()), f"  bytes: {sizes}"]
+        notes = [f"  note: {note}" for note in held.pop("notes")]
+        lines += ["", "stored", *(f"  {key}: {value}" for key, value in held.items()), f"  bytes: {sizes}", *notes]
     return "\n".join([*lines, "", "conventions", *(f"  {c}" for c in found["conventions"])])
 
 

@@ -5,31 +5,40 @@ safetensors only: 8 bytes of header length, a JSON header, then the data. Nothin
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+import re
 import stat
 import struct
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import foreign, memory, weights
+from . import foreign, layouts, memory, weights
 from .config import ModelArgs
-from .errors import CheckpointError, ConfigError, WeightsError
+from .errors import CheckpointError, ConfigError, WeightsError, printable
 from .keys import LARGEST_JSON, parse_json, read_json
+from .layouts import Part
 from .linear import SwitchLinear
 from .model import Model, parameters_of
+from .mtp import MtpLayer
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {  # as mlx reads them
+HEADS = "mtp*.safetensors"  # an MTP head beside a build, which mlx-lm's own loader does not see
+DTYPES = {  # what tensors may be stored in, as mlx knows it; F64 is read as float32
     "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
     "F64": mx.float64,
 }  # fmt: skip
-ITEM_BYTES = {  # of all that safetensors has by whole bytes: what is not read is refused by name, not by a header's entry
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U64": 8, "I64": 8, "U32": 4, "I32": 4,
-    "U16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1,
+UNREADABLE = {  # what else a header may name, and its bytes
+    "BOOL": 1, "I8": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
+ITEM_BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | UNREADABLE
+
+log = logging.getLogger("glm_dsa")
 
 
 class Described(NamedTuple):
@@ -44,23 +53,43 @@ class Described(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor as a file's header describes it. `begin`, `end`: its bytes, counted from the end of the header."""
+    """A tensor as a file's header describes it, or a view of one. `begin`, `end`: its bytes, counted from the end of the
+    header. part: what it is of a tensor in the file, where it is not the one of its name. stride: bytes from one entry of
+    the first axis to the next, where other tensors' rows lie between them."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int = 0
     end: int = 0
+    part: Part | None = None
+    stride: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def view(self, part: Part) -> Stored:
+        """One expert of this tensor, or rows, or rows of one."""
+        item, inner = ITEM_BYTES[self.dtype], self.shape if part.expert is None else self.shape[1:]
+        first = 0 if part.rows is None else part.rows[0]
+        begin = self.begin + ((part.expert or 0) * math.prod(inner) + first * inner[-1]) * item
+        stride = math.prod(inner[1:]) * item if part.rows is not None and len(inner) > 2 else 0
+        view = Stored(self.file, self.dtype, part.shape(self.shape), begin, self.end, part, stride)
+        return view if stride else view._replace(end=begin + view.nbytes)
 
     @property
     def described(self) -> Described:
         return Described(
             self.shape, DTYPES.get(self.dtype, mx.bool_)
         )  # which is nothing that packed weights are made of
+
+
+class Headers(dict[str, Stored]):
+    """{tensor: Stored}, under the names that are known here. notes: lines for people. kinds: see `layouts.Plan`."""
+
+    notes: tuple[str, ...] = ()
+    kinds: frozenset[str] = frozenset()
 
 
 def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = True, **overrides: Any) -> Model:
@@ -82,18 +111,21 @@ def load(path: str | Path, dtype: mx.Dtype | None = None, check_finite: bool = T
 
 
 @foreign.explained
-def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) -> tuple[Model, dict[str, Stored]]:
+def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) -> tuple[Model, Headers]:
     """As `load`, but lazy: headers are read and every name and shape is checked, no tensor is."""
     path = Path(path)
     try:
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder; that of a checkpoint (config.json, *.safetensors) is due")
         args = ModelArgs.from_file(path, **overrides)
-        stored = read_headers(path)
+        stored = read_headers(path, args)
         if weights.is_hf_layout(stored):
             weights.check_names(args, {name: s.shape for name, s in stored.items()})
-        elif unasked := [n for n in stored if weights.is_mtp(args, n) and not args.num_nextn_predict_layers]:
-            raise WeightsError(f"{unasked[0]}: an MTP layer's, and config.json names none (num_nextn_predict_layers)")
+        elif beyond := [n for n in stored if weights.is_mtp(args, n) and not args.num_nextn_predict_layers]:
+            raise WeightsError(
+                f"{beyond[0]}: expected no layer beyond num_hidden_layers = {args.num_hidden_layers} but an MTP layer, which has "
+                "an eh_proj; does config.json belong to these weights?"
+            )
         model = Model(args)
         tensors = model.sanitize(read_tensors(stored))
         weights.check_dtypes(tensors)
@@ -108,6 +140,8 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    for note in stored.notes:
+        log.info("%s", note)
     if dtype is not None:
         tensors = {n: _cast(n, t, tensors, dtype) for n, t in tensors.items()}
     model.load_weights(list(tensors.items()), strict=True)
@@ -115,20 +149,68 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
     return model, stored
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """{tensor: Stored} of all shards of a checkpoint folder. Raises `CheckpointError`."""
+def read_headers(folder: Path, args: ModelArgs | None = None) -> Headers:
+    """Of all files of a checkpoint folder, in whatever layout. `args`: config.json's, if it was read already.
+
+    Raises `CheckpointError`.
+    """
+    if args is None:
+        try:
+            args = ModelArgs.from_file(folder)
+        except (ConfigError, OSError):  # whoever needs it will say so
+            args = None
     try:
-        files, index = _shards(folder)
+        stored = stored_headers(folder)
+        beside, notes = _head_beside(folder, args, stored)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from None
-    stored: dict[str, Stored] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in stored:
-                raise CheckpointError(
-                    f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
-                )
-            stored[name] = tensor
+    headers = known(folder, stored | beside, args)
+    headers.notes += tuple(notes)
+    if beside:
+        headers.kinds |= {layouts.HEAD}
+    return headers
+
+
+def known(origin: str | Path, stored: Mapping[str, Stored], args: ModelArgs | None) -> Headers:
+    """Headers as they are stored -> under the names that are known here. `origin`: for messages. Raises `CheckpointError`."""
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}: expected one of {', '.join(DTYPES)}")
+    try:
+        found = layouts.plan({name: tensor.shape for name, tensor in stored.items()}, args)
+    except WeightsError as error:
+        raise CheckpointError(f"{origin}: {error}") from None
+    headers = Headers(
+        (name, stored[name] if part == (name, None, None) else stored[part.source].view(part))
+        for name, part in found.parts.items()
+    )
+    headers.notes, headers.kinds = tuple(map(printable, found.notes)), frozenset(found.kinds)
+    return headers
+
+
+def _head_beside(
+    folder: Path, args: ModelArgs | None, stored: Mapping[str, Stored]
+) -> tuple[dict[str, Stored], list[str]]:
+    """An MTP head in a file of its own that no index lists, and what is to be said of such files."""
+    listed = {tensor.file.name for tensor in stored.values()}
+    files = [file for file in sorted(folder.glob(HEADS)) if file.name not in listed]
+    if args is None or not files:
+        return {}, []
+    beside = _merged(files)
+    names = ", ".join(file.name for file in files)
+    if foreign := next((name for name in beside if not layouts.is_of_mtp(args, name)), None):
+        reason = f"{foreign} in it is no tensor of this model's MTP layer, in any form that is known here"
+    elif any(layouts.is_of_mtp(args, name) for name in stored):
+        reason = "the model's own files hold its MTP layer"
+    else:
+        return beside, [printable(f"MTP head in {names}, beside the model: taken as its MTP layer")]
+    return {}, [printable(f"{names}: unread; {reason}")]
+
+
+def stored_headers(folder: Path) -> dict[str, Stored]:
+    """{tensor: Stored} of all shards of a checkpoint folder, under the names that they have there. Raises `CheckpointError`."""
+    files, index = _shards(folder)
+    stored = _merged(files)
     if index is not None:
         for name, shard in index.items():
             if name not in stored or stored[name].file.name != shard:
@@ -145,6 +227,18 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{folder / unlisted[0]}: not listed in {INDEX}, though mlx-lm would load it; list it or remove it"
             )
+    return stored
+
+
+def _merged(files: list[Path]) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in stored:
+                raise CheckpointError(
+                    f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
+                )
+            stored[name] = tensor
     return stored
 
 
@@ -232,7 +326,7 @@ def stored_as(file: Path, name: str, entry: Any) -> Stored:
     if len(entry) > 3:
         raise CheckpointError(f"{file}: {name} has more than dtype, shape and data_offsets; the header is damaged")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
+        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
     whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in (*shape, begin, end))
     if not whole or len(shape) > 8 or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
@@ -246,32 +340,122 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
-def read_tensors(stored: dict[str, Stored]) -> dict[str, mx.array]:
+def read_tensors(stored: Mapping[str, Stored]) -> dict[str, mx.array]:
     """Tensors by name, lazy. Raises `CheckpointError`."""
-    tensors: dict[str, mx.array] = {}
-    for file in sorted({s.file for s in stored.values()}):
-        tensors |= read_file(file)
-    return tensors
+    files = {file: read_file(file) for file in sorted({s.file for s in stored.values()})}
+    return {name: (s.part or Part(name)).of(files[s.file][(s.part or Part(name)).source]) for name, s in stored.items()}
 
 
 def read_file(file: Path) -> dict[str, mx.array]:
-    """One shard's tensors, lazy; FP8 as bytes. Raises `CheckpointError`."""
+    """One file's tensors under the names that they have there, lazy; FP8 as bytes, F64 as float32. Raises `CheckpointError`."""
     try:
         return mx.load(str(file))  # type: ignore[return-value]
     except (RuntimeError, ValueError) as error:
+        doubles = {name for name, tensor in read_header(file).items() if tensor.dtype == "F64"}
+        if doubles:
+            return _with_doubles(file, doubles)
         raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
 
 
-def check_values(stored: dict[str, Stored]) -> None:
+def _with_doubles(file: Path, doubles: Container[str]) -> dict[str, mx.array]:
+    """mlx refuses a file with F64 in it: it is shown a header that calls them I64, and has their bits cast."""
+    try:
+        tensors: Any = mx.load(_AsIntegers(file), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
+    return {name: _to_float32(t) if name in doubles else t for name, t in tensors.items()}
+
+
+def _to_float32(bits: mx.array) -> mx.array:
+    """mlx has float64 on the CPU only. One rounding."""
+    return bits.view(mx.float64, stream=mx.cpu).astype(mx.float32, stream=mx.cpu)
+
+
+class _AsIntegers(io.FileIO):
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        length = super().read(8)
+        header = super().read(int.from_bytes(length, "little"))
+        self.header = length + re.sub(rb'("dtype"\s*:\s*")F64"', rb'\1I64"', header)  # a name's quotes are escaped
+        self.seek(0)
+
+    def __del__(self) -> None:  # mlx lets it go with the last of its arrays, open
+        self.close()
+
+    def readinto(self, buffer: Any) -> int:
+        at, count = self.tell(), super().readinto(buffer) or 0
+        own = self.header[at : at + count]
+        memoryview(buffer)[: len(own)] = own
+        return count
+
+
+def read_piece(stored: Stored, rows: slice | None = None) -> mx.array:
+    """A tensor, or rows of it, by offset: `mx.load` would read all of it, and keep it."""
+    shape, each = stored.shape, 0
+    begin, end = 0, stored.nbytes
+    if rows is not None:
+        each = stored.nbytes // shape[0]
+        begin, end, shape = rows.start * each, rows.stop * each, (rows.stop - rows.start, *shape[1:])
+    raw = read_bytes(stored, begin, end)
+    bits = mx.array(memoryview(raw)) if raw else mx.zeros((0,), mx.uint8)  # type: ignore[arg-type]
+    if stored.dtype == "F64":
+        return _to_float32(bits).reshape(shape)
+    return bits.view(DTYPES[stored.dtype]).reshape(shape)
+
+
+def read_bytes(stored: Stored, begin: int, end: int) -> bytes:
+    """Bytes of a tensor; of a view, its own, one after another. Fewer where the file ends."""
+    block = stored.nbytes // stored.shape[0] if stored.stride else max(stored.nbytes, 1)
+    out = []
+    with stored.file.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+        while begin < end:
+            entry, offset = divmod(begin, block)
+            count = min(end - begin, block - offset)
+            stream.seek(header + stored.begin + entry * stored.stride + offset)
+            out.append(stream.read(count))
+            begin += count
+    return b"".join(out)
+
+
+def check_values(stored: Mapping[str, Stored]) -> None:
     """Reads every tensor, one at a time. Raises `CheckpointError` on NaN or infinity."""
+    dtypes = {(s.file, name if s.part is None else s.part.source): s.dtype for name, s in stored.items()}
     for file in sorted({s.file for s in stored.values()}):
         tensors = read_file(file)
         for name in list(tensors):
-            tensor = tensors.pop(name)
-            if stored[name].dtype == "F8_E4M3":
+            tensor, dtype = tensors.pop(name), dtypes.get((file, name))
+            if dtype is None:  # unread
+                continue
+            if dtype == "F8_E4M3":
                 tensor = mx.from_fp8(tensor, dtype=mx.float32)
             if mx.issubdtype(tensor.dtype, mx.floating) and not mx.isfinite(tensor).all().item():
                 raise CheckpointError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged")
+
+
+def add_mtp(model: Model, folder: Path) -> bool:
+    """Reads an MTP head in a file of its own into a model that was loaded without it. Returns whether there is one.
+
+    Raises `CheckpointError`.
+    """
+    args = model.args
+    if model.mtp is not None or not args.num_nextn_predict_layers or not any(folder.glob(HEADS)):
+        return False
+    own = {n: s for n, s in read_headers(folder, args).items() if weights.is_mtp(args, n)}
+    if not own:
+        return False
+    try:
+        tensors = weights.to_modules(args, read_tensors(own))
+        weights.check_dtypes(tensors)
+        model.model.layers = [*model.layers, MtpLayer(args, args.num_hidden_layers)]
+        quantize_as_stored(model, tensors)
+        due = {n: v.shape for n, v in parameters_of(model).items() if weights.is_mtp(args, n)}
+        weights.report_differences(due, {n: t.shape for n, t in tensors.items()})
+    except WeightsError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    model.load_weights(list(tensors.items()), strict=False)
+    model.eval()
+    return True
 
 
 def quantize_as_stored(model: Model, tensors: dict[str, mx.array]) -> None:

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
     "glm4_moe_lite": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
 }
+HEADS_ALONE = ("glm_moe_dsa_mtp", "glm4_moe_lite_mtp")  # mlx-vlm's drafters
 
 INDEXER_KEYS = (
     "index_topk", "index_n_heads", "index_head_dim", "indexer_types", "index_topk_pattern", "index_topk_freq",
@@ -162,6 +163,11 @@ class ModelArgs:
         on a key that is neither handled nor listed in `keys.IGNORED`, and on an impossible value.
         """
         read, resolve = Reader(params), _Resolver(overrides)
+        if read.raw("model_type") in HEADS_ALONE:
+            raise ConfigError(
+                f"model_type = {params['model_type']!r}: an MTP head alone, as mlx-vlm splits it off: expected a model; put the "
+                "head's model.safetensors beside the model's files as mtp.safetensors"
+            )
         model_type = read.choice("model_type", tuple(DEFAULTS))
         read.fixed()
         layers = read.count("num_hidden_layers", most=256)

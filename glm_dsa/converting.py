@@ -1,4 +1,4 @@
-"""A recipe followed: every tensor of a model in the dtype, or the bits, that it is to be kept in."""
+"""A recipe followed: every tensor of a model in the dtype, or the bits, that it is to be kept in; and the MTP layer, or none."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from .errors import RecipeError
+from .errors import GlmDsaError, RecipeError
 from .formats import Format
 from .model import Model, parameters_of
 from .recipe import Recipe
 from .weights import module_inventory
+
+
+def keep_or_drop_mtp(model: Model, config: dict[str, Any], choice: str | None) -> str:
+    """choice: "keep", "drop", or None: kept where it is there. Of a build without the layer, config names none: engines that
+    are promised one make it of nothing. Returns a line for people, or "". Raises `GlmDsaError`."""
+    if choice == "keep" and model.mtp is None:
+        raise GlmDsaError("--mtp keep: expected an MTP layer that fits the model, got none; leave --mtp out")
+    if choice == "drop":
+        model.drop_mtp()
+    if model.mtp is not None or not config.get("num_nextn_predict_layers"):
+        return ""
+    config["num_nextn_predict_layers"] = 0
+    return "MTP layer: none in this build; its config.json says so (num_nextn_predict_layers = 0)"
 
 
 class ByRecipe:

@@ -129,7 +129,7 @@ def refuse(origin: object, config: Mapping[str, Any], tensors: Mapping[str, Any]
 
 def refuse_folder(path: Path, origin: object = None) -> None:
     """As `refuse`, of whatever can be read of a folder."""
-    from .checkpoint import read_headers  # which stands on this module
+    from .checkpoint import stored_headers  # which stands on this module
 
     if not path.is_dir():
         return
@@ -138,8 +138,8 @@ def refuse_folder(path: Path, origin: object = None) -> None:
     files: list[str] = []
     with contextlib.suppress(GlmDsaError):
         config = read_json(path / "config.json", LARGEST_JSON)
-    with contextlib.suppress(GlmDsaError):
-        tensors = read_headers(path)
+    with contextlib.suppress(GlmDsaError, OSError):
+        tensors = stored_headers(path)
     with contextlib.suppress(OSError):
         files = [file.name for file in path.iterdir()]
     refuse(path if origin is None else origin, config, tensors, files)

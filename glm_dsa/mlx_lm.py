@@ -38,8 +38,9 @@ except ModuleNotFoundError as error:
 
 from . import memory
 from .cache import LayerCache, cache_bytes
+from .checkpoint import add_mtp, stored_headers
 from .config import ModelArgs
-from .converting import ByRecipe
+from .converting import ByRecipe, keep_or_drop_mtp
 from .errors import CacheError, CheckpointError, GlmDsaError, RecipeError
 from .formats import AFFINE
 from .linear import QuantizedMultiLinear, QuantizedSwitchLinear, SwitchLinear
@@ -65,6 +66,7 @@ COMMANDS = {  # mlx-lm's commands that load a model: the module of each
     "evaluate": "evaluate",
     "dwq": "quant.dwq",
 }
+MTP = ("keep", "drop")
 AS_THEY_COME = "as they come"  # no dtype that mlx-lm's convert knows, and so none that it casts to
 TRACEBACK = "GLM_DSA_TRACEBACK"  # environment variable: mlx-lm's errors as they come
 MODEL_FILE = "glm_dsa_model.py"
@@ -127,8 +129,20 @@ def _load_config(original: Callable[[Path], dict[str, Any]], model_path: Path) -
 
 
 def _load_model(original: Callable[..., Any], model_path: Path, lazy: bool = False, **kwargs: Any) -> Any:
-    """What a model takes is told before its weights are read; one that cannot fit is refused."""
-    model, config = original(model_path, lazy=True, **kwargs)
+    """What mlx-lm cannot read is named, an MTP head elsewhere is added; what the model takes is told before its weights are
+    read, and one that cannot fit is refused."""
+    try:
+        model, config = original(model_path, lazy=True, **kwargs)
+    except RuntimeError:
+        for name, tensor in stored_headers(Path(model_path)).items():
+            if tensor.dtype == "F64":
+                raise CheckpointError(
+                    f"{tensor.file}: {name} is F64: expected F32, BF16 or F16, all that mlx-lm's loader reads; cast it first "
+                    "(glm_dsa.load reads it)"
+                ) from None
+        raise
+    if isinstance(model, Model) and add_mtp(model, Path(model_path)):
+        log.info("MTP layer: read from a file beside those that mlx-lm reads")
     if isinstance(model, Model) and lazy:
         log.info("%s: weights take %s; they are read as they are needed", model_path, memory.gib(memory.taken(model)))
     elif isinstance(model, Model):
@@ -210,17 +224,35 @@ def _dequantize_model(original: Callable[[Any], Any], model: Any) -> Any:
     return original(model)
 
 
-def _convert(original: Callable[..., Any], *args: Any, recipe: str | Path | None = None, **kwargs: Any) -> Any:
-    """mlx-lm's convert, which takes a recipe besides (a file, or the name of one that comes with this package), and of which
-    nothing half-written is left behind."""
+def _convert(
+    original: Callable[..., Any],
+    *args: Any,
+    recipe: str | Path | None = None,
+    mtp: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """mlx-lm's convert, which takes besides a recipe (a file, or the name of one that comes with this package), and mtp="keep"
+    or "drop" (by default the MTP layer is kept where it can be). Nothing half-written is left behind."""
+    if mtp not in (None, *MTP):
+        raise GlmDsaError(f"mtp = {mtp!r}: expected {' or '.join(MTP)}")
     target = Path(inspect.signature(original).bind(*args, **kwargs).arguments.get("mlx_path", "mlx_model"))
     was_there = target.exists() or target.is_symlink()
+    module: Any = importlib.import_module("mlx_lm.convert")
+    load = functools.partial(_load_to_convert, module.load, mtp)
     try:
-        return _convert_by(original, recipe, args, kwargs)
+        with _replaced(module, "load", load):
+            return _convert_by(original, recipe, args, kwargs)
     except BaseException:
         if not was_there and not (target / "config.json").exists():  # which follows the weights: an upload may fail
             shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _load_to_convert(original: Callable[..., Any], mtp: str | None, *args: Any, **kwargs: Any) -> Any:
+    model, tokenizer, config = original(*args, **kwargs)
+    if isinstance(model, Model) and (line := keep_or_drop_mtp(model, config, mtp)):
+        log.info("%s", line)
+    return model, tokenizer, config
 
 
 def _convert_by(original: Callable[..., Any], recipe: str | Path | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -366,30 +398,34 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _with_recipe(command: str, arguments: Sequence[str]) -> tuple[list[str], AbstractContextManager[Any]]:
-    """The arguments that mlx-lm knows, and what puts the recipe of the others in force."""
+    """The arguments that mlx-lm knows, and what puts the others in force."""
     if command != "convert":
         return list(arguments), nullcontext()
     parser = argparse.ArgumentParser(prog="python -m glm_dsa convert", add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
+    parser.add_argument("--mtp", choices=MTP)
     own, rest = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
         kept = ", ".join(kept_recipes())
-        print(f"--recipe R: besides mlx-lm's own options, bits by component: a .toml, or one that is kept ({kept})\n")
-    if own.recipe is None:
+        print(f"--recipe R: besides mlx-lm's own options, bits by component: a .toml, or one that is kept ({kept})")
+        print(f"--mtp {'|'.join(MTP)}: the MTP layer; by default it is kept where it can be\n")
+    chosen = {key: value for key, value in vars(own).items() if value is not None}
+    if not chosen:
         return rest, nullcontext()
-    load_recipe(own.recipe)  # before anything is read
-    module = importlib.import_module("mlx_lm.convert")
-    return rest, _with_default(module, "convert", recipe=own.recipe)
+    if own.recipe is not None:
+        load_recipe(own.recipe)  # before anything is read
+    module: Any = importlib.import_module("mlx_lm.convert")
+    return rest, _replaced(module, "convert", functools.partial(module.convert, **chosen))
 
 
 @contextmanager
-def _with_default(holder: Any, name: str, **chosen: Any) -> Iterator[None]:
-    function = getattr(holder, name)
-    setattr(holder, name, functools.partial(function, **chosen))
+def _replaced(holder: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(holder, name)
+    setattr(holder, name, function)
     try:
         yield
     finally:
-        setattr(holder, name, function)
+        setattr(holder, name, original)
 
 
 def _check_target(arguments: Sequence[str]) -> None:

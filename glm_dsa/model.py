@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import weights
+from . import layouts, weights
 from .block import DecoderLayer
 from .cache import LayerCache, Widths, check_caches, check_in_step
 from .config import ModelArgs
@@ -21,6 +22,8 @@ from .rope import RotaryEmbedding
 from .sharding import shard
 from .store import KvQuantization
 from .trace import tap
+
+log = logging.getLogger("glm_dsa")
 
 
 class Backbone(nn.Module):
@@ -217,6 +220,9 @@ class Model(nn.Module):
 
     def sanitize(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it."""
+        tensors, notes = layouts.of_arrays(self.args, tensors)
+        for note in notes:
+            log.info("%s", note)
         if not weights.has_mtp(self.args, tensors):
             self.drop_mtp()
         return weights.to_modules(self.args, tensors)

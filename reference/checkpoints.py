@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from . import corpus, hf
-from .stored import BLOCK, INDEX, read_tensors
+from .places import BLOCK, shapes_in
+from .stored import INDEX, read_tensors
 
 # zai-org's keys, at widths that a CPU runs in a blink. 16 index heads: fewer make exact ties at score 0 (ReLU).
 TINY = {
@@ -191,8 +192,8 @@ def add_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> N
     if index_file.exists():
         index = json.loads(index_file.read_text())
     else:
-        names = read_tensors(folder).names
-        index = {"metadata": {}, "weight_map": {n: f.name for n, f in names.items()}}
+        files = sorted(folder.glob("model*.safetensors"))
+        index = {"metadata": {}, "weight_map": {name: f.name for f in files for name, _ in shapes_in(f)}}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / file, metadata={"format": "pt"})
     added = {n: t for n, t in tensors.items() if n not in index["weight_map"]}
     for key, more in (

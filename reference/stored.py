@@ -1,6 +1,6 @@
 """Tensors of a checkpoint under HF's names, out of any layout and format: HF's (bf16, fp16, fp32, FP8 blocks), or mlx-lm's
-(experts stacked, kv_b_proj split, matrices packed; the halves of kv_b_proj under mlx-lm's names too). Nothing is kept: a
-piece is read, unpacked and handed out.
+(experts stacked, kv_b_proj split, matrices packed; the halves of kv_b_proj under mlx-lm's names too), and what tools make of
+either (`places`). Nothing is kept: a piece is read, unpacked and handed out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 
 from .packed import Packing, dequantize
+from .places import BLOCK, places
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, SLAB = "model.embed_tokens.weight", 8192  # rows of it that are read at once
-BLOCK = 128  # FP8: rows and columns that share a scale
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
 HALF = re.compile(r"(.*\.self_attn)\.(embed_q|unembed_out)\.weight")
 Rows = slice | int | None
@@ -28,16 +28,20 @@ Rows = slice | int | None
 class read_tensors:
     """By HF's name: float64 NumPy arrays for the equations, or torch tensors of a given dtype; whole, or `rows` of one.
 
-    names: {stored name: file}. Raises ValueError for a name that is not there, and for parts that do not belong together.
+    names: {tensor: file}, as HF or mlx-lm would have called it. Raises ValueError for a name that is not there, and for parts
+    that do not belong together.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.names = Path(folder), dict[str, Path]()
-        for file in self._shards():
-            with safe_open(file, "pt") as shard:
-                self.names |= dict.fromkeys(shard.keys(), file)
+        self.folder = Path(folder)
         config = self.folder / "config.json"
         self.config: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
+        files = self._shards()
+        self.places = places(files, self._heads(files), self.config)
+        self.names = {name: place.file for name, place in self.places.items()}
+
+    def _heads(self, files: Sequence[Path]) -> list[Path]:
+        return sorted(file for file in self.folder.glob("mtp*.safetensors") if file not in files)
 
     def _shards(self) -> list[Path]:
         """As HF and mlx-lm choose: what the index lists, or else what is called model*; not what may lie beside them."""
@@ -64,8 +68,7 @@ class read_tensors:
         path = stored.removesuffix(".weight")
         if f"{path}.scales" not in self.names:
             return None
-        with safe_open(self.names[stored], "pt") as shard:
-            words = shard.get_slice(stored).get_shape()
+        words = self.shape(stored)
         scales = self._stored(f"{path}.scales", expert)
         return self._packing(path, words, scales), scales
 
@@ -142,11 +145,25 @@ class read_tensors:
         }  # fmt: skip
         return widths.get(leaf, c["hidden_size"])
 
+    def shape(self, name: str) -> list[int]:
+        place = self.places[name]
+        with safe_open(place.file, "pt") as shard:
+            shape = shard.get_slice(place.name).get_shape()
+        shape = shape if place.expert is None else shape[1:]
+        return shape if place.rows is None else [*shape[:-2], place.rows[1] - place.rows[0], shape[-1]]
+
     def _stored(self, name: str, rows: Rows = None) -> torch.Tensor:
-        if name not in self.names:
+        if name not in self.places:
             raise ValueError(f"{self.folder}: no tensor {name} in its *.safetensors; are all shards there?")
-        with safe_open(self.names[name], "pt") as shard:
-            return shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+        file, stored, expert, part = self.places[name]
+        with safe_open(file, "pt") as shard:
+            if expert is None and part is None:
+                return shard.get_tensor(stored) if rows is None else shard.get_slice(stored)[rows]
+            kept, of_matrix = shard.get_slice(stored), slice(None) if part is None else slice(*part)
+            if expert is None and len(kept.get_shape()) > 2:
+                return kept[slice(None) if rows is None else rows, of_matrix]
+            whole = kept[of_matrix] if expert is None else kept[expert, of_matrix]
+        return whole if rows is None else whole[rows]
 
 
 class InFloat32:

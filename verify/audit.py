@@ -71,7 +71,7 @@ def audit(release: Release, recipe: Recipe | None = None, strict: bool = False, 
     except ConfigError as error:
         raise ConfigError(f"{release.origin}/config.json: {error}") from None
     findings = Findings()
-    for note in getattr(release.tensors, "notes", ()):  # how it is laid out
+    for note in release.notes:
         findings.say(NOTE, note)
     tensors = Tensors(args, release.tensors, findings)
     policy.judge(tensors, findings, strict)
@@ -81,7 +81,7 @@ def audit(release: Release, recipe: Recipe | None = None, strict: bool = False, 
     if with_chat:
         chat.judge(release, args.vocab_size, findings)
     mtp = "none" if not args.num_nextn_predict_layers else "present" if tensors.with_mtp else "absent"
-    if mtp == "absent":
+    if mtp == "absent" and not any("MTP" in note for note in release.notes):
         findings.say(
             NOTE, "config.json names an MTP layer, and no tensor of it is there: nothing can be drafted with it"
         )

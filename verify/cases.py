@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_dsa import ModelArgs, weights
+from glm_dsa import ModelArgs, layouts, weights
 from glm_dsa.checkpoint import INDEX, assemble, check_values
 from glm_dsa.errors import GlmDsaError
 from glm_dsa.keys import read_json
@@ -38,6 +38,7 @@ HALF_SPLIT_CLAIMS = (
 )
 TOPK = 16  # index_topk of the tiny checkpoints: prompts of 80 are five times as long
 MOST_TOPK = 64  # beyond it prompts grow too long for MLX on a CPU
+HF_LOADS = frozenset({layouts.STACKED, layouts.UNREAD})  # of the layouts that are neither its own nor mlx-lm's
 LARGEST = 1 << 29  # parameters of a checkpoint that is judged in memory
 
 
@@ -179,6 +180,16 @@ def spec_of(folder: Path, index_topk: int | None) -> Spec:
     if not weights.is_hf_layout(stored) or any(name.endswith("_scale_inv") for name in stored):
         raise ValueError(
             f"--checkpoint {folder}: HF loads bf16, fp16 or fp32 in HF layout; this one is in MLX's, or packed"
+        )
+    if unknown := stored.kinds - HF_LOADS:
+        raise ValueError(
+            f"--checkpoint {folder}: HF does not load this layout ({', '.join(sorted(unknown))}); it is judged layer by layer"
+        )
+    kept_in = {s.dtype for name, s in stored.items() if not name.endswith("e_score_correction_bias")}
+    if len(kept_in) > 1:
+        raise ValueError(
+            f"--checkpoint {folder}: HF rounds all tensors to one dtype, and these are in {', '.join(sorted(kept_in))}; it is "
+            "judged layer by layer"
         )
     parameters = sum(math.prod(s.shape) for s in stored.values())
     if parameters > LARGEST:

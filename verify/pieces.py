@@ -12,28 +12,12 @@ import mlx.nn as nn
 import numpy as np
 
 from glm_dsa import checkpoint, trace, weights
-from glm_dsa.checkpoint import Stored, quantize_as_stored
+from glm_dsa.checkpoint import Stored, quantize_as_stored, read_piece
 from glm_dsa.moe import Experts
 
 from .candidate import to_numpy
 
 Array = np.ndarray
-MX = {"U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-
-
-def piece(stored: Stored, rows: slice | None = None) -> mx.array:
-    """A tensor, or rows of it, by offset: `mx.load` would read all of it, and keep it."""
-    shape = stored.shape
-    begin, count = 0, int(np.prod(shape, dtype=np.int64))
-    if rows is not None:
-        each = count // shape[0]
-        begin, count, shape = rows.start * each, (rows.stop - rows.start) * each, (rows.stop - rows.start, *shape[1:])
-    size = checkpoint.ITEM_BYTES[stored.dtype]
-    with stored.file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-        stream.seek(8 + header + stored.begin + begin * size)
-        raw = np.frombuffer(stream.read(count * size), np.uint8)
-    return mx.array(raw).view(MX[stored.dtype]).reshape(shape)
 
 
 class OurLayers:
@@ -79,7 +63,9 @@ class OurLayers:
 
     def _rows(self, path: str, rows: slice, width: int) -> mx.array:
         """Rows of a matrix, unpacked."""
-        parts = {p: piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored}
+        parts = {
+            p: read_piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
+        }
         if "scales" not in parts:
             return parts["weight"].astype(self.dtype)
         packing = weights.packing_of(path, {f"{path}.{p}": a for p, a in parts.items()}, width)
@@ -100,7 +86,9 @@ class OurLayers:
         holder = nn.Module()
         holder.head = linear
         tensors = {
-            f"head.{p}": piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
+            f"head.{p}": read_piece(self.stored[f"{path}.{p}"], rows)
+            for p in weights.PACKED
+            if f"{path}.{p}" in self.stored
         }
         _load(holder, tensors, self.dtype)
         return holder.head
@@ -110,13 +98,13 @@ class OurLayers:
         prefix, part = f"model.layers.{layer}.mlp", replace(self.args, n_routed_experts=count)
         tensors: dict[str, mx.array] = {}
         for name, stored in self._of_experts(prefix):
-            tensors[name] = piece(stored, slice(first, first + count))
+            tensors[name] = read_piece(stored, slice(first, first + count))
         for expert in range(first, first + count):
             own = f"{prefix}.experts.{expert}."
             for projection in weights.PROJECTIONS:
                 for suffix in (*weights.PACKED, "weight_scale_inv"):
                     if f"{own}{projection}.{suffix}" in self.stored:
-                        tensors[f"{prefix}.experts.{expert - first}.{projection}.{suffix}"] = piece(
+                        tensors[f"{prefix}.experts.{expert - first}.{projection}.{suffix}"] = read_piece(
                             self.stored[f"{own}{projection}.{suffix}"]
                         )
         tensors = weights.to_modules(part, tensors)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_dsa import foreign
-from glm_dsa.checkpoint import Stored, read_headers, stored_as
-from glm_dsa.errors import CheckpointError, GlmDsaError
+from glm_dsa import ModelArgs, foreign
+from glm_dsa.checkpoint import Headers, Stored, known, read_headers, stored_as, stored_headers
+from glm_dsa.errors import CheckpointError, ConfigError, GlmDsaError
 from glm_dsa.keys import read_json
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
@@ -27,8 +27,13 @@ class Release:
     origin: str
     folder: Path | None
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Headers
     revision: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How it is laid out, where that is neither HF's way nor mlx-lm's, and what of it is not read."""
+        return self.tensors.notes
 
     @property
     def is_packed(self) -> bool:
@@ -64,7 +69,7 @@ def _in_cache(repository: str, revision: str | None) -> Path | None:
 
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        read_headers(folder)
+        stored_headers(folder)
     except (LocalEntryNotFoundError, CheckpointError):
         return None
     return folder
@@ -91,7 +96,11 @@ def _of_repository(repository: str, revision: str | None) -> Release:
             fields = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
             tensors[name] = stored_as(Path(file), name, fields)
     foreign.refuse(repository, config, tensors)
-    return Release(repository, None, config, tensors, revision)
+    try:
+        args = ModelArgs.from_dict(config)
+    except ConfigError:  # whoever needs it will say so
+        args = None
+    return Release(repository, None, config, known(repository, tensors, args), revision)
 
 
 def _files_of(repository: str, revision: str | None) -> list[str]:

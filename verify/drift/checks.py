@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import mlx.core as mx
 
 from glm_dsa import ModelArgs
+from glm_dsa.checkpoint import Stored, read_bytes
 from glm_dsa.errors import printable
 from reference.stored import read_tensors
 
@@ -61,15 +61,10 @@ def same_weights(one: Side, other: Side) -> bool:
     return all(_ends(a[name], most) == _ends(b[name], most) for name in a)
 
 
-def _ends(stored: Any, most: int | None) -> bytes:
+def _ends(stored: Stored, most: int | None) -> bytes:
     """Of a large model's tensors the first and last bytes."""
-    most = stored.nbytes if most is None else most
-    with stored.file.open("rb") as stream:
-        header = 8 + int.from_bytes(stream.read(8), "little")
-        stream.seek(header + stored.begin)
-        first = stream.read(min(most, stored.nbytes))
-        stream.seek(header + max(stored.begin, stored.end - most))
-        return first + stream.read(min(most, stored.nbytes))
+    most = min(stored.nbytes, stored.nbytes if most is None else most)
+    return read_bytes(stored, 0, most) + read_bytes(stored, stored.nbytes - most, stored.nbytes)
 
 
 COMPUTED_BY = ("index_topk", "num_experts_per_tok")  # of SHAPES, what no tensor's shape depends on
