@@ -4,6 +4,7 @@
 #   make judge    the gate itself on trial, 22 minutes      make mutate   each line of the definition changed in turn, hours
 #   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 15 minutes
 #   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
+#   make full     judge with 60 random checkpoints, kept as the record that the tests check; diagnose; long contexts: an hour
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ TRIED := $(shell sed -nE 's/^(OLDEST|NEWEST) = "([0-9.]+)".*/\2/p' reference/ver
 UNDER := .venv-versions
 LAYOUT ?= interleaved
 
-.PHONY: verify test versions judge diagnose mutate train lint clean
+.PHONY: verify test versions judge diagnose full mutate train lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
@@ -31,6 +32,11 @@ judge: $(READY)
 
 diagnose: $(READY)
 	$(BIN)/python -m tests.carried --drift $(ARGS)
+
+full: $(READY)
+	$(BIN)/python -m verify judge --random 60 --keep
+	$(BIN)/python -m tests.carried --drift
+	$(BIN)/python -m pytest verify/test_long.py --long
 
 mutate: $(READY)
 	$(BIN)/python -m verify.mutation $(ARGS)

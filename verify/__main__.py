@@ -13,7 +13,7 @@ from glm_dsa.output import show
 
 from . import audit, bench_command, drift_command, exits, faults, oracles, quality_command, release
 
-RANDOM = 50  # sound checkpoints beside the faults
+RANDOM = 10  # sound checkpoints beside the faults; the kept record has more
 EPILOG = f"""\
 exit status, of every command and of pytest verify/: {exits.AGREES} agrees (or done), {exits.FAULT} FAULT, \
 {exits.UNREADABLE} an input that cannot be read, or a bad option,
