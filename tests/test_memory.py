@@ -17,7 +17,9 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints
 from verify import drift
 from verify.cases import TRAINED
+from verify.on_trial import OnTrial
 from verify.quality import measure
+from verify.release import headers_of
 
 CONFIGS = Path(__file__).parents[1] / "verify" / "configs"
 GIB = 1 << 30
@@ -149,3 +151,12 @@ def test_drift_refuses_to_hold_two_models_that_do_not_fit(packed, plain, has, mo
 def test_the_kept_checkpoint_fits_anywhere(has):
     has(1 << 28)
     assert memory.taken(glm_dsa.load(TRAINED / "interleaved")) < 1 << 28
+
+
+def test_a_release_on_trial_says_what_it_takes_before_it_begins(monkeypatch):
+    release = OnTrial.of(headers_of(str(TRAINED / "half-split")), tokens=40, layers={0, 1})
+    monkeypatch.setattr(memory, "physical", lambda: 3 << 30)
+    line = release.memory()
+    assert line.startswith("half-split: ")
+    assert memory.gib(max(release.nbytes().values())) in line
+    assert "3.0 GiB" in line

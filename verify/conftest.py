@@ -81,6 +81,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[REPORT], config.stash[ASKED] = out, asked
 
 
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What a release will take, before anything of it is read."""
+    release = config.stash[ASKED].release
+    return [] if release is None else [release.memory()]
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if left_out(collection_path, config) else None
 

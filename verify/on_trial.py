@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from glm_dsa import ModelArgs, checkpoint, weights
+from glm_dsa import ModelArgs, checkpoint, memory, weights
 from glm_dsa.errors import CheckpointError, printable
 from reference.layers import Layers
 from reference.stored import read_tensors
@@ -142,6 +141,15 @@ class OnTrial:
                 sizes[int(match[1])] += tensor.nbytes
         return sizes
 
+    def memory(self) -> str:
+        """What it takes to run this, in a line."""
+        whole, largest = (memory.gib(n) for n in (sum(self.nbytes().values()), max(self.nbytes().values())))
+        scores = memory.gib(_scores(self.args, 1 if self.original is None else 2, self.tokens.shape[1]))
+        return printable(
+            f"{self.name}: layers of {whole} as stored, read one at a time, experts in chunks; the largest has {largest}, the "
+            f"oracles' attention to {self.tokens.shape[1]} tokens takes {scores} of this machine's {memory.gib(memory.physical())}"
+        )
+
     def identity(self, seed: int) -> dict[str, Any]:
         """All that the verdict depends on: what an interrupted run must agree in with the one that goes on."""
         code = hashlib.sha256()
@@ -257,8 +265,12 @@ def default_length(args: ModelArgs, rows: int) -> int:
 
 
 def _longest_prompt(args: ModelArgs, rows: int, share: float) -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share
-    return int((memory / (args.num_attention_heads * (12 * rows + 24))) ** 0.5)
+    return int((memory.physical() * share / _scores(args, rows, 1)) ** 0.5)
+
+
+def _scores(args: ModelArgs, rows: int, tokens: int) -> int:
+    """Bytes of [H, S, T], three times over, in float32 for each of HF's rows and in float64."""
+    return args.num_attention_heads * (12 * rows + 24) * tokens**2
 
 
 def _checked_length(args: ModelArgs, rows: int, tokens: int) -> int:
