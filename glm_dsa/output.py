@@ -21,11 +21,23 @@ def listen() -> None:
     log = logging.getLogger("glm_dsa")
     if log.handlers:
         return
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("[glm-dsa] %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class _Stderr(logging.StreamHandler):
+    """Whatever the standard error is by then."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _):
+        pass
 
 
 def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:

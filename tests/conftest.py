@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch comes in: workers that use all cores each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
 import pkgutil
 import sys
 
@@ -13,6 +14,16 @@ import pytest
 
 import glm_dsa.mlx_lm
 from verify import options
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens():
+    """What a command of an earlier test made of this package's log is undone."""
+    log = logging.getLogger("glm_dsa")
+    before = [*log.handlers], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = before[:2]
+    log.setLevel(before[2])
 
 
 class Given(dict):

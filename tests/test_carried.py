@@ -6,6 +6,7 @@ from tests.carried import IN_HF, IN_STOCK, NOT_CARRIED, write_stock
 from tests.carried.compared import CLEAR, TOLERANCE, Trial
 from tests.carried.in_hf import Edit, patched, places
 from verify.faults import CATALOGUE
+from verify.seeding import unwrapped
 
 SAMPLE = list(IN_HF)[::9]  # `python -m tests.carried` tries all of them
 
@@ -87,7 +88,7 @@ def test_words_that_do_not_stand_there_once_are_refused(trial):
 
 def test_two_at_once(trial):
     model = trial.case_of(IN_HF["indexer-no-relu"]).hf
-    forward = type(model.model.layers[0].self_attn.indexer).forward.__wrapped__
+    forward = unwrapped(type(model.model.layers[0].self_attn.indexer).forward)
     with patched(model, (*IN_HF["indexer-no-relu"].changes, *IN_HF["indexer-selects-recent"].changes)):
         assert "relu" not in forward.__code__.co_names
         assert "as_subclass" in forward.__code__.co_names

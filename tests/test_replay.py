@@ -63,7 +63,7 @@ def test_what_lies_before_any_tie_is_held_in_a_free_run(few_heads, judge):
 
     def run(replay):
         logits = replay(few_heads.long)
-        if replay.judge is None:
+        if replay.is_free:
             logits[:, 0] += 1
         return logits
 

@@ -201,7 +201,7 @@ SAMPLE = {
     "mtp-concat-order": drafts,
 }
 OTHERWISE = {
-    "rope-offset-after-cache": "mlp.gate.topk (chunks)"
+    "rope-offset-after-cache": "logits (chunks)"
 }  # by this check; in the gate's order another one meets it first
 
 
@@ -225,7 +225,9 @@ def test_four_bits_for_eight_drift_too_far(built, name, monkeypatch):
     """Where nothing else would tell them apart."""
     case = built(name)
     original = test_kv_quantization.packed_run
-    monkeypatch.setattr(test_kv_quantization, "packed_run", lambda c, t, cuts, bits: original(c, t, cuts, 4))
+    monkeypatch.setattr(
+        test_kv_quantization, "packed_run", lambda c, t, cuts, bits, **kw: original(c, t, cuts, 4, **kw)
+    )
     found = caught(test_kv_quantization.test_drift_of_the_logits, case, Judge)
     assert found is not None
     assert "KL" in found.stage

@@ -434,8 +434,9 @@ def _cache() -> Iterator[Fault]:
                      "pass"),
                 Edit("cache.LayerCache.append_index_keys", "self.index_keys.read()[0]",
                      "self.index_keys.read()[0][:, : self.length + keys.shape[1]]"),
-                Edit("model.Model.__call__", "if cache is not None:", "if False:"), claim=CACHES, stage="logits",
-                shows="prompt reuse", origin="Rapid-MLX 1469")
+                Edit("model.Model.__call__", "if cache is not None:", "if False:"), claim=CACHES,
+                stage="self_attn.indexer.topk", shows="prompt reuse", origin="Rapid-MLX 1469",
+                corrected="logits; since then a rewound run that differs is asked once more, choice by choice")
     yield fault("trim-one-too-few", "rewind leaves one token too many",
                 Edit("cache.LayerCache.trim", "self.latents.trim(tokens)", "self.latents.trim(max(tokens - 1, 0))"), claim=CACHES,
                 stage="logits", shows="prompt reuse")

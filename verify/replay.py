@@ -7,7 +7,7 @@ experts. Behind it the same is run once more with the reference's choices put in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -81,13 +81,14 @@ def filled(chosen: Array, unseen: Array, topk: int) -> Array:
 
 @dataclass
 class Replay:
-    """Calls with the next columns, on `cache`. judge: under the reference's choices, which it judges; None: free."""
+    """Calls with the next columns, on `cache`; free, or under the reference's choices: then its own are kept in `made`, by
+    stage and columns."""
 
     case: Case
     rows: Sequence[Row]
     cache: Any
-    name: str
-    judge: Judge | None = None
+    is_free: bool = True
+    made: list[tuple[str, slice, Array]] = field(default_factory=list)
     at: int = 0
 
     def __call__(self, *cuts: int) -> Array:
@@ -98,7 +99,7 @@ class Replay:
             tokens = np.stack([row.tokens[columns] for row in self.rows])
             assert tokens.shape[1] == cut, "the cuts go beyond the prompt"
             self.at = columns.stop
-            out.append(self._free(tokens) if self.judge is None else self._under_choices(tokens, columns))
+            out.append(self._free(tokens) if self.is_free else self._under_choices(tokens, columns))
         return np.concatenate(out, axis=1)
 
     def _free(self, tokens: Array) -> Array:
@@ -107,15 +108,18 @@ class Replay:
         return logits
 
     def _under_choices(self, tokens: Array, columns: slice) -> Array:
-        assert self.judge is not None
         topk = self.case.args.index_topk
         chosen = [s for s in self.rows[0].reference.given if columns.stop > topk or not stages.is_selection(s)]
         given = {s: np.stack([row.choice(s, columns, topk) for row in self.rows]) for s in chosen}
         seen = self.case.ours.forward(tokens, self.cache, given)
-        for stage in stages.in_order(chosen):
-            for row, ours in zip(self.rows, seen[stage], strict=True):
-                row.judge(self.judge, f"{stage} ({row.name or self.name})", stage, ours, columns)
+        self.made += [(stage, columns, seen[stage]) for stage in stages.in_order(chosen)]
         return seen["logits"]
+
+    def judge(self, judge: Judge, name: str) -> None:
+        """What it would have chosen by itself, on the same inputs."""
+        for stage, columns, choices in self.made:
+            for row, ours in zip(self.rows, choices, strict=True):
+                row.judge(judge, f"{stage} ({row.name or name})", stage, ours, columns)
 
 
 def hold(
@@ -123,22 +127,25 @@ def hold(
 ) -> None:
     """run(replay) -> logits of all columns, [B, T, V], on a new cache (made with `options`), against HF's uncached ones."""
 
-    def played(by: Judge | None) -> list[Array]:
-        logits = run(Replay(case, rows, case.ours.model.make_cache(**options), name, by))
-        return [logits[i : i + 1, row.pad :] for i, row in enumerate(rows)]
+    def played(is_free: bool) -> tuple[Replay, list[Array]]:
+        replay = Replay(case, rows, case.ours.model.make_cache(**options), is_free)
+        logits = run(replay)
+        return replay, [logits[i : i + 1, row.pad :] for i, row in enumerate(rows)]
 
     hf = [row.reference.hf["logits"][row.of : row.of + 1] for row in rows]
     untied = [row.reference.untied[row.of] for row in rows]
     bounds = [row.reference.bound("logits", local=False) for row in rows]
-    free = [logits[:, sure] for logits, sure in zip(played(None), untied, strict=True)]
+    free = [logits[:, sure] for logits, sure in zip(played(True)[1], untied, strict=True)]
     sure = [ref[:, sure] for ref, sure in zip(hf, untied, strict=True)]
     agrees = all(
         not ref.size or compare.values(ours, ref).error <= bound.value
         for ours, ref, bound in zip(free, sure, bounds, strict=True)
     )
     if not agrees or not all(part.all() for part in untied):
-        for row, ours, ref, bound in zip(rows, played(judge), hf, bounds, strict=True):
+        replay, logits = played(False)
+        for row, ours, ref, bound in zip(rows, logits, hf, bounds, strict=True):
             judge.values(case.name, f"logits ({row.name or name})", ours, ref, bound)
+        replay.judge(judge, name)
     for row, ours, ref, bound in zip(rows, free, sure, bounds, strict=True):
         if ref.size:
             judge.values(case.name, f"logits ({row.name or name})", ours, ref, bound)

@@ -154,7 +154,6 @@ def check(case: Case, judge, regime, overrides):
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
     drafts, chosen = oracles.draft(ours.model, cache)
-    oracles.judge_choices(judge, chosen)
     due = oracles.fed[0].shape[1] + STEPS - 1
     judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
     for step in range(STEPS):
@@ -165,6 +164,7 @@ def check(case: Case, judge, regime, overrides):
             judge.values(
                 case.name, f"mtp step {step} {stage}", mine, oracles.hf[step][which], oracles.bound(step, which)
             )
+    oracles.judge_choices(judge, chosen)
     if cache.has_indexer:
         own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
         written = to_numpy(cache.index_keys.read()[0])

@@ -9,7 +9,7 @@ _WHY = {
     "of a packed cache": "kv-bits-no-op kv-quantizes-indexer kv-own-tokens-in-float kv-biases-forgotten kv-scales-in-16-bit "
     "kv-four-bits-for-eight kv-starts-late kv-takes-the-next-token",
     "of batches or padding": "one-rows-selection-for-all take-from-the-first-row pads-are-seen positions-count-pads "
-    "right-padding-stays topk-unmasked-decode",
+    "right-padding-stays topk-unmasked-decode filter-drops-announced-padding",
     "HF has neither the absorbed nor the gathered form": "absorbed-scale-of-latent absorbed-value-from-the-end gathered-unscaled "
     "take-one-further",
     "HF scores all queries and keys at once: there are no blocks and tiles": "indexer-blocks-share-a-mask "
