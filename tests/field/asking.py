@@ -73,7 +73,7 @@ def ruled(text: str, most: float = 5.0) -> Question:
         file = folder / "rules.txt"
         file.write_text(text)
         start = time.monotonic()
-        said = _command(glm_dsa_main, "plan", folder, "--custom-q", file)
+        said = _command(glm_dsa_main, "plan", folder / "config.json", "--custom-q", file)
         assert time.monotonic() - start < most, "a recipe that does not end"
         return said
 

@@ -42,12 +42,14 @@ class Header(NamedTuple):
 
 @dataclass
 class Draft:
-    """files: of text, by name; beside: safetensors files that no index lists, {name: {tensor: array}}."""
+    """files: of text, by name; beside: safetensors files that no index lists, {name: {tensor: array}}; kept: how each module
+    of a build is, where its maker knows."""
 
     config: dict[str, Any]
     tensors: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: dict[str, Format] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         if any(isinstance(tensor, Header) for tensor in self.tensors.values()):
@@ -197,6 +199,17 @@ def sized(config: str, *steps: Step) -> Maker:
     return make
 
 
+def config_alone(config: str) -> Maker:
+    """A published config.json, without weights."""
+
+    def make(_: Bench, folder: Path) -> Path:
+        folder.mkdir()
+        (folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
+        return folder
+
+    return make
+
+
 def sized_build(config: str, kept: Callable[[str], Format], *steps: Step, **changes: Any) -> Maker:
     """A published config as an MLX build at true size, by its headers; `kept` says how each module's weight is."""
 
@@ -204,12 +217,13 @@ def sized_build(config: str, kept: Callable[[str], Format], *steps: Step, **chan
         said = {
             k: v for k, v in (json.loads((CONFIGS / f"{config}.json").read_text()) | changes).items() if v is not None
         }
-        args, tensors = glm_dsa.ModelArgs.from_dict(said), {}
+        args, tensors, formats = glm_dsa.ModelArgs.from_dict(said), {}, {}
         for spec in weights.module_inventory(args):
             form = kept(spec.name) if spec.is_packable else BF16
             form = Format("float32") if spec.name.endswith("e_score_correction_bias") else form
             tensors |= {name: Header(dtype, tuple(shape)) for name, dtype, shape, _ in parts_of(spec, form)}
-        return done(Draft(said, tensors), steps, folder)
+            formats[spec.name.removesuffix(".weight")] = form
+        return done(Draft(said, tensors, kept=formats), steps, folder)
 
     return make
 

@@ -2,8 +2,7 @@
 
 from . import companions, configs, formats, judged, layouts, published, recipes, running
 
-ROWS = [
-    row
+PARTS = {
+    module.__name__.rpartition(".")[2]: module.ROWS
     for module in (published, formats, layouts, configs, companions, recipes, running, judged)
-    for row in module.ROWS
-]
+}

@@ -42,8 +42,8 @@ ROWS = [
         code=REFUSED, says=("compressed-tensors",),
     ),
     Row(
-        "compressed-tensors FP8 at true size", "57,645 lines once", "D6",
-        sized("glm-5", f.packed_as(f.compressed_fp8, CORE, compressed("float-quantized", strategy="channel"))), audited(),
+        "compressed-tensors FP8 of GLM-4.7-Flash", "a line a tensor once: 57,645 of GLM-5", "D6",
+        sized("glm-4.7-flash", f.packed_as(f.compressed_fp8, CORE, compressed("float-quantized", strategy="channel"))), audited(),
         code=REFUSED, says=("compressed-tensors",),
     ),
     Row(

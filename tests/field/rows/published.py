@@ -3,9 +3,9 @@
 from glm_dsa.formats import Format
 
 from ..asking import audited, planned
-from ..formats import ATTENTION, INDEXER, MLP, fp8_blocks, packed_as
+from ..formats import ATTENTION, MLP, fp8_blocks, packed_as
 from ..layouts import duplicated_indexers, fused_indexer, fused_switch, prefixed, pruned
-from ..makers import BF16, Draft, config, json_file, sized, sized_build, without
+from ..makers import BF16, Draft, config, json_file, sized, sized_build, tiny, without
 from ..row import AGREES, FAULT, SETTLED, Row
 
 Q2, Q3, Q4, Q5, Q6, Q8 = (Format("bfloat16", bits, 64) for bits in (2, 3, 4, 5, 6, 8))
@@ -29,20 +29,8 @@ def said(main, mode=True, entries=True):
 
     def step(draft: Draft) -> None:
         keys = ("group_size", "bits", "mode") if mode else ("group_size", "bits")
-        out: dict = main.packing()
-        for name, tensor in list(draft.tensors.items()) if entries else []:
-            if not name.endswith(".scales"):
-                continue
-            path = name.removesuffix(".scales")
-            words = draft.tensors[f"{path}.weight"].shape[-1]
-            own = next(
-                f.packing()
-                for f in (MXFP4, Q8_32, Q2, Q3, Q4, Q5, Q6, Q8)
-                if words * 32 * f.group_size == f.bits * f.group_size * tensor.shape[-1] * f.group_size
-                and (tensor.dtype == "U8") == (f.mode != "affine")
-            )
-            if own != main.packing():
-                out[path] = {k: own[k] for k in keys}
+        others = {path: f for path, f in draft.kept.items() if f.is_packed and f != main and entries}
+        out = main.packing() | {path: {k: f.packing()[k] for k in keys} for path, f in others.items()}
         draft.config["quantization"] = draft.config["quantization_config"] = out
 
     return step
@@ -52,10 +40,6 @@ ROWS = [
     Row(
         "GLM-5.2 as zai-org publishes it", "bf16, IndexShare, 282 shards: the release that everything is made from",
         "zai-org/GLM-5.2", sized("glm-5.2"), audited(), never=QUIET, says=("MTP present", "21 of 78"),
-    ),
-    Row(
-        "GLM-5 as zai-org publishes it", "bf16, an indexer on every layer", "zai-org/GLM-5", sized("glm-5"), audited(),
-        never=QUIET, says=("MTP present",),
     ),
     Row(
         "GLM-5.2-FP8 as zai-org publishes it",
@@ -70,7 +54,7 @@ ROWS = [
     ),
     Row(
         "GLM-5.3 under the name of GLM-5.2", "a new release with the old config: nothing needs to know its name",
-        "sgl-project/sglang#38616", sized("glm-5.2", config(transformers_version="5.24.0")), audited(), never=QUIET,
+        "sgl-project/sglang#38616", sized_build("glm-5.2", mixed(Q4), config(transformers_version="5.24.0"), said(Q4), **NO_MTP), audited(), never=QUIET,
     ),
     Row(
         "MLX 4 bit, the indexer too",
@@ -170,10 +154,6 @@ ROWS = [
         sized("glm-5.2", pruned(128, in_mtp=False)), audited(), says=(r"MTP.*256|256.*MTP|layers\.78",), code=AGREES,
     ),
     Row(
-        "a pruned trunk and a pruned MTP head", "128 experts everywhere", "D10", sized("glm-5.2", pruned(128)), audited(),
-        never=QUIET,
-    ),
-    Row(
         "mlx-vlm's 4 bit", "language_model. before every tensor and every entry", "D8, Blaizzy/mlx-vlm#1728",
         sized_build("glm-5.2", mixed(Q4), said(Q4), prefixed("language_model."), **NO_MTP), audited(),
         says=("language_model",), never=("FAULT",),
@@ -186,24 +166,17 @@ ROWS = [
     Row(
         "indexers copied onto shared layers",
         "the source of many GGUF files: 57 copies that this model never runs, and others do", "ggml-org/llama.cpp#25407",
-        sized("glm-5.2", duplicated_indexers), audited(), code=FAULT, says=(r"indexer.*shared",),
+        tiny(duplicated_indexers), audited(), code=FAULT, says=(r"indexer.*shared",),
     ),
     Row(
-        "GLM-5.2's weights under a config without schedule", "indexers on 21 layers, and no key that says so",
+        "GLM-5.2's weights under a config without schedule", "indexers on the full layers alone, and no key that says so",
         "ml-explore/mlx-lm#1412",
-        sized(
-            "glm-5.2",
-            config(indexer_types=None, index_topk_freq=None, index_skip_topk_offset=None, index_topk_pattern=None),
-        ),
-        audited(), code=FAULT, says=("indexer_schedule", r"no indexer on layers 3-5"),
+        tiny(config(index_topk_freq=None, index_skip_topk_offset=None)),
+        audited(), code=FAULT, says=("indexer_schedule", r"no indexer on layers 3-4"),
     ),
     Row(
-        "GLM-5.2 without the list of types", "frequency and offset say the same", "ml-explore/mlx-lm#1410",
-        sized("glm-5.2", config(indexer_types=None)), audited(), never=QUIET, says=("21 of 78",),
-    ),
-    Row(
-        "weights of 256 experts, config.json of 128", "the config of a pruned build beside the whole one's weights",
-        "egesabanci/reap-mlx#127", sized("glm-5.2", config(n_routed_experts=128)), audited(), code=FAULT,
+        "weights of 16 experts, config.json of 8", "the config of a pruned build beside the whole one's weights",
+        "egesabanci/reap-mlx#127", tiny(config(n_routed_experts=8)), audited(), code=FAULT,
         says=(r"mlp\.(gate|experts)",),
     ),
     Row(
@@ -211,11 +184,4 @@ ROWS = [
         sized_build("glm-5.2", mixed(Q3), said(Q3), json_file("tokenizer_config.json"), **NO_MTP),
         planned("--context", "128k"), says=("512 GB",),
     ),
-    Row(
-        "the indexer in 4 bit of GLM-5.2-FP8's names", "INDEXER packed alone: the rest as published",
-        "vllm-project/llm-compressor#2512",
-        sized_build("glm-5.2", lambda n: Q4 if ".indexer." in n else BF16, said(Q4), **NO_MTP), audited(),
-        says=(r"indexer.*4 bit",), never=("FAULT",),
-    ),
 ]  # fmt: skip
-assert INDEXER

@@ -3,7 +3,7 @@
 from glm_dsa.formats import Format
 
 from ..asking import followed, loaded, planned, ruled
-from ..makers import sized, sized_build, tiny
+from ..makers import config_alone, sized, sized_build, tiny
 from ..row import REFUSED, UNREADABLE, Row
 
 SLOW = r"(a+)+(b+)+(a|b|ab)*(.*)*\.weightx" + "=q8_0"
@@ -11,34 +11,34 @@ BYTES = Format("bfloat16", 3, 64)
 
 ROWS = [
     Row(
-        "Thireus's lines, in quotes", "a shell's quotes round each rule", "D14, Thireus/GGUF-Tool-Suite", sized("glm-5.2"),
+        "Thireus's lines, in quotes", "a shell's quotes round each rule", "D14, Thireus/GGUF-Tool-Suite", config_alone("glm-5.2"),
         ruled("'^output\\.weight$=q8_0'\n'^token_embd\\.weight$=q8_0'\n"), says=("q8_0",),
     ),
     Row(
         "Thireus's lines, locked", "a third part says that no tool may change the type", "D14, Thireus/GGUF-Tool-Suite",
-        sized("glm-5.2"), ruled("^blk\\.[0-9]+\\.attn_norm\\.weight$=f32=locked\n^output\\.weight$=q6_K=locked\n"),
+        config_alone("glm-5.2"), ruled("^blk\\.[0-9]+\\.attn_norm\\.weight$=f32=locked\n^output\\.weight$=q6_K=locked\n"),
         says=("q6_K",),
     ),
     Row(
-        "ubergarm's lines", "comments, blank lines, several rules a line", "ikawrakow/ik_llama.cpp#1168", sized("glm-5.2"),
+        "ubergarm's lines", "comments, blank lines, several rules a line", "ikawrakow/ik_llama.cpp#1168", config_alone("glm-5.2"),
         ruled("# attention\nblk\\..*\\.attn_.*=q8_0\n\nblk\\..*\\.ffn_(gate|up)_exps\\.weight=iq4_k,token_embd\\.weight=iq6_k\n"),
         says=("iq4_k",),
     ),
     Row(
-        "type that nobody knows", "q9_0, a slip", "D14", sized("glm-5.2"), ruled("output\\.weight=q9_0"), code=UNREADABLE,
+        "type that nobody knows", "q9_0, a slip", "D14", config_alone("glm-5.2"), ruled("output\\.weight=q9_0"), code=UNREADABLE,
         says=("q9_0",),
     ),
     Row(
-        "expression that never ends", "a quantifier of a quantifier of a quantifier", "D14", sized("glm-5.2"),
+        "expression that never ends", "a quantifier of a quantifier of a quantifier", "D14", config_alone("glm-5.2"),
         ruled(SLOW, 8.0), code=(0, UNREADABLE),
     ),
     Row(
-        "expression that is none", "a bracket that is not closed", "D14", sized("glm-5.2"), ruled("blk\\.(.*=q8_0"),
+        "expression that is none", "a bracket that is not closed", "D14", config_alone("glm-5.2"), ruled("blk\\.(.*=q8_0"),
         code=UNREADABLE, says=(r"blk\\\.\(",),
     ),
     Row(
         "long expression that is quick", "twenty layers by name: long, and no trouble", "ikawrakow/ik_llama.cpp#1168",
-        sized("glm-5.2"), ruled("blk\\.(" + "|".join(map(str, range(3, 23))) + ")\\.ffn_.*_exps\\.weight=iq2_kl"),
+        config_alone("glm-5.2"), ruled("blk\\.(" + "|".join(map(str, range(3, 23))) + ")\\.ffn_.*_exps\\.weight=iq2_kl"),
         says=("iq2_kl",),
     ),
     Row(
