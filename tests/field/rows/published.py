@@ -54,7 +54,8 @@ ROWS = [
     ),
     Row(
         "GLM-5.3 under the name of GLM-5.2", "a new release with the old config: nothing needs to know its name",
-        "sgl-project/sglang#38616", sized_build("glm-5.2", mixed(Q4), config(transformers_version="5.24.0"), said(Q4), **NO_MTP), audited(), never=QUIET,
+        "sgl-project/sglang#38616",
+        sized_build("glm-5.2", mixed(Q4), config(transformers_version="5.24.0"), said(Q4), **NO_MTP), audited(), never=QUIET,
     ),
     Row(
         "MLX 4 bit, the indexer too",
@@ -166,7 +167,7 @@ ROWS = [
     Row(
         "indexers copied onto shared layers",
         "the source of many GGUF files: 57 copies that this model never runs, and others do", "ggml-org/llama.cpp#25407",
-        tiny(duplicated_indexers), audited(), code=FAULT, says=(r"indexer.*shared",),
+        tiny(duplicated_indexers), audited(), code=AGREES, says=(r"indexer.*shared",),
     ),
     Row(
         "GLM-5.2's weights under a config without schedule", "indexers on the full layers alone, and no key that says so",
