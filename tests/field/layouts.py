@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -104,12 +105,12 @@ def pruned(count: int, in_mtp: bool = True) -> Step:
 
 def duplicated_indexers(draft: Draft) -> None:
     """A copy of the full layer's indexer on each layer that shares it."""
-    own: dict[str, object] = {}
+    own: dict[str, Any] = {}
     for i in range(draft.config["num_hidden_layers"]):
         prefix = f"model.layers.{i}.self_attn.indexer."
         found = {n.removeprefix(prefix): t for n, t in draft.tensors.items() if n.startswith(prefix)}
         own = found or own
-        draft.tensors |= {prefix + n: t for n, t in own.items()}
+        draft.tensors |= {prefix + n: t if isinstance(t, Header) else t.clone() for n, t in own.items()}
 
 
 def shuffled_indexers(draft: Draft) -> None:

@@ -23,7 +23,7 @@ def compressed(form, **weights):
 ROWS = [
     Row(
         "ModelOpt NVFP4 at true size", "nvidia's own release: packed bytes, two scales a matrix, 115,251 lines once",
-        "D6, NVIDIA/Model-Optimizer#1283", sized("glm-5.1", f.packed_as(f.modelopt_nvfp4, f.EXPERTS, MODELOPT)), audited(),
+        "D6, NVIDIA/Model-Optimizer#1283", sized("glm-4.7-flash", f.packed_as(f.modelopt_nvfp4, f.EXPERTS, MODELOPT)), audited(),
         code=REFUSED, says=("ModelOpt", "NVFP4"),
     ),
     Row(

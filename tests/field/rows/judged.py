@@ -120,7 +120,7 @@ ROWS = [
     ),
     Row(
         "a second fault on one case", "what agrees is spoken of, what is a million times over its bound is not", "D21",
-        tiny(), gated("--fault", "kv-latent-eps", "--fault", "latent-eps", *FEW), code=FAULT,
+        tiny(), gated("--fault", "softmax-scale-of-nope", "--fault", "kv-latent-unnormed", *FEW), code=FAULT,
         says=("stages before it agree|FAULT",), never=(r"worst: [^)]*e\+0\d of its bound",),
     ),
 ]  # fmt: skip
