@@ -135,7 +135,7 @@ ROWS = [
         built(entries_of_every_module), audited(), never=("FAULT", "packed otherwise"),
     ),
     Row(
-        "quantization of an unpacked model", "converted back, the key left in: mlx-lm looks for scales, finds none and packs nothing", "jundot/omlx#967",
+        "quantization of an unpacked model", "converted back, the key left in: mlx-lm packs nothing", "jundot/omlx#967",
         tiny(config(quantization=PACKING)), audited(), never=("FAULT",),
     ),
     Row(

@@ -11,7 +11,7 @@ from ..row import AGREES, FAULT, NOT_JUDGED, SETTLED, UNREADABLE, Row
 FEW = ("--layers", "0-2")
 CACHES = tuple(str(asking.ROOT / "verify" / f"test_{name}.py") for name in ("references", "cache"))
 CACHES = (*CACHES, "--rootdir", str(asking.ROOT), "-q")
-WHOLE = (str(asking.ROOT / "verify"), "--rootdir", str(asking.ROOT), "-q")
+LAYOUT = (str(asking.ROOT / "verify" / "test_release_layout.py"), "--rootdir", str(asking.ROOT), "-q")
 WARNS = """
 import importlib.util, sys, warnings
 sys.path[:] = [p for p in sys.path if not p.endswith("/first")]
@@ -67,16 +67,16 @@ ROWS = [
     ),
     Row(
         "interleaved weights under a half-split config", "converted and never measured beyond index_topk", "ROCm/ATOM#1502",
-        trained("interleaved", TURNED["interleaved"]), gated(files=WHOLE), code=FAULT, says=("indexer_rope_interleave",),
+        trained("interleaved", TURNED["interleaved"]), gated(files=LAYOUT), code=FAULT, says=("indexer_rope_interleave",),
     ),
     Row(
         "half-split weights under an interleaved config", "the other way round, in 4 bit", "ikawrakow/ik_llama.cpp#2099",
-        trained_build("half-split", TURNED["half-split"]), gated(files=WHOLE), code=FAULT,
+        trained_build("half-split", TURNED["half-split"]), gated(files=LAYOUT), code=FAULT,
         says=("indexer_rope_interleave",),
     ),
     Row(
         "indexers that select as by chance", "queries and keys out of order: no layout is better, so none is condemned",
-        "ikawrakow/ik_llama.cpp#2063", trained("interleaved", to.shuffled_indexers), gated(*FEW), says=("not verified",),
+        "ikawrakow/ik_llama.cpp#2063", trained("interleaved", to.shuffled_indexers), gated(files=LAYOUT), says=("not verified",),
         never=("FAULT",),
     ),
     Row(

@@ -34,7 +34,7 @@ ROWS = [
     ),
     Row(
         "expression that is none", "a bracket that is not closed", "D14", config_alone("glm-5.2"), ruled("blk\\.(.*=q8_0"),
-        code=UNREADABLE, says=(r"blk\\\.\(",),
+        code=UNREADABLE, says=("regular expression",),
     ),
     Row(
         "long expression that is quick", "twenty layers by name: long, and no trouble", "ikawrakow/ik_llama.cpp#1168",
