@@ -72,7 +72,7 @@ ROWS = [
         says=(r"\[3\]|\(3,?\)|dimension|batch",),
     ),
     Row(
-        "last token of the vocabulary", "319 of 320", "D17", tiny(), called([[3, 319]]),
+        "last token of the vocabulary", "319 of 320: the near relative of 320", "D17", tiny(), called([[3, 319]]),
     ),
     Row(
         "one token", "the shortest prompt", "D17", tiny(), called([[3]]),
