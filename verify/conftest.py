@@ -144,7 +144,8 @@ def trial(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterat
     saved = Saved(cache and cache.mkdir("glm-dsa"), [release.identity(seed), chosen])
     if not pytestconfig.getoption("--resume"):
         saved.drop()
-    running = Trial(release, seed, saved, timed=pytestconfig.getoption("--timings"))
+    with faults.seeded(*pytestconfig.getoption("--fault")):  # what a fault does in constructors is done here
+        running = Trial(release, seed, saved, timed=pytestconfig.getoption("--timings"))
     capturing: Any = pytestconfig.pluginmanager.getplugin("capturemanager")
     aside = capturing.global_and_fixture_disabled if capturing else nullcontext
     finished = len(running.finished) if pytestconfig.getoption("--resume") else None
@@ -249,14 +250,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     """Seeded faults are in force while a test runs, not while checkpoints and references are prepared."""
     with faults.seeded(*pyfuncitem.config.getoption("--fault")):
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Any:
-    """A release is taken on trial under the seeded faults too: its layers are built here."""
-    names = request.config.getoption("--fault") if fixturedef.argname == "trial" else ()
-    with faults.seeded(*names):
         return (yield)
 
 

@@ -124,4 +124,8 @@ ROWS = [
         tiny(), gated("--fault", "softmax-scale-of-nope", "--fault", "kv-latent-unnormed", *FEW), code=FAULT,
         says=("stages before it agree|FAULT",), never=(r"worst: [^)]*e\+0\d of its bound",),
     ),
+    Row(
+        "a fault of a constructor, on a release", "the latent norms are built with rms_norm_eps", "vllm-project/vllm#35515",
+        tiny(), gated("--fault", "latent-eps", *FEW), code=FAULT, says=("self_attn.q_latent",),
+    ),
 ]  # fmt: skip
