@@ -237,7 +237,7 @@ def test_damage_is_no_foreign_format(sound, tmp_path):
     config = json.loads((sound[0] / "config.json").read_text())
     specs = [(s.name, "BF16", s.shape, 2 * math.prod(s.shape)) for s in weights.inventory(ModelArgs.from_dict(config))]
     scale = "model.layers.0.self_attn.o_proj.weight_scale"
-    strays = [("x.qweight", "I32", (2,), 8), ("x.g_idx", "I32", (2,), 8), (scale, "F32", (1,), 4)]
+    strays = [("x.qweight", "U32", (2,), 8), ("x.g_idx", "U32", (2,), 8), (scale, "F32", (1,), 4)]
     folder = write_headers(tmp_path / "d", config, [*specs, *strays])
     found = audit.audit(release.headers_of(str(folder)))
     faults = "\n".join(f.what for f in found.findings if f.severity == audit.FAULT)

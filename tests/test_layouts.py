@@ -280,7 +280,7 @@ def test_a_damaged_layout_is_refused_by_name(plain, tmp_path, what, capsys):
     layout, form, damage, named = DAMAGE[what]
     tensors, config, _ = plain[form]
     folder = written(tmp_path / "ck", damage(layout(tensors)), config)
-    assert main(["inventory", str(folder)]) == 1
+    assert main(["inventory", str(folder)]) == 10
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert named in said
@@ -448,7 +448,7 @@ def test_a_head_alone_is_no_model(plain, tmp_path, capsys):
     _, head, config, _ = apart(plain, "packed", head_of_mlx_vlm)
     alone = {"model_type": "glm_moe_dsa_mtp", "text_config": config, "block_size": 2, "tie_word_embeddings": False}
     folder = written(tmp_path / "ck", head, alone)
-    assert main(["inventory", str(folder)]) == 1
+    assert main(["inventory", str(folder)]) == 10
     said = capsys.readouterr().err
     assert "glm_moe_dsa_mtp" in said
     assert "mtp.safetensors" in said
@@ -556,7 +556,7 @@ def test_a_dtype_that_nothing_here_has_is_refused_by_name(plain, tmp_path, dtype
     tensors, config, _ = plain["hf"]
     odd = torch.ones(tensors[GATE].shape).to(getattr(torch, dtype))
     folder = written(tmp_path / "ck", tensors | {GATE: odd}, config)
-    assert main(["inventory", str(folder)]) == 1
+    assert main(["inventory", str(folder)]) == 10
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"model.safetensors: {GATE} " in said

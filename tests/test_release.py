@@ -252,8 +252,7 @@ def test_prompts_are_as_long_as_memory_allows(monkeypatch):
     big = json.loads((Path(audit.__file__).parents[1] / "verify" / "configs" / "glm-5.2.json").read_text())
     args = glm_dsa.ModelArgs.from_dict(big)
     for gigabytes, length in ((8, None), (32, 2635), (1000, 8192)):
-        pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 10**9 // 4096}
-        monkeypatch.setattr(on_trial.os, "sysconf", pages.__getitem__)
+        monkeypatch.setattr(on_trial.memory, "physical", lambda size=gigabytes * 10**9: size)
         if length is None:
             with pytest.raises(ValueError, match="add --index-topk 64, say"):
                 on_trial.default_length(args, 1)

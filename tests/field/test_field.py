@@ -8,6 +8,8 @@ from . import asking
 from .makers import Bench
 from .rows import PARTS
 
+pytestmark = pytest.mark.usefixtures("unregistered")  # commands of mlx-lm's put this definition in its place
+
 ROWS = {f"{part}-{row.name.replace(' ', '-')}": row for part, rows in PARTS.items() for row in rows}
 LONGEST = 60  # lines of an audit, for any input
 
