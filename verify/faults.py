@@ -442,8 +442,7 @@ def _cache() -> Iterator[Fault]:
                 stage="logits", shows="prompt reuse")
     yield fault("growth-loses-a-token", "the first token is lost as a buffer grows",
                 Edit("store.Columns.append", "buffer[:, : self.length] = old", "buffer[:, 1 : self.length] = old[:, 1:]"),
-                claim=CACHES, stage="self_attn.indexer.topk", shows="T > 256",
-                corrected="logits; since then a chunked run that differs is asked once more, choice by choice")
+                claim=CACHES, stage="logits", shows="T > 256")
     yield fault("take-one-further", "the gathered form reads the token after the selected one",
                 Edit("store.LatentStore.take", "return self.plain.take(tokens)[0]",
                      "return self.plain.take(mx.minimum(tokens + 1, self.length - 1))[0]"), claim=ATTENTION,
@@ -454,7 +453,8 @@ def _cache() -> Iterator[Fault]:
                      "columns"), claim=ATTENTION, stage="self_attn.heads", shows="batches beyond index_topk")
     yield fault("positions-count-pads", "in a batch, positions start at the pads",
                 Edit("cache.LayerCache.offset", "offset - mx.array(self.left_padding)",
-                     "offset + 0 * mx.array(self.left_padding)"), stage="logits", shows="rows merged after they began")
+                     "offset + 0 * mx.array(self.left_padding)"), stage="self_attn.indexer.topk",
+                shows="rows merged after they began", corrected="logits; since then what was chosen in the batch is held first")
     yield fault("extract-takes-a-pad", "a row leaves the batch with one pad",
                 Edit("cache.LayerCache.extract", "single = self._rows([row])",
                      "self.left_padding = self.left_padding and [max(pads - 1, 0) for pads in self.left_padding]; "
@@ -464,7 +464,7 @@ def _cache() -> Iterator[Fault]:
                      "self.index_keys.rows(mx.array(sorted(rows)))"), stage="batch", shows="batches whose rows are reordered")
     yield fault("filter-drops-announced-padding", "rows are filtered before the pads have come, and come without them",
                 Edit("cache.LayerCache._rows", "min(self.length, *(padding[row] for row in rows))",
-                     "min(padding[row] for row in rows)"), stage="padded", shows="left padding, filtered before the first token")
+                     "min(padding[row] for row in rows)"), stage="batch", shows="left padding, filtered before the first token")
     yield fault("right-padding-stays", "right padding is not rolled to the left",
                 Edit("cache.LayerCache.finalize", "if self.right_padding is None:",
                      "if setattr(self, 'right_padding', None) is None:"), stage="batch",

@@ -210,7 +210,7 @@ class Contents(RuleBasedStateMachine):
         for place, row in enumerate(rows):
             alone = Row(batch.extract(place), self.start)
             alone.grow(vectors[row, pads[row] :], keys[row, pads[row] :])
-            self.check(alone, "padded")
+            self.check(alone, "batch, padded")
 
     def changed(self, data, batch: LayerCache, rows: list[int]) -> tuple[LayerCache, list[int]]:
         """The batch after one operation that keeps what its rows hold and expect, and which rows it has then."""
