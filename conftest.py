@@ -7,7 +7,9 @@ import hypothesis
 
 with warnings.catch_warnings():  # a library's own deprecations at import are not ours to fail on
     warnings.simplefilter("ignore")
-    with contextlib.suppress(Exception):  # verify/conftest.py says so; tests that need neither run all the same
+    with contextlib.suppress(
+        Exception, SystemExit
+    ):  # verify/conftest.py says so; tests that need neither run all the same
         import torch
         import transformers  # noqa: F401
 

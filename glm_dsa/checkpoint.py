@@ -28,6 +28,7 @@ from .model import Model, parameters_of
 from .mtp import MtpLayer
 
 INDEX = "model.safetensors.index.json"
+STALE = "stale index"
 HEADS = "mtp*.safetensors"  # an MTP head beside a build, which mlx-lm's own loader does not see
 DTYPES = {  # what tensors may be stored in, as mlx knows it; F64 is read as float32
     "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
@@ -127,7 +128,7 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
                 "an eh_proj; does config.json belong to these weights?"
             )
         model = Model(args)
-        tensors = model.sanitize(read_tensors(stored))
+        tensors = model.sanitize(read_tensors(stored), dtype)
         weights.check_dtypes(tensors)
         quantize_as_stored(model, tensors)
         weights.report_differences(
@@ -160,7 +161,7 @@ def read_headers(folder: Path, args: ModelArgs | None = None) -> Headers:
         except (ConfigError, OSError):  # whoever needs it will say so
             args = None
     try:
-        stored = stored_headers(folder)
+        stored, is_stale = _stored(folder)
         beside, notes = _head_beside(folder, args, stored)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from None
@@ -168,11 +169,22 @@ def read_headers(folder: Path, args: ModelArgs | None = None) -> Headers:
     headers.notes += tuple(notes)
     if beside:
         headers.kinds |= {layouts.HEAD}
+    if is_stale:
+        headers.kinds |= {STALE}
+        headers.notes += (
+            f"{INDEX} names files that are not there, of another build: read without it, as mlx-lm does; HF does not load this, "
+            "remove the index or write it anew",
+        )
     return headers
 
 
 def known(origin: str | Path, stored: Mapping[str, Stored], args: ModelArgs | None) -> Headers:
     """Headers as they are stored -> under the names that are known here. `origin`: for messages. Raises `CheckpointError`."""
+    if stored and args is not None and all(layouts.is_of_mtp(args, name) for name in stored):
+        raise CheckpointError(
+            f"{origin}: an MTP head alone, {len(stored):,} tensors: expected a model; put the head beside the model's files, as "
+            "mtp.safetensors"
+        )
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}: expected one of {', '.join(DTYPES)}")
@@ -209,7 +221,12 @@ def _head_beside(
 
 def stored_headers(folder: Path) -> dict[str, Stored]:
     """{tensor: Stored} of all shards of a checkpoint folder, under the names that they have there. Raises `CheckpointError`."""
-    files, index = _shards(folder)
+    return _stored(folder)[0]
+
+
+def _stored(folder: Path) -> tuple[dict[str, Stored], bool]:
+    """And whether there is an index that is of another build."""
+    files, index, is_stale = _shards(folder)
     stored = _merged(files)
     if index is not None:
         for name, shard in index.items():
@@ -227,7 +244,7 @@ def stored_headers(folder: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{folder / unlisted[0]}: not listed in {INDEX}, though mlx-lm would load it; list it or remove it"
             )
-    return stored
+    return stored, is_stale
 
 
 def _merged(files: list[Path]) -> dict[str, Stored]:
@@ -242,14 +259,15 @@ def _merged(files: list[Path]) -> dict[str, Stored]:
     return stored
 
 
-def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None, bool]:
+    """(files, the index that they are held to, whether there is one of another build)."""
     if not (folder / INDEX).is_symlink() and not (folder / INDEX).exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise CheckpointError(
                 f"{folder}: no model*.safetensors and no {INDEX}; safetensors is the only format read"
             )
-        return files, None
+        return files, None, False
     try:
         index = read_json(folder / INDEX, LARGEST_JSON).get("weight_map")
     except ConfigError as error:
@@ -257,6 +275,8 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
     files = []
+    if _is_stale(folder, index):
+        return sorted(folder.glob("model*.safetensors")), None, True
     for file in sorted(set(index.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
@@ -266,7 +286,15 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             tensor = next(n for n, f in index.items() if f == file)
             raise CheckpointError(f"{folder / file}: missing, though {INDEX} puts {tensor} there; download the shard")
         files.append(folder / file)
-    return files, index
+    return files, index, False
+
+
+def _is_stale(folder: Path, index: Mapping[str, str]) -> bool:
+    """Whether an index is of what a build was made from: none of its files is there, others are, which mlx-lm reads."""
+    names = set(index.values())
+    if any(Path(name).name != name or (folder / name).is_symlink() or (folder / name).exists() for name in names):
+        return False
+    return any(folder.glob("model*.safetensors"))
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -278,6 +306,10 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{file}: no regular file")
         with file.open("rb") as stream:
             first = stream.read(8)
+            if first == b"version ":
+                raise CheckpointError(
+                    f"{file}: a Git LFS pointer, not the file itself; run git lfs pull, or download it again"
+                )
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(LARGEST_JSON, size - 8):
                 raise CheckpointError(

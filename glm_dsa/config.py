@@ -341,7 +341,8 @@ def describe_schedule(types: tuple[str, ...]) -> str:
 
 def _feed_forward(read: Reader, defaults: Mapping[str, Any], layers: int) -> dict[str, Any]:
     experts, groups = read.count("n_routed_experts", most=1024), read.count("n_group", 1)
-    read.equal("num_experts", experts, "n_routed_experts")
+    for alias in ("num_experts", "num_local_experts"):  # HF's own names for it
+        read.equal(alias, experts, "n_routed_experts")
     top_groups, topk = read.count("topk_group", 1), read.count("num_experts_per_tok")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise ConfigError(f"n_group = {groups}: must divide n_routed_experts = {experts} into groups of 2 or more")

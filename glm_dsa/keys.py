@@ -36,6 +36,11 @@ IGNORED = {
     "name_or_path": "HF bookkeeping",
     "_name_or_path": "HF bookkeeping",
     "_attn_implementation": "HF runtime option",
+    "_attn_implementation_autoset": "HF runtime option",
+    "pruning": "a pruner's note",
+    "rapid_quantization": "a quantizer's note",
+    "reap_pruning": "a pruner's note",
+    "surgery_dummy": "a converter's note",
     "output_attentions": "HF runtime option",
     "output_hidden_states": "HF runtime option",
     "output_router_logits": "training only",
@@ -77,6 +82,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
+    "use_qk_norm": (False,),
 }
 
 LARGEST_INT = 10**15

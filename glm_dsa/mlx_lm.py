@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("glm_dsa.mlx_lm needs mlx-lm: pip install 'glm-dsa[mlx-lm]'", name=error.name) from None
 
-from . import memory
+from . import foreign, memory
 from .cache import LayerCache, cache_bytes
 from .checkpoint import add_mtp, stored_headers
 from .config import ModelArgs
@@ -121,7 +121,11 @@ def _wrap(owner: str, name: str, wrapper: Callable[..., Any]) -> None:
 
 def _load_config(original: Callable[[Path], dict[str, Any]], model_path: Path) -> dict[str, Any]:
     """What `attach` wrote leads here: no code of the checkpoint's need be trusted to come back to it."""
-    config = original(model_path)
+    try:
+        config = original(model_path)
+    except (OSError, ValueError):
+        foreign.refuse_folder(Path(model_path))
+        raise
     file = Path(model_path) / MODEL_FILE
     if config.get("model_file") == MODEL_FILE and file.is_file() and file.read_bytes() == MODEL_FILE_TEXT.encode():
         del config["model_file"]
@@ -133,8 +137,9 @@ def _load_model(original: Callable[..., Any], model_path: Path, lazy: bool = Fal
     read, and one that cannot fit is refused."""
     try:
         model, config = original(model_path, lazy=True, **kwargs)
-    except RuntimeError:
-        for name, tensor in stored_headers(Path(model_path)).items():
+    except (RuntimeError, ValueError, OSError) as error:
+        foreign.refuse_folder(Path(model_path))
+        for name, tensor in stored_headers(Path(model_path)).items() if isinstance(error, RuntimeError) else ():
             if tensor.dtype == "F64":
                 raise CheckpointError(
                     f"{tensor.file}: {name} is F64: expected F32, BF16 or F16, all that mlx-lm's loader reads; cast it first "

@@ -218,14 +218,15 @@ class Model(nn.Module):
             known = self._fingerprint_of = _Fingerprint(norms, digest.hexdigest()[:12])
         return known.text
 
-    def sanitize(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it."""
+    def sanitize(self, tensors: dict[str, mx.array], dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+        """Checkpoint names and formats -> this model's; drops the MTP layer where the checkpoint has none of it. `dtype`: as
+        `weights.to_modules` takes it."""
         tensors, notes = layouts.of_arrays(self.args, tensors)
         for note in notes:
             log.info("%s", note)
         if not weights.has_mtp(self.args, tensors):
             self.drop_mtp()
-        return weights.to_modules(self.args, tensors)
+        return weights.to_modules(self.args, tensors, dtype)
 
     def drop_mtp(self) -> None:
         """Removes the MTP layer: most MLX builds were converted without it, and strict loading would miss it."""

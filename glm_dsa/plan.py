@@ -197,11 +197,21 @@ class OnDisk:
             rows.append((spec, size, kind))
             found.dtypes.append((spec, dtype))
             if spec.component != "mtp":
-                found.loaded += prod(spec.shape) * ITEM if kind == "fp8" else size
+                found.loaded += _loaded(args, spec, size, kind, len(names) > 1)
             seen.update(names)
         found.components = counted(rows)
         found.surplus = [n for n in stored if n not in seen and not weights.is_ignorable(args, n)]
         return found
+
+
+def _loaded(args: ModelArgs, spec: TensorSpec, size: int, kind: str, is_packed: bool) -> int:
+    """Bytes once it is loaded: FP8 is unpacked, and of a packed kv_b_proj the half that is turned (`weights._split_kv_b`)."""
+    if kind == "fp8":
+        return prod(spec.shape) * ITEM
+    if not is_packed or not spec.name.endswith("kv_b_proj.weight"):
+        return size
+    keys = args.num_attention_heads * args.qk_nope_head_dim
+    return keys * args.kv_lora_rank * ITEM + size * (spec.shape[0] - keys) // spec.shape[0]
 
 
 def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:

@@ -211,15 +211,16 @@ def report_differences(due: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         )
 
 
-def to_modules(args: ModelArgs, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """A checkpoint's tensors, in either layout, FP8 or not, under the model's parameter names. Idempotent."""
+def to_modules(args: ModelArgs, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """A checkpoint's tensors, in either layout, FP8 or not, under the model's parameter names. Idempotent. `dtype`: of what has
+    to be unpacked (default: that of its scales)."""
     tensors = {name: tensor for name, tensor in tensors.items() if not is_ignorable(args, name)}
     if not args.num_nextn_predict_layers:
         tensors = {name: tensor for name, tensor in tensors.items() if not is_mtp(args, name)}
     _dequantize_fp8(tensors)
     for layer in range(args.num_hidden_layers + args.num_nextn_predict_layers):
         _stack_experts(args, tensors, f"model.layers.{layer}.mlp")
-        _split_kv_b(args, tensors, f"model.layers.{layer}.self_attn")
+        _split_kv_b(args, tensors, f"model.layers.{layer}.self_attn", dtype)
     return tensors
 
 
@@ -303,30 +304,32 @@ def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> N
             tensors[f"{mlp}.switch_mlp.{projection}.{part}"] = mx.stack(experts)
 
 
-def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str) -> None:
-    """kv_b_proj = [W_uk; W_uv] per head. Its first half is transposed, so a quantized one is quantized anew."""
+def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str, dtype: mx.Dtype | None) -> None:
+    """kv_b_proj = [W_uk; W_uv] per head. Packed along the latent, W_uv stays as it is; W_uk is turned, and so unpacked: packed
+    anew it would be other weights (mlx-lm 1451)."""
     name = f"{attention}.kv_b_proj"
     if f"{name}.weight" not in tensors:
         return
-    packing: dict[str, Any] = {}
+    packed: list[Any] = []
     if f"{name}.scales" in tensors:  # early MLX builds, before embed_q
         packing = packing_of(name, tensors, args.kv_lora_rank)
-        packed: list[Any] = [tensors.pop(f"{name}.{part}") for part in PACKED if f"{name}.{part}" in tensors]
+        packed = [tensors.pop(f"{name}.{part}") for part in PACKED if f"{name}.{part}" in tensors]
         is_uneven = len({part.shape for part in packed[1:]}) > 1
         if is_uneven or any(part.ndim != 2 or part.shape[0] != packed[0].shape[0] for part in packed):
             raise WeightsError(
                 f"{name}: weight, scales and biases of {[list(part.shape) for part in packed]} do not match"
             )
-        weight = mx.dequantize(packed[0], *packed[1:], **packing)
+        floats = [p if dtype is None or p.dtype == mx.uint8 else p.astype(dtype) for p in packed[1:]]
+        weight = mx.dequantize(packed[0], *floats, **packing)
     else:
         weight = tensors.pop(f"{name}.weight")
     heads = (args.num_attention_heads, args.qk_nope_head_dim + args.v_head_dim, args.kv_lora_rank)
     if weight.shape != (heads[0] * heads[1], heads[2]):
         raise WeightsError(f"{name}.weight is {list(weight.shape)}, {[heads[0] * heads[1], heads[2]]} is due")
     w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)
-    for target, part in (("embed_q", w_uk.swapaxes(-1, -2)), ("unembed_out", w_uv)):
-        # W_uk is packed along `nope`, which the group size of kv_b_proj need not divide: then it stays unpacked
-        fits = packing and part.shape[-1] % packing["group_size"] == 0
-        parts = mx.quantize(part, **packing) if fits else (mx.contiguous(part),)
-        for suffix, tensor in zip(PACKED, parts, strict=False):
-            tensors[f"{attention}.{target}.{suffix}"] = tensor
+    tensors[f"{attention}.embed_q.weight"] = mx.contiguous(w_uk.swapaxes(-1, -2))
+    if not packed:
+        tensors[f"{attention}.unembed_out.weight"] = mx.contiguous(w_uv)
+    for suffix, part in zip(PACKED, packed, strict=False):
+        rows = part.reshape(*heads[:2], -1)[:, args.qk_nope_head_dim :]
+        tensors[f"{attention}.unembed_out.{suffix}"] = mx.contiguous(rows)

@@ -189,8 +189,17 @@ class Evidence:
             return f"{self.texts} texts, at least {TEXTS} are due"
         if len(self.by_layer) < LAYERS:
             return "one layer alone may favour either layout by luck of its weights"
-        if not self.has_learned:
-            return "an indexer catches little more than random keys do, under either layout: it never learned, or was shuffled"
+        if self.mass[better].low - self.chance < LEARNED * (1 - self.chance):
+            return (
+                f"the indexers catch {self.mass[better].mean:.3f}, random keys {self.chance:.3f}: less than half of what is left, so "
+                "they never learned, or were shuffled, or the text is no text to them"
+            )
+        if (weak := self.unlearned) is not None:
+            seen, chance = self.by_layer[weak][better], self.by_layer[weak][CHANCE]
+            return (
+                f"layer {weak}'s indexer catches {seen:.3f}, random keys {chance:.3f}: less than a third of what is left, so it "
+                "never learned, or was shuffled, or the text is no text to it"
+            )
         if self.mass[better].low <= self.mass[worse].high or self.ratio < RATIO:
             return "what the layouts catch is too near to each other"
         if any(mass[worse] >= mass[better] for mass in self.by_layer.values()):
@@ -200,11 +209,17 @@ class Evidence:
     @property
     def has_learned(self) -> bool:
         """Whether the indexers catch far more than chance, under the better layout: all together, and each."""
+        better = self.mass[self._ranked[0]].low
+        return better - self.chance >= LEARNED * (1 - self.chance) and self.unlearned is None
+
+    @property
+    def unlearned(self) -> int | None:
+        """The first layer whose indexer catches little more than chance, under the better layout."""
         better = self._ranked[0]
-        is_clear = self.mass[better].low - self.chance >= LEARNED * (1 - self.chance)
-        return is_clear and all(
-            mass[better] - mass[CHANCE] >= LEARNED_EACH * (1 - mass[CHANCE]) for mass in self.by_layer.values()
+        weak = (
+            i for i, mass in self.by_layer.items() if mass[better] - mass[CHANCE] < LEARNED_EACH * (1 - mass[CHANCE])
         )
+        return next(weak, None)
 
     @property
     def ratio(self) -> float:

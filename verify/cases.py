@@ -205,8 +205,15 @@ def spec_of(folder: Path, index_topk: int | None) -> Spec:
         raise ValueError(f"--checkpoint {folder}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
     if len({s.file for s in stored.values()}) > 1 and not (folder / INDEX).exists():
         raise ValueError(f"--checkpoint {folder}: HF finds several shards by {INDEX} only, which is not there")
+    check_vocabulary(str(folder), args)
     check_values(stored)
     return Spec(folder.resolve().name, {}, overrides, folder=folder.resolve(), has_mtp=model.mtp is not None)
+
+
+def check_vocabulary(origin: str, args: ModelArgs) -> None:
+    """Prompts are drawn from token 3 on. Raises ValueError."""
+    if args.vocab_size < 5:
+        raise ValueError(f"{origin}: vocab_size = {args.vocab_size}: expected 5 or more, to draw prompts from")
 
 
 class Case:
@@ -256,7 +263,7 @@ class Case:
     def lengths(self) -> list[int]:
         """Prompt lengths: within index_topk, and far beyond it. Without an indexer one will do."""
         topk = self.args.index_topk
-        return [topk - 2, self.long] if topk else [48]
+        return [max(topk - 2, 1), self.long] if topk else [48]
 
     @property
     def explained_at_most(self) -> float:

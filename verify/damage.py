@@ -125,9 +125,10 @@ def _throughout(mine: torch.Tensor, theirs: torch.Tensor, packed: Packing | None
     if not square:
         return ""
     slope, usual = (float((x * theirs).sum()) / square for x in (mine, rounded))
-    if not min(usual, 1.0) - FACTOR <= slope <= max(usual, 1.0) + FACTOR:
-        return f"{slope:.4g} times the original's throughout, where rounding gives {usual:.4g}"
     error, due = (float((x - theirs).norm()) / square**0.5 for x in (mine, rounded))
+    # Scales that are searched for the least error shrink few bits by more than that, and lie nearer than rounding does.
+    if not min(usual, 1.0) - FACTOR <= slope <= max(usual, 1.0) + FACTOR and error > due:
+        return f"{slope:.4g} times the original's throughout, where rounding gives {usual:.4g}"
     if error > SLACK * due + HALF_ULP["F16"]:
         return f"it errs by {error:.2g} throughout, where rounding does by {due:.2g}"
     return ""
@@ -422,8 +423,8 @@ def _told(gaps: Mapping[str, Gap]) -> Iterator[Finding]:
     worst = max(gaps, key=lambda name: gaps[name].relative)
     yield Finding(
         FAULT,
-        f"{len(gaps)} matrices differ by more than rounding: other weights than the original's (fine-tuned, scaled, of another "
-        f"model)? Furthest {worst}: {gaps[worst]}",
+        f"{len(gaps)} matrices differ by more than rounding: other weights than the original's (made from the FP8 release: "
+        f"give that as --original; fine-tuned, AWQ or DWQ, scaled, of another model)? Furthest {worst}: {gaps[worst]}",
     )
 
 

@@ -17,6 +17,7 @@ from reference.layers import Layers
 from reference.stored import read_tensors
 
 from . import audit, pruning, report, tolerances
+from .cases import check_vocabulary
 from .conventions import conventions_in
 from .exits import NotJudged
 from .release import Release
@@ -76,6 +77,7 @@ class OnTrial:
         else:
             rows = 2 if original is not None else 1
             length = default_length(args, rows) if tokens is None else _checked_length(args, rows, tokens)
+            check_vocabulary(headers.origin, args)
             ids = np.random.default_rng(seed).integers(3, args.vocab_size, (1, length))
         try:
             checkpoint.assemble(headers.folder or "", **overrides)

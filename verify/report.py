@@ -208,17 +208,18 @@ class Report:
         return line + (f"; {len(self.open_lines())} not verified, listed above" if self.not_verified else "")
 
     def open_lines(self) -> list[str]:
-        """What was not verified, and why: tests of one claim that were left out for one reason in one line."""
+        """What was not verified, and why: tests of one claim that were left out for one reason in one line, and whole claims."""
         groups: dict[tuple[str, str], list[str]] = {}
         for what, why in self.not_verified.items():
             claim, _, test = what.partition(": ")
-            groups.setdefault((claim if claim in self.claims and test.startswith("test_") else what, why), []).append(
-                what
-            )
-        return [
-            f"{whats[0] if len(whats) == 1 else f'{group}: {len(whats)} tests'}: {why}"
-            for (group, why), whats in groups.items()
-        ]
+            of_test = claim in self.claims and test.startswith("test_")
+            of_claim = what in self.claims or test == "not run"
+            groups.setdefault((claim if of_test else "" if of_claim else what, why), []).append(what)
+        lines = []
+        for (group, why), whats in groups.items():
+            many = f"{group}: {len(whats)} tests" if group else f"{len(whats)} claims"
+            lines.append(f"{whats[0] if len(whats) == 1 else many}: {why}")
+        return lines
 
     def of_untried(self) -> str:
         """What is said of an oracle's version that was never tried; the references' own claim decides on it."""

@@ -28,7 +28,8 @@ def reference(case: Case):
 
 def cuts_of(case: Case, name: str) -> list[int]:
     if name == ACROSS:
-        return [case.topk - 3, *[1] * 6, case.long - case.topk - 3]
+        first = max(case.topk - 3, 1)
+        return [first, *[1] * 6, case.long - first - 6]
     return case.scaled(CUTS[name])
 
 

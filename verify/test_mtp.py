@@ -105,14 +105,26 @@ class Oracles:
             mx.eval([draft.logits for draft in drafts])
         return drafts, [{s: to_numpy(v) for s, v in step.items()} for step in chosen]
 
-    def judge_choices(self, judge, chosen, name=""):
-        """As sets, where ours ran under HF's: what ours would have chosen on the same inputs."""
-        for step, choices in enumerate(self.choices if self.is_torn else ()):
-            for stage in choices:
-                if self.selects(step, stage) and chosen[step].get(stage) is not None:
-                    stage_name = f"mtp step {step} {stages.kind(stage)}{name}"
-                    decision = self.decision(step, stage)
-                    judge.selection(self.case.name, stage_name, chosen[step][stage], choices[stage], decision)
+    def judge_choices(self, judge, chosen, name="", rows=slice(None), pads=0):
+        """As sets, where ours ran under HF's: what ours would have chosen on the same inputs. chosen: by step, ours for the
+        tokens `rows` of the first, as a cache whose rows begin with `pads` columns numbers keys."""
+        for step, choices in enumerate(self.choices[: len(chosen)] if self.is_torn else ()):
+            for stage, ref in choices.items():
+                if (ours := chosen[step].get(stage)) is None:
+                    continue
+                decision = self.decision(step, stage)
+                if step == 0:
+                    decision, ref = decision[:, rows], ref[:, rows]
+                if stages.is_selection(stage):
+                    width = self.hidden.shape[1] + step if step or rows.stop is None else rows.stop
+                    scores = decision.scores[..., :width]
+                    scores = np.pad(scores, ((0, 0), (0, 0), (pads, 0)), constant_values=-np.inf)
+                    decision = dataclasses.replace(decision, scores=scores)
+                    ref = (
+                        np.minimum(ref, width - 1) + pads
+                    )  # early rows list keys of the future: any masked one will do
+                name_of = f"mtp step {step} {stages.kind(stage)}{name}"
+                judge.selection(self.case.name, name_of, ours[:, -ref.shape[1] :], ref, decision)
 
 
 @contextmanager
@@ -183,19 +195,21 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
     oracles = Oracles(case, dataclasses.replace(case.conventions, **overrides), case.lengths[-1])
     model = Ours(case.folder, **{**case.spec.overrides, **overrides}).model
     judge.holds(case.name, "mtp cache", model.make_mtp_cache(start=9).offset == 9, "starts where it is told to")
-    cache, seen, length = model.make_mtp_cache(), [], oracles.hidden.shape[1]
-    for rows in (slice(0, 9), slice(9, length // 2), slice(length // 2, length)):
+    cache, seen, own, length = model.make_mtp_cache(), [], [], oracles.hidden.shape[1]
+    cuts = slice(0, 9), slice(9, length // 2), slice(length // 2, length)
+    for rows in cuts:
         given = stages.of_rows(oracles.choices[0], rows, case.args.index_topk) if oracles.is_torn else {}
-        with drafting(model, [given], [{} for _ in range(STEPS)]):
-            seen.append(
-                model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)[
-                    0
-                ].logits
-            )
+        chosen = [{} for _ in range(STEPS)]
+        with drafting(model, [given], chosen):
+            drafts = model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)
+            seen.append(drafts[0].logits)
             mx.eval(seen)
+        own.append({stage: to_numpy(choice) for stage, choice in chosen[0].items()})
         judge.holds(case.name, "mtp cache", cache.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
     logits = np.concatenate([to_numpy(part) for part in seen], axis=1)
     judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(0, 0))
+    for rows, chosen in zip(cuts, own, strict=True):
+        oracles.judge_choices(judge, [chosen], " (chunks, rewound)", rows)
 
 
 @pytest.mark.any_layout
@@ -205,10 +219,11 @@ def test_a_left_padded_batch(case: Case, judge, regime):
     """A row behind pads drafts what it drafts alone."""
     length, model, pads = case.lengths[0 if regime == "short" else -1], case.ours.model, 7
     oracles = Oracles(case, case.conventions, length)
-    drafts, _ = oracles.draft(model, model.make_mtp_cache(left_padding=[pads, pads]), pads)
+    drafts, chosen = oracles.draft(model, model.make_mtp_cache(left_padding=[pads, pads]), pads)
     for step, draft in enumerate(drafts):
         logits = to_numpy(draft.logits)[:, pads if step == 0 else 0 :]
         judge.values(case.name, f"mtp step {step} logits (padded)", logits, oracles.hf[step][0], oracles.bound(step, 0))
+    oracles.judge_choices(judge, chosen, " (padded)", pads=pads)
 
 
 @pytest.mark.any_layout

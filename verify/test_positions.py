@@ -46,7 +46,17 @@ def test_far_positions(case: Case, judge, start, length):
         layer_cache.trim(3)
     decoded = []
     for i in range(length - 3, length):
-        with case.ours.captured({stage: choices[:, i : i + 1] for stage, choices in injected.items()}):
+        with case.ours.captured({stage: choices[:, i : i + 1] for stage, choices in injected.items()}) as ours:
             decoded.append(to_numpy(model(mx.array(tokens[:, i : i + 1]), cache)))
+        for stage in (s for s in stages.in_order(s for s in seen if stages.kind(s) in ROTATED) if s in ours):
+            bound = tolerances.bound(errors[stage], seen[stage], max(case.longest, length), explained=explained)
+            ref = seen[stage][:, i : i + 1]
+            judge.values(case.name, f"{stage} decoded at {start}", to_numpy(ours[stage]), ref, bound)
+    for layer, layer_cache in enumerate(cache):
+        if layer_cache.has_indexer:
+            stage = f"layers.{layer}.self_attn.indexer.k"
+            bound = tolerances.bound(errors[stage], seen[stage], max(case.longest, length), explained=explained)
+            held = to_numpy(layer_cache.index_keys.read()[0])
+            judge.values(case.name, f"layers.{layer}.cache.index_keys at {start}", held, seen[stage], bound)
     bound = tolerances.bound(errors["logits"], seen["logits"], max(case.longest, length), explained=explained)
     judge.values(case.name, f"logits decoded at {start}", np.concatenate(decoded, 1), seen["logits"][:, -3:], bound)

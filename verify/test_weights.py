@@ -160,38 +160,29 @@ def test_an_mlx_build_with_the_mtp_layer_of_hf(case: Case, judge, tmp_path):
 
 
 def test_early_mlx_builds(case: Case, judge):
-    """Builds from before `embed_q` keep a quantized kv_b_proj: it is split, and packed anew with its own bits."""
+    """Builds from before `embed_q` keep a quantized kv_b_proj: values stay as they are packed, keys are unpacked and turned."""
     if case.args.kv_lora_rank % 32:
         pytest.skip(
             f"{case.name}: groups of 32 do not divide kv_lora_rank = {case.args.kv_lora_rank}: no such build can be"
         )
     read, attention = read_tensors(case.folder), "model.layers.0.self_attn"
     kv_b = mx.array(read(f"{attention}.kv_b_proj.weight", torch.float32).numpy())
-    packed = dict(zip(weights.PACKED, mx.quantize(kv_b, 32, 8), strict=True))
-    split = weights.to_modules(case.args, {f"{attention}.kv_b_proj.{part}": t for part, t in packed.items()})
-    again = mx.dequantize(*(split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED), group_size=32, bits=8)
-    meant = mx.dequantize(*packed.values(), group_size=32, bits=8)
-    w_uk, w_uv = mx.split(
-        meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1]), [case.args.qk_nope_head_dim], axis=1
-    )
-    step = float(mx.abs(split[f"{attention}.unembed_out.scales"]).max())
-    gap = float(mx.abs(again - w_uv).max())
-    judge.holds(
-        case.name,
-        "unembed_out",
-        gap <= step,
-        f"packing anew moves a weight by at most one step ({gap:.2g} <= {step:.2g})",
-    )
-    due = w_uk.swapaxes(-1, -2)
-    parts = [split[f"{attention}.embed_q.{part}"] for part in weights.PACKED if f"{attention}.embed_q.{part}" in split]
-    if len(parts) == 1:  # 12 wide: no group of 32 fits, so it is not packed again
-        judge.values(case.name, "embed_q", to_numpy(parts[0]), to_numpy(due), 0.0)
-    else:
-        gap, step = (
-            float(mx.abs(mx.dequantize(*parts, group_size=32, bits=8) - due).max()),
-            float(mx.abs(parts[1]).max()),
-        )
-        judge.holds(case.name, "embed_q", gap <= step, f"packed anew within one step ({gap:.2g} <= {step:.2g})")
+    words, *floats = mx.quantize(kv_b, 32, 8)
+    for dtype in (mx.float32, mx.bfloat16):  # of scales and biases
+        parts = [words, *(part.astype(dtype) for part in floats)]
+        packed = {f"{attention}.kv_b_proj.{p}": t for p, t in zip(weights.PACKED, parts, strict=True)}
+        split = weights.to_modules(case.args, packed, mx.float32)
+        meant = mx.dequantize(words, *(part.astype(mx.float32) for part in parts[1:]), group_size=32, bits=8)
+        heads = meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1])
+        w_uk, w_uv = mx.split(heads, [case.args.qk_nope_head_dim], axis=1)
+        values = [split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED]
+        values[1:] = [part.astype(mx.float32) for part in values[1:]]
+        again = mx.dequantize(*values, group_size=32, bits=8)
+        judge.values(case.name, f"unembed_out ({dtype})", to_numpy(again), to_numpy(w_uv), 0.0)
+        keys, due = split[f"{attention}.embed_q.weight"], w_uk.swapaxes(-1, -2)
+        judge.values(case.name, f"embed_q ({dtype})", to_numpy(keys), to_numpy(due), 0.0)
+        is_plain = f"{attention}.embed_q.scales" not in split
+        judge.holds(case.name, "embed_q", is_plain, "turned, it stays unpacked: packed anew it would be other weights")
 
 
 @pytest.mark.needs("shared")

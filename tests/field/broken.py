@@ -51,6 +51,13 @@ def shard_missing(bench: Bench, folder: Path) -> Path:
     return folder
 
 
+def stale_index(bench: Bench, folder: Path) -> Path:
+    """The index of what a build was made from: none of its files is there."""
+    file = tiny()(bench, folder) / WHOLE
+    _write_index(folder, dict.fromkeys(read_header(file), "model-00001-of-00003.safetensors"))
+    return folder
+
+
 def index_outside(bench: Bench, folder: Path) -> Path:
     """An index that names a file of another folder."""
     file = tiny()(bench, folder) / WHOLE

@@ -60,7 +60,7 @@ class Lineup:
         left = roots(found)
         blamed = component({c.kind for c in left})
         causes: list[Cause] = []
-        suspects = self._suspects() if left else []
+        suspects = self._suspects(left) if left else []
         while left and len(causes) < MOST:
             best = self._best([c.suspect for c in causes], left, suspects)
             if best is None:
@@ -70,11 +70,12 @@ class Lineup:
             self.tell(f"cause: {cause.suspect.name}")
         return Diagnosis(causes, blamed, left, self.tried)
 
-    def _suspects(self) -> list[Suspect]:
-        """Whatever runs at all on such a prompt."""
+    def _suspects(self, left: list[Compared]) -> list[Suspect]:
+        """Whatever runs at all on such a prompt. What this definition shows too where no mistake is made, none explains."""
         with recorded() as ran:
             clean = self.whole([])
         if clean is not None:
+            self._without_any = {c.stage for c in left if c.stage in clean and self.share(c.stage, clean) <= 1}
             clean.drop()
         running = [s for s in catalogue(self.without) if all(w in ran for w in s.where)]
         configs = other_config(self.candidate, self.side) if self.candidate is not None else ()
@@ -163,6 +164,8 @@ class Lineup:
         if not explained or left[0].kind not in explained:
             return None
         mine = [c for c in left if c.kind in explained]
+        if not known and all(c.stage in self._without_any for c in mine):
+            return None
         exact = max(self.share(c.stage, seen) for c in mine)
         layers = sorted({c.layer for c in mine if c.layer is not None})
         return Cause(suspect, tuple(explained), tuple(layers), exact, left=tuple(sorted(remaining))), rest

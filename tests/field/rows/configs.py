@@ -36,6 +36,14 @@ PACKING = {"group_size": 64, "bits": 4}
 
 ROWS = [
     Row(
+        "num_local_experts", "HF's other name for n_routed_experts", "huggingface/transformers",
+        tiny(config(num_local_experts=TINY["n_routed_experts"], use_qk_norm=False, surgery_dummy=True)), same_as(of_source),
+    ),
+    Row(
+        "num_local_experts of another model", "a pruner changed one of two keys", "huggingface/transformers",
+        tiny(config(num_local_experts=TINY["n_routed_experts"] // 2)), loaded, code=UNREADABLE, says=("num_local_experts",),
+    ),
+    Row(
         "half-split build's own config, judged",
         "zai-org's key says interleaved, the builder's says half-split, and the weights are half-split", "D1",
         trained("half-split", HALF), gated(*RELEASE), says=("agrees", "CONTESTED", "indexer_rope_traditional"),

@@ -154,6 +154,22 @@ ROWS = [
         same_as(of_source),
     ),
     Row(
+        "kv_b_proj packed, judged", "packed anew, its keys would be other weights than the release's", "ml-explore/mlx-lm#1451",
+        tiny(to.packed_kv_b), gated("--layers", "0-1"), says=("agrees",), never=("FAULT",),
+    ),
+    Row(
+        "index of another build", "the original's index copied beside the packed shards, which mlx-lm reads", "lablup/mlxcel#620",
+        broken.stale_index, same_as(of_source),
+    ),
+    Row(
+        "index of another build, audited", "HF does not load it: said", "lablup/mlxcel#620", broken.stale_index, audited(),
+        says=("another build",), never=("FAULT",),
+    ),
+    Row(
+        "MTP head alone, under the model's own config", "split off from a release", "jundot/omlx#2478",
+        tiny(without(rf"^(?!model\.layers\.{MTP}\.)")), audited(), code=UNREADABLE, says=("MTP head alone",),
+    ),
+    Row(
         "kv_b_proj packed", "builds from before embed_q and unembed_out", "waybarrios/vllm-mlx#66", tiny(to.packed_kv_b),
         loaded,
     ),
