@@ -191,13 +191,13 @@ class Evidence:
             return "one layer alone may favour either layout by luck of its weights"
         if self.mass[better].low - self.chance < LEARNED * (1 - self.chance):
             return (
-                f"the indexers catch {self.mass[better].mean:.3f}, random keys {self.chance:.3f}: less than half of what is left, so "
+                f"the indexers catch {self.mass[better].mean:.3f}, random keys {self.chance:.3f}: less than half of what is left; "
                 "they never learned, or were shuffled, or the text is no text to them"
             )
         if (weak := self.unlearned) is not None:
             seen, chance = self.by_layer[weak][better], self.by_layer[weak][CHANCE]
             return (
-                f"layer {weak}'s indexer catches {seen:.3f}, random keys {chance:.3f}: less than a third of what is left, so it "
+                f"layer {weak}'s indexer catches {seen:.3f}, random keys {chance:.3f}: less than a third of what is left; it "
                 "never learned, or was shuffled, or the text is no text to it"
             )
         if self.mass[better].low <= self.mass[worse].high or self.ratio < RATIO:

@@ -63,7 +63,7 @@ def registered(monkeypatch):
     glm_dsa.mlx_lm.register()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def unregistered():
     """For modules whose commands register: what that put in mlx-lm's place is taken back behind them."""
     kept = {(o, n): getattr(pkgutil.resolve_name(o), n) for o, n in glm_dsa.mlx_lm.WRAPPERS}

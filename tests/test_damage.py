@@ -77,6 +77,11 @@ def test_a_factor_on_the_whole_matrix(mode, bits, group, factor):
     found = gap(dequantize(words, scales, biases, packing) * factor, torch.from_numpy(w), "U32", packing)
     if bits == 2 and factor in (0.96, 1.04):  # rounding to 2 bits shrinks by as much: that is where this ends
         return
+    if bits == 3 and factor == 0.96:  # nearer to the original than rounding lies: as searched scales are, no damage
+        rounded = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
+        assert found.relative < rounded.relative
+        assert not found.is_fault
+        return
     assert found.is_fault
     assert "times the original's throughout" in found.whole
 
