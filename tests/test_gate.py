@@ -205,3 +205,16 @@ def test_tests_that_were_left_out_for_one_reason_take_one_line():
     report = report_with({"a": {"passed": 1, "skipped": 3}}, [GOOD], **more)
     assert report.open_lines() == ["a: 2 tests: no such case", "a: test_y: too long", "Metal: no such case"]
     assert report.verdict(0).endswith("3 not verified, listed above")
+
+
+def test_one_fault_of_many_layers_takes_one_line_with_the_worst_figures():
+    report = report_with({"a": {"failed": 3}})
+    for layer, error in ((0, 2.0), (1, 7.5), (2, 3.0)):
+        report.add(
+            Comparison("a", "case", f"layers.{layer}.output", FAULT, error, 1.0, note=f"error {error}, so many bounds")
+        )
+    report.add(Comparison("a", "case", "layers.1.output", FAULT, note="does not hold: finite logits"))
+    assert report.faults() == [
+        "  layers 0-2, output: error 7.5, so many bounds  [case]",
+        "  layer 1, output: does not hold: finite logits  [case]",
+    ]

@@ -35,6 +35,7 @@ from .trial import Trial
 REPORT = pytest.StashKey[report.Report]()
 BY_LAYER = "the release, layer by layer"
 RELEASE = "test_release"  # how the files are named that judge a release
+PRINTED = 6  # failures that are printed in full
 WIDE = 1024  # from this hidden size on, torch's work is worth all cores
 IMPLEMENTATION = "test_implementation"  # how the files are named that judge somebody's code
 # The references judge first: nothing else counts until they agree. Then from the parts to the whole, so that the first fault
@@ -304,6 +305,22 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         out.not_verified["stages of other layers"] = f"--layers {session.config.getoption('--layers')}"
     out.header["exit_status"] = int(session.exitstatus)
     out.close(int(session.exitstatus))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Any:
+    """A release at fault in each of its layers would fill pages: the first failures are printed, the report lists them all."""
+    stats, failed = terminalreporter.stats, terminalreporter.stats.get("failed", [])
+    if failed[PRINTED:]:
+        stats["failed"] = failed[:PRINTED]
+    try:
+        return (yield)
+    finally:
+        if failed[PRINTED:]:
+            stats["failed"] = failed
+            terminalreporter.write_line(
+                f"{len(failed) - PRINTED} more tests failed; the faults below are those of all of them"
+            )
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ NOT_JUDGED = "not judged"  # of a claim or a comparison: what should judge it fa
 RAISES = "raises"  # the stage of a test that ended in an error of its own, not in a comparison
 NO_VERDICT = "NO VERDICT"
 REFERENCES = "the references agree"  # the claim that comes before all others
+FIGURES = re.compile(r"\d[\d.,]*(e[-+]?\d+)?")
 MEASURED = "measured"  # a figure that is reported, and judged by nothing
 
 
@@ -234,13 +236,15 @@ class Report:
         return "all cases" if set(names) == everywhere else ", ".join(names)
 
     def faults(self) -> list[str]:
-        """Each fault in one line, with the layers and the cases that have it."""
+        """Each fault in one line, with the layers and the cases that have it; its figures are those of the worst."""
         groups: dict[tuple[str, str], list[Comparison]] = {}
         for c in self.comparisons:
             if c.verdict == FAULT:
-                groups.setdefault((stages.kind(c.stage), c.note), []).append(c)
+                what = FIGURES.sub("#", c.note) if c.bound else c.note  # a bound's figures are each layer's own
+                groups.setdefault((stages.kind(c.stage), what), []).append(c)
         out = []
-        for (kind, note), group in groups.items():
+        for (kind, _), group in groups.items():
+            note = max(group, key=lambda c: c.share).note
             layers, cases = stages.layers_of(c.stage for c in group), dict.fromkeys(c.case for c in group)
             out.append(f"  {f'{layers}, {kind}' if layers else kind}: {note}  [{', '.join(cases)}]")
         return out
