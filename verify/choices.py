@@ -96,10 +96,14 @@ class Decision:
     def _is_tie(self, scores: Array, mine: Array, theirs: Array) -> bool:
         if self.groups == 1:
             return _swaps_at_boundary(scores, mine, theirs, self.k, self.noise)
+        return self._may_be(scores, mine) and self._may_be(scores, theirs)
+
+    def _may_be(self, scores: Array, chosen: Array) -> bool:
+        """Whether this is a right choice for some of the groups that may win."""
         for winners in self._possible_groups(scores):
             within = np.where(np.repeat(winners, len(scores) // self.groups), scores, -np.inf)
             best = as_sets(np.argsort(-within, kind="stable")[: self.k], len(scores))
-            if _swaps_at_boundary(within, mine, best, self.k, self.noise):
+            if _swaps_at_boundary(within, chosen, best, self.k, self.noise):
                 return True
         return False
 
