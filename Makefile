@@ -1,10 +1,10 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
 #   make verify   the gate        make test   tests of the code
 # And beside them:
-#   make judge    the gate itself on trial, 22 minutes      make mutate   each line of the definition changed in turn, hours
-#   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 15 minutes
+#   make judge    the gate itself on trial, 12 minutes      make mutate   each line of the definition changed in turn, hours
+#   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 12 minutes
 #   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
-#   make full     judge with 60 random checkpoints, kept as the record that the tests check; diagnose; long contexts: an hour
+#   make full     judge with 60 random checkpoints, kept as the record that the tests check; diagnose; long contexts
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv

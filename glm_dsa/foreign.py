@@ -54,7 +54,7 @@ MXFP4 = ForeignFormat("FP4 bytes with scales", "Quark, Model Optimizer or anothe
 GGUF = ForeignFormat("GGUF", "llama.cpp", f"llama.cpp runs it; for this definition, {START}")
 PICKLE = ForeignFormat(
     "PyTorch's pickle", "torch.save",
-    "safetensors is due, for a pickle can run code: load it where it is trusted and save_pretrained it again",
+    "expected safetensors, for a pickle can run code: load it where it is trusted and save_pretrained it again",
 )  # fmt: skip
 
 METHODS = {  # quantization_config.quant_method

@@ -267,7 +267,7 @@ def unquoted(text: str, source: str) -> str:
         return text[1:-1].strip()
     if text[0] in ends and text.count(text[0]) > 1:  # 'PATTERN'=TYPE
         return text
-    raise RecipeError(f"{source}: {text!r}: a quote that is not closed; 'PATTERN=TYPE' is due")
+    raise RecipeError(f"{source}: {text!r}: expected 'PATTERN=TYPE', got a quote that is not closed")
 
 
 def known(kind: str, where: str) -> str:

@@ -186,7 +186,7 @@ class Evidence:
         """Why this tells of no layout, in a line; empty where it does."""
         better, worse = self._ranked
         if self.texts < TEXTS:
-            return f"{self.texts} texts, at least {TEXTS} are due"
+            return f"got {self.texts} texts, expected {TEXTS} or more"
         if len(self.by_layer) < LAYERS:
             return "one layer alone may favour either layout by luck of its weights"
         if self.mass[better].low - self.chance < LEARNED * (1 - self.chance):

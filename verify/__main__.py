@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench_command.add(commands)
     judging = commands.add_parser(
         "judge",
-        help="every fault of the catalogue against the gate, and against the rules that others release by (22 minutes)",
+        help="every fault of the catalogue against the gate, and against the rules that others release by (12 minutes)",
     )
     judging.add_argument("--faults", metavar="NAMES", help="these only, separated by commas")
     judging.add_argument("--random", metavar="N", type=int, help=f"sound checkpoints besides (default {RANDOM})")

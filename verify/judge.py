@@ -144,14 +144,8 @@ class Judge:
 
     def choice_stage(self, stage: str, ours: Mapping[str, Any], reference: Reference, local: bool) -> int:
         """A selection or a routing."""
-        return self.choice(stage, ours[stage], reference, stage, slice(None), local)
-
-    def choice(
-        self, name: str, ours: Array | None, reference: Reference, stage: str, rows: slice, local: bool = False
-    ) -> int:
-        """As `choice_stage`, of some tokens of the prompt, under a name of its own."""
-        decision = reference.decision(stage, local)[:, rows]
-        return self.selection(reference.case.name, name, ours, reference.hf[stage][:, rows], decision)
+        decision = reference.decision(stage, local)
+        return self.selection(reference.case.name, stage, ours[stage], reference.hf[stage], decision)
 
     def _fault(self, case: str, stage: str, *lines: str, error: float = float("inf"), bound: float = 0.0) -> None:
         before = [

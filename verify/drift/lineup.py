@@ -50,6 +50,7 @@ class Lineup:
         self.reference, self.theirs = recordings
         self.share = Likeness(self.side.args, self.reference, self.theirs, yard).share
         self._distances: dict[str, float] = {}
+        self._without_any: set[str] = set()  # what this definition shows of it where no mistake is made
         self.without, self.thorough, self.hands_weights = without, thorough, hands_weights
         self.blank, self.candidate, self.tried = blank, None if candidate is None else candidate.on(OURS), 0
 
