@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import exits, stages
+from .sizes import AXES
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
@@ -91,6 +92,7 @@ class Report:
     untried: str = ""  # of which version an oracle is, where it was never tried
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     told: set[str] = field(default_factory=set)  # claims whose figures are printed too
+    sizes: dict[str, set[int]] = field(default_factory=dict)  # axis (sizes.AXES) -> the sizes that were really run
     started: float = field(default_factory=time.time)
     judged_so_far: int = 0  # comparisons of the tests that have ended
 
@@ -112,6 +114,12 @@ class Report:
         outcomes = self.claims.setdefault(claim, Counter())
         outcomes["left out"] += tests
         self.not_verified[f"{claim}: left out"] = why
+
+    def ran(self, **sizes: int) -> None:
+        """What a test has just run, by the axes of sizes.py."""
+        for axis, size in sizes.items():
+            assert axis in AXES, axis
+            self.sizes.setdefault(axis, set()).add(size)
 
     def add(self, comparison: Comparison) -> None:
         self.comparisons.append(comparison)
