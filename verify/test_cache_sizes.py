@@ -5,6 +5,7 @@ Each operation runs on both sides of each threshold and at the largest size in u
 
 import copy
 import itertools
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -37,10 +38,11 @@ def drawn(rows: int, tokens: int, widths: Widths = NARROW, seed: int = 0) -> lis
     return [random.random((rows, tokens, w), dtype=np.float32) for w in (widths.latent + widths.rope, widths.index)]
 
 
-def append(cache: LayerCache, parts: list[np.ndarray], begin: int, end: int) -> None:
+def append(cache: LayerCache, parts: list[np.ndarray], begin: int, end: int) -> tuple[mx.array, mx.array]:
+    """Returns what the layer is handed of them: all latents so far, and all keys."""
     joined, keys = (mx.array(part[:, begin:end]) for part in parts)
-    cache.append_index_keys(keys)
-    cache.append(joined)
+    every = cache.append_index_keys(keys)
+    return cache.append(joined).read(), every
 
 
 def filled(parts: list[np.ndarray], widths: Widths = NARROW, quantization: KvQuantization | None = None) -> LayerCache:
@@ -131,8 +133,10 @@ def test_growing_into_the_longest_context(judge, gate, tokens):
     """A cache that was saved has no columns in reserve: it grows by what comes next, here to the last token in use."""
     parts = drawn(1, LONGEST)
     cache = LayerCache.from_state(filled([part[:, :-tokens] for part in parts]).state)
-    append(cache, parts, LONGEST - tokens, LONGEST)
+    handed = append(cache, parts, LONGEST - tokens, LONGEST)
     check(judge, gate, "cache growth", cache, parts)
+    for ours, part in zip(handed, parts, strict=True):
+        exact(judge, "what the layer is handed", ours, part)
 
 
 def test_positions_of_what_comes_next(judge, gate):
@@ -143,6 +147,15 @@ def test_positions_of_what_comes_next(judge, gate):
     after = LONGEST + np.arange(CHUNK)
     exact(judge, "positions", positions(CHUNK, alone), after)
     exact(judge, "positions", positions(CHUNK, batch), np.stack([after, after - 65_537]))
+    for what, cache, pads in (("alone", alone, None), ("batch", batch, (0, 65_537))):
+        mask = cache.mask(CHUNK)
+        judge.holds(
+            CASE,
+            "mask",
+            mask == CausalMask(LONGEST, CHUNK, pads),
+            f"of {what}: behind all that is held (found: {mask})",
+        )
+        check_mask(judge, "mask", cache.make_mask(2), seen(LONGEST, range(2), np.arange(LONGEST + 2), pads)[:, None])
     every = last_selection(None, batch)
     exact(judge, "every key", every, np.broadcast_to(np.arange(LONGEST), (2, 1, LONGEST)))
     gate.ran(context=every.shape[-1], batch=every.shape[0])
@@ -261,7 +274,7 @@ def test_trimming_a_batch(judge, gate):
 # -- masks
 
 
-def seen(first: int, rows: range, columns: np.ndarray, pads: list[int] | None) -> np.ndarray:
+def seen(first: int, rows: range, columns: np.ndarray, pads: Sequence[int] | None) -> np.ndarray:
     """columns [t] or [B, s, t] -> bool [1 or B, s, t]."""
     own = first + np.arange(rows.start, rows.stop, dtype=np.int32)[:, None]
     allowed = (columns <= own).reshape(-1, len(own), columns.shape[-1])
@@ -320,10 +333,11 @@ def test_masks_of_tiles_and_of_what_was_selected(judge, pads):
         picked = columns_of(batch, len(rows), 64, LONGEST)
         due = seen(first, rows, picked, pads)
         check_mask(judge, "mask of a selection", mask.sees(rows, mx.array(picked.astype(np.uint32))), due)
-    few = CausalMask(0, CHUNK)  # its 64th query sees as many keys as it picks
-    for rows in (range(63, 64), range(62, 64), range(64, 128)):
-        picked = np.broadcast_to(np.arange(64), (1, len(rows), 64))
-        check_mask(judge, "mask of a selection", few.picked(rows, mx.array(picked)), seen(0, rows, picked, None))
+    for chosen in (64, CHUNK):  # the query in this place sees as many keys as it picks
+        few = CausalMask(0, 2 * CHUNK)
+        for rows in (range(chosen - 1, chosen), range(chosen - 2, chosen), range(chosen, chosen + 9)):
+            picked = np.broadcast_to(np.arange(chosen), (1, len(rows), chosen))
+            check_mask(judge, "mask of a selection", few.picked(rows, mx.array(picked)), seen(0, rows, picked, None))
 
 
 # -- batches
@@ -430,9 +444,11 @@ def test_packing_from_a_token_on(judge, gate, start):
     cache = LayerCache(PACKABLE, KvQuantization(8, 32, start))
     for begin, end in ((0, 16_384), (16_384, LONGEST - CHUNK), (LONGEST - CHUNK, LONGEST)):
         append(cache, parts, begin, end)
-    later = filled(parts, PACKABLE).to_quantized(32, 8, start)
     columns = columns_of(1, 1, CHUNK, LONGEST)
     picked = np.take_along_axis(due[:, None], columns[..., None], axis=2)
-    for what, ours in (("made so", cache), ("packed later", later)):
+    made = {"made so": cache}
+    if start in (0, 131_073):
+        made["packed later"] = filled(parts, PACKABLE).to_quantized(32, 8, start)
+    for what, ours in made.items():
         check(judge, gate, f"packed from a token on ({what})", ours, [due, parts[1]])
         exact(judge, f"gather (packed, {what})", ours.latents.take(mx.array(columns.astype(np.uint32))), picked)

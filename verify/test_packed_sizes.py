@@ -60,7 +60,9 @@ def meant(module) -> tuple[np.ndarray, np.ndarray]:
 
 def share(ours: np.ndarray, x: np.ndarray, weight: np.ndarray, magnitude: np.ndarray) -> float:
     """The largest error of x @ weight^T, [.., in] and [out, in] or a stack of both, over what float32 may lose there."""
-    due = np.einsum("...si,...oi->...so", x.astype(np.float64), weight)  # in one thread: a BLAS starts more than these are worth
+    due = np.einsum(
+        "...si,...oi->...so", x.astype(np.float64), weight
+    )  # in one thread: a BLAS starts more than these are worth
     # Cauchy and Schwarz: no sum of |x| |w| is larger
     most = np.linalg.norm(x, axis=-1)[..., None] * np.linalg.norm(magnitude, axis=-1)[..., None, :]
     return float((np.abs(ours - due) / tolerances.product_error(most, x.shape[-1])).max())
@@ -248,12 +250,16 @@ VOCABULARIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("vocabulary", "family", "tied", "packing"), VOCABULARIES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    ("vocabulary", "family", "tied", "packing"), VOCABULARIES, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_vocabularies(judge, gate, tmp_path, vocabulary, family, tied, packing):
     """Embedding, logits, drafts and their choices, of ids at both ends and beyond 16 bit, from a folder."""
     config = family(**SMALL, vocab_size=vocabulary, tie_word_embeddings=tied)
     model = Model(glm_dsa.ModelArgs.from_dict(config))
-    tables = [path for path, m in model.named_modules() if path.endswith(("embed_tokens", "lm_head", "shared_head.head"))]
+    tables = [
+        path for path, m in model.named_modules() if path.endswith(("embed_tokens", "lm_head", "shared_head.head"))
+    ]
     drawn = 0.02 * normal(vocabulary, 32)
     for number, path in enumerate(tables):
         weight = np.roll(drawn, number)
@@ -286,10 +292,16 @@ def test_vocabularies(judge, gate, tmp_path, vocabulary, family, tied, packing):
     due, steps = np.roll(ids, -1, axis=1), model.draft(seen["norm"], mx.array(np.roll(ids, -1, axis=1)), cache, 4)
     for step, draft in enumerate(steps):
         fed = to_numpy(draft.tokens)
-        judge.holds("packed", f"draft's tokens ({name})", np.array_equal(fed, due), f"step {step} is fed {due} (found: {fed})")
+        judge.holds(
+            "packed", f"draft's tokens ({name})", np.array_equal(fed, due), f"step {step} is fed {due} (found: {fed})"
+        )
         due = np.argmax(to_numpy(draft.logits)[:, -1], axis=-1)[:, None]
-        judge.holds("packed", f"draft's tokens ({name})", due.min() >= vocabulary - 64, f"one of the last wins (found: {due})")
-    of_steps = [np.concatenate([to_numpy(getattr(draft, part)) for draft in steps], axis=1) for part in ("logits", "hidden")]
+        judge.holds(
+            "packed", f"draft's tokens ({name})", due.min() >= vocabulary - 64, f"one of the last wins (found: {due})"
+        )
+    of_steps = [
+        np.concatenate([to_numpy(getattr(draft, part)) for draft in steps], axis=1) for part in ("logits", "hidden")
+    ]
     fits(judge, f"draft's logits ({name})", share(*of_steps, *own[1]))
     gate.ran(vocabulary=logits.shape[-1])
 
@@ -344,9 +356,13 @@ def test_reading_packed_matrices(judge, packing):
         scales = mx.zeros((2, width // group), mx.float32 if packing.mode == "affine" else mx.uint8)
         parts = {"m.weight": mx.zeros((2, width * bits // 32), mx.uint32), "m.scales": scales, "m.biases": scales}
         found = weights.packing_of("m", parts, width)
-        judge.holds("packed", f"kind ({kind})", found == packed_as(packing), f"{kind}, rows of {width} (found: {found})")
+        judge.holds(
+            "packed", f"kind ({kind})", found == packed_as(packing), f"{kind}, rows of {width} (found: {found})"
+        )
 
-    args = glm_dsa.ModelArgs.from_dict(checkpoints.tiny(num_attention_heads=64, num_key_value_heads=64, kv_lora_rank=128, num_hidden_layers=1))
+    args = glm_dsa.ModelArgs.from_dict(
+        checkpoints.tiny(num_attention_heads=64, num_key_value_heads=64, kv_lora_rank=128, num_hidden_layers=1)
+    )
     height, stem = args.qk_nope_head_dim + args.v_head_dim, "model.layers.0.self_attn"
     linear = nn.Linear(128, 64 * height, bias=False).to_quantized(**packed_as(packing))
     parts = {f"{stem}.kv_b_proj.{part}": linear[part] for part in weights.PACKED if part in linear}
@@ -358,7 +374,9 @@ def test_reading_packed_matrices(judge, packing):
     values = QuantizedMultiLinear(mx.zeros((1, 1, 128)), **packed_as(packing))
     for part in weights.PACKED:
         values[part] = split.get(f"{stem}.unembed_out.{part}")
-    judge.holds("packed", f"unembed_out ({kind})", np.array_equal(meant(values)[0], weight[:, nope:]), "the same rows, packed")
+    judge.holds(
+        "packed", f"unembed_out ({kind})", np.array_equal(meant(values)[0], weight[:, nope:]), "the same rows, packed"
+    )
 
 
 def test_groups_of_16_are_no_affine_ones(judge):
@@ -384,7 +402,9 @@ def test_fp8_of_large_matrices(judge, shape):
 @pytest.mark.parametrize(("layers", "experts"), [(1, 256), (78, 3)], ids=["256 experts", "78 layers"])
 def test_layers_and_experts_of_a_release(judge, layers, experts):
     """Each tensor of HF's layout gets to its place, to the last expert and to the MTP layer behind the last."""
-    config = checkpoints.tiny(num_hidden_layers=layers, first_k_dense_replace=0, n_routed_experts=experts, num_experts_per_tok=2)
+    config = checkpoints.tiny(
+        num_hidden_layers=layers, first_k_dense_replace=0, n_routed_experts=experts, num_experts_per_tok=2
+    )
     args = glm_dsa.ModelArgs.from_dict(config)
     stems = [f"model.layers.{layer}.mlp" for layer in range(layers + 1)]
     numbers = {
@@ -396,4 +416,6 @@ def test_layers_and_experts_of_a_release(judge, layers, experts):
            for layer, stem in enumerate(stems) for p in weights.PROJECTIONS}  # fmt: skip
     found = {name: tensor.tolist() for name, tensor in split.items()}
     other = [name for name in due if found.get(name) != due[name]]
-    judge.holds("release", "mlp.switch_mlp", found.keys() == due.keys() and not other, f"in their order (other: {other[:2]})")
+    judge.holds(
+        "release", "mlp.switch_mlp", found.keys() == due.keys() and not other, f"in their order (other: {other[:2]})"
+    )
