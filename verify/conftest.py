@@ -42,7 +42,7 @@ IMPLEMENTATION = "test_implementation"  # how the files are named that judge som
 # met is the one nearest to its cause.
 ORDER = (
     "references", "config", "weights", "rope", "router", "indexer", "attention", "layers", "logits", "indexshare", "cache",
-    "positions", "kv_quantization", "cache_operations", "mtp", "behaviour",
+    "positions", "sizes", "kv_quantization", "cache_operations", "mtp", "behaviour",
 )  # fmt: skip
 
 
@@ -177,7 +177,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
     claim = getattr(metafunc.module, "CLAIM", None)
-    specs = [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
+    own = getattr(metafunc.module, "SPECS", None)  # checkpoints of a claim's own
+    chosen = {name for mark in metafunc.definition.iter_markers("on") for name in mark.args}
+    own = [s for s in own or () if not chosen or s.name in chosen]
+    specs = own or [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
     if any(metafunc.definition.iter_markers("any_layout")):
         one = list({s.family: s for s in reversed(specs)}.values())[::-1]
         if len(one) < len(specs):

@@ -20,6 +20,7 @@ from .compare import as_sets
 from .judge import Judge
 
 Array = np.ndarray
+HEARD = ("topk", "logits")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Replay:
         topk = self.case.args.index_topk
         chosen = [s for s in self.rows[0].reference.given if columns.stop > topk or not stages.is_selection(s)]
         given = {s: np.stack([row.choice(s, columns, topk) for row in self.rows]) for s in chosen}
-        seen = self.case.ours.forward(tokens, self.cache, given)
+        seen = self.case.ours.forward(tokens, self.cache, given, HEARD)
         self.made += [(stage, columns, seen[stage]) for stage in stages.in_order(chosen)]
         return seen["logits"]
 

@@ -36,3 +36,7 @@ class Threshold:
     axis: str
     at: int
     case: str
+
+
+# Of calls behind a cache: each of a few tokens, and both sides of each power of two up to 256.
+EVERY_LENGTH = (*range(1, 10), *(n + d for n in (16, 32, 64, 128, 256) for d in (-1, 0, 1)))
