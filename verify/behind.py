@@ -6,6 +6,7 @@ candidate are all handed the same.
 
 from __future__ import annotations
 
+import functools
 from functools import cached_property
 from typing import Any
 
@@ -23,28 +24,31 @@ from .cases import Case, Reference
 Array = np.ndarray
 
 
-class Held:
-    """What each layer remembers of `context` tokens: latents [B, T, R], rotary keys [B, T, rope], indexer keys [B, T, D]."""
+MOST = 200_000  # tokens that are held at most
 
-    def __init__(self, case: Case, context: int, batch: int = 1) -> None:
-        args, self.context, self.batch = case.args, context, batch
-        random = np.random.default_rng([case.seed, context, batch])
+
+class Held:
+    """What each layer remembers of `context` tokens: latents [1, T, R], rotary keys [1, T, rope], indexer keys [1, T, D]."""
+
+    def __init__(self, case: Case, context: int) -> None:
+        args, self.context = case.args, context
         widths = {"kv_latent": args.kv_lora_rank, "k_rope": args.qk_rope_head_dim, "indexer.k": args.index_head_dim}
         self.parts: dict[str, Array] = {}
         for layer in range(args.num_hidden_layers):
             for part, width in widths.items():
                 if part != "indexer.k" or args.runs_indexer(layer):
-                    values = random.standard_normal((batch, context, width), dtype=np.float32)
-                    self.parts[f"layers.{layer}.self_attn.{part}"] = values
+                    self.parts[f"layers.{layer}.self_attn.{part}"] = drawn(layer, part, width, case.seed)[:, :context]
 
-    def of(self, layer: int, part: str) -> Array | None:
-        return self.parts.get(f"layers.{layer}.self_attn.{part}")
+    def of(self, layer: int) -> tuple[Array, Array, Array | None]:
+        """(latents, rotary keys, indexer keys where the layer has an indexer)."""
+        prefix = f"layers.{layer}.self_attn."
+        return self.parts[prefix + "kv_latent"], self.parts[prefix + "k_rope"], self.parts.get(prefix + "indexer.k")
 
     def fill(self, caches: list[Any], chunk: int = 1 << 14) -> list[Any]:
         """Our caches, one for each layer, in chunks: buffers grow as they do for users."""
         for layer, cache in enumerate(caches):
-            joined = mx.concatenate([mx.array(self.of(layer, part)) for part in ("kv_latent", "k_rope")], axis=-1)
-            keys = self.of(layer, "indexer.k")
+            latent, turned, keys = self.of(layer)
+            joined = mx.concatenate([mx.array(latent), mx.array(turned)], axis=-1)
             for start in range(0, self.context, chunk):
                 if keys is not None:
                     cache.append_index_keys(mx.array(keys[:, start : start + chunk]))
@@ -55,13 +59,20 @@ class Held:
     def theirs(self, case: Case) -> Any:
         """HF's cache. It keeps a pair that was turned as neighbours in two halves, [evens | odds]."""
         cache, rope = DynamicCache(config=case.hf.config), case.args.qk_rope_head_dim
-        for layer, slot in enumerate(cache.layers):
-            latent, turned = (torch.from_numpy(self.of(layer, part)) for part in ("kv_latent", "k_rope"))
-            slot.update(latent[:, None], halved(turned, rope)[:, None])
-            if (keys := self.of(layer, "indexer.k")) is not None:
+        slots: list[Any] = list(cache.layers)
+        for layer, slot in enumerate(slots):
+            latent, turned, keys = self.of(layer)
+            slot.update(torch.from_numpy(latent)[:, None], halved(torch.from_numpy(turned), rope)[:, None])
+            if keys is not None:
                 is_interleaved = case.args.indexer_rope == "interleaved"
                 slot.update_indexer(halved(torch.from_numpy(keys), rope) if is_interleaved else torch.from_numpy(keys))
         return cache
+
+
+@functools.cache
+def drawn(layer: int, part: str, width: int, seed: int) -> Array:
+    random = np.random.default_rng([seed, layer, *part.encode()])
+    return random.standard_normal((1, MOST, width), dtype=np.float32)
 
 
 def halved(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -97,8 +108,8 @@ class EquationsBehind(Equations):
 class Behind(Reference):
     """HF's stages on `length` tokens behind `context` others."""
 
-    def __init__(self, case: Case, context: int, length: int, batch: int = 1) -> None:
-        self.case, self.tokens, self.held = case, case.tokens(length, batch), Held(case, context, batch)
+    def __init__(self, case: Case, context: int, length: int) -> None:
+        self.case, self.tokens, self.held = case, case.tokens(length), Held(case, context)
         with capture(case.hf) as self.hf:
             hf.forward(case.hf, self.tokens, cache=self.held.theirs(case))
         self.given = {s: v for s, v in self.hf.items() if s.endswith(".topk")}

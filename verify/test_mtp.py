@@ -68,7 +68,9 @@ class Oracles:
         def bound(own):
             truth = self.true_stages[own][:, rows]
             truth = truth[..., : first + step] if own.endswith("scores") else truth
-            return tolerances.bound(compare.values(seen[own], truth).error, seen[own], self.longest, explained=self.explained)
+            return tolerances.bound(
+                compare.values(seen[own], truth).error, seen[own], self.longest, explained=self.explained
+            )
 
         return of_stage(stage, self.case.args, seen.__getitem__, bound, self.case.weights)
 
@@ -190,7 +192,9 @@ def check(case: Case, judge, length, overrides, **fewer):
         own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
         written = to_numpy(cache.index_keys.read()[0])
         bound = tolerances.bound(
-            max(own, compare.values(oracles.hf[-1][1], oracles.truth[-1][1]).error), oracles.keys, case.longest,
+            max(own, compare.values(oracles.hf[-1][1], oracles.truth[-1][1]).error),
+            oracles.keys,
+            case.longest,
             explained=oracles.explained,
         )
         judge.values(case.name, "mtp cache, indexer keys of every step", written, oracles.keys, bound)

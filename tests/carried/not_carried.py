@@ -17,6 +17,9 @@ _WHY = {
     "it asks for an indexer whose tensors no checkpoint has: HF would draw them at random": "indexer-on-shared-layers "
     "schedule-offset-ignored",
     "of a file format: HF is handed what is unpacked": "fp8-scale-missed fp8-scale-inverted",
+    "from some size on, which no pass there reaches": "experts-unordered-from-8192-pairs own-chunk-unseen-from-513-queries "
+    "tiles-forget-at-64-index-topk ninth-row-takes-the-eighth-s-keys router-unnormalized-from-1024-tokens "
+    "expanded-unmasked-from-1024-queries absorbed-zeros-from-100000-keys drafts-joined-with-the-first-of-1024-tokens",
     "HF has no MTP step": "mtp-dropped mtp-concat-order mtp-norms-swapped mtp-head-norm-skipped mtp-uses-main-selection "
     "mtp-reuse-skips-key-write mtp-selects-anew mtp-reuses-the-first-query mtp-hidden-before-norm mtp-keeps-the-first-hidden "
     "mtp-feeds-the-same-token mtp-first-embedding-kept mtp-own-embedding-ignored mtp-own-head-ignored",
