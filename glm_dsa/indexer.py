@@ -70,9 +70,9 @@ class Indexer(nn.Module):
 
     def select_tiled(self, q: mx.array, k: mx.array, w: mx.array, mask: CausalMask) -> mx.array:
         """q [B, S, H, D], k [B, T, D], w [B, S, H] -> int [B, S, K], ascending: score() in tiles of queries and keys, with
-        the best so far carried from tile to tile. In one tile while somebody listens: a stage is one array."""
+        the best so far carried from tile to tile. In one tile while somebody hears scores: a stage is one array."""
         batch, length = q.shape[:2]
-        block, width = (length, k.shape[1]) if is_listening() else self.tile(batch, length)
+        block, width = (length, k.shape[1]) if is_listening("scores") else self.tile(batch, length)
         selections: list[mx.array] = []
         for rows in ranges(length, block):
             part = slice(rows.start, rows.stop)

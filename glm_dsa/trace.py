@@ -7,7 +7,7 @@ each tap is reported under its stage name, the module's path without the leading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,29 +16,31 @@ import mlx.nn as nn
 
 Listener = Callable[[str, Any], Any]
 
-_listeners: list[tuple[dict[int, str], Listener]] = []
+_listeners: list[tuple[dict[int, str], Listener, Container[str] | None]] = []
 
 
 def tap(module: nn.Module, name: str, value: Any) -> Any:
     """Reports `value` (an array, or None where a selection is "all keys") as a stage; returns what to go on with."""
     if not _listeners:
         return value
-    for names, listener in _listeners:
+    for names, listener, only in _listeners:
         path = names.get(id(module))
-        if path is not None:
+        if path is not None and (only is None or name in only):
             value = listener(f"{path}.{name}" if path else name, value)
     return value
 
 
-def is_listening() -> bool:
-    return bool(_listeners)
+def is_listening(name: str) -> bool:
+    """Whether anybody hears taps of this name."""
+    return any(only is None or name in only for _, _, only in _listeners)
 
 
 @contextmanager
-def listen(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Calls `listener(stage, value)` at each tap of `model`; what it returns goes on in the model's place."""
+def listen(model: nn.Module, listener: Listener, only: Container[str] | None = None) -> Iterator[None]:
+    """Calls `listener(stage, value)` at each tap of `model`; what it returns goes on in the model's place. `only`: names of
+    taps ("topk"), the last part of a stage; None for all."""
     names = {id(m): path.removeprefix("model").removeprefix(".") for path, m in model.named_modules()}
-    entry = (names, listener)
+    entry = (names, listener, only)
     _listeners.append(entry)
     try:
         yield
@@ -47,8 +49,11 @@ def listen(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def capture(model: nn.Module, replace: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Collects {stage: array} of what runs inside; `replace` puts given values in the place of the model's own.
+def capture(
+    model: nn.Module, replace: Mapping[str, Any] | None = None, only: Container[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Collects {stage: array} of what runs inside; `replace` puts given values in the place of the model's own. `only`: as
+    `listen` takes it.
 
     A replaced stage is recorded as the model computed it, before the replacement.
     """
@@ -59,6 +64,6 @@ def capture(model: nn.Module, replace: Mapping[str, Any] | None = None) -> Itera
         stages[stage] = value
         return replace.get(stage, value)
 
-    with listen(model, listener):
+    with listen(model, listener, only):
         yield stages
     mx.eval([v for v in stages.values() if v is not None])

@@ -329,7 +329,7 @@ class Equations:
         q = (q_latent @ w("wq_b.weight").T).reshape(*q_latent.shape[:2], heads, width)
         q = self.record(f"{stage}.q", rotate_first(q, positions[:, rows]))
         k = layer_norm(x @ w("wk.weight").T, w("k_norm.weight"), w("k_norm.bias"), conv.indexer_norm_eps)
-        k = self.record(f"{stage}.k", rotate_first(k[:, :, None], positions)[:, :, 0])
+        k = self.choose(f"{stage}.k", rotate_first(k[:, :, None], positions)[:, :, 0])
         weights = self.record(f"{stage}.weights", (x[:, rows] @ w("weights_proj.weight").T) / math.sqrt(heads))
         return self.record(f"{stage}.scores", indexer_scores(q, k, weights, allowed))
 

@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_another_ended(pytestconfig, tmp_path, again):
     file.write_text(
         "".join(json.dumps({"mutant": mutant, "change": "1 -> 2", "fate": fate}) + "\n" for mutant, fate in fates)
     )
-    trial = mutation.Mutation(pytestconfig, file, "", (0, 1), every=False, again=again)
+    trial = mutation.Mutation(pytestconfig, file, "", (0, 1), every=False, again=again, sizes=False)
     ended = {"b", "c"} if again else {"a", "b", "c"}
     assert trial.done() == ended
     assert mutation.noted([file])["c"]["fate"] == "noticed: the process ends with it"

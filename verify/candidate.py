@@ -5,7 +5,7 @@ The only place where mlx arrays become numpy ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,16 @@ class Ours:
     def args(self) -> glm_dsa.ModelArgs:
         return self.model.args
 
-    def forward(self, tokens: np.ndarray, cache: Any = None, replace: Mapping[str, np.ndarray] | None = None) -> Stages:
-        """Runs int [B, S]; returns the stages seen. `replace` injects indices (selections, routings) by stage."""
-        with self.captured(replace) as seen:
+    def forward(
+        self,
+        tokens: np.ndarray,
+        cache: Any = None,
+        replace: Mapping[str, np.ndarray] | None = None,
+        only: Container[str] | None = None,
+    ) -> Stages:
+        """Runs int [B, S]; returns the stages seen. `replace` injects indices (selections, routings) by stage. `only`: the last
+        names of the stages that are heard; where scores are not, the indexer works in tiles as it does for users."""
+        with self.captured(replace, only) as seen:
             self.model(mx.array(tokens), cache)
         return {stage: to_numpy(value) for stage, value in seen.items()}
 
@@ -54,8 +61,8 @@ class Ours:
             self.model.model.layers[index](mx.array(x), rotation, mask, None, handed)
         return {stage: to_numpy(value) for stage, value in seen.items()}
 
-    def captured(self, replace: Mapping[str, np.ndarray] | None = None) -> Any:
-        return trace.capture(self.model, {k: mx.array(v) for k, v in (replace or {}).items()})
+    def captured(self, replace: Mapping[str, np.ndarray] | None = None, only: Container[str] | None = None) -> Any:
+        return trace.capture(self.model, {k: mx.array(v) for k, v in (replace or {}).items()}, only)
 
 
 def in_tiles_of(monkeypatch: Any, elements: int) -> None:

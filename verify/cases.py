@@ -324,8 +324,13 @@ class Reference:
         return self.tokens.shape[1]
 
     @property
+    def end(self) -> int:
+        """The position after the last."""
+        return self.length
+
+    @property
     def is_sparse(self) -> bool:
-        return 0 < self.case.args.index_topk < self.length
+        return 0 < self.case.args.index_topk < self.end
 
     @property
     def injections(self) -> dict[str, Array]:
@@ -383,9 +388,9 @@ class Reference:
     def explained(self, stage: str, error: float, local: bool) -> float:
         """How far HF may be off. Sharp attention, as training makes it, amplifies rounding: then the equations are asked what
         float32 explains."""
-        most = self.case.explained_at_most
-        if error <= tolerances.EXPLAINED or most == tolerances.EXPLAINED:
-            return tolerances.EXPLAINED
+        most, usual = self.case.explained_at_most, tolerances.explained_at(self.end)
+        if error <= usual or most == tolerances.EXPLAINED:
+            return usual
         own = (self.single_local if local else self.single)[stage]
         return tolerances.explained_by(own, most)
 

@@ -24,7 +24,7 @@ except exits.NotJudged as error:  # before pytest has begun, so that no hook of 
 
 import torch
 
-from . import cases, faults, options, report, theirs
+from . import cases, faults, options, report, sizes, theirs
 from .judge import Judge
 from .options import ASKED, Asked
 from .progress import Progress
@@ -177,7 +177,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     needs = {what for mark in metafunc.definition.iter_markers("needs") for what in mark.args}
     claim = getattr(metafunc.module, "CLAIM", None)
-    specs = [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
+    own = getattr(metafunc.module, "SPECS", None)  # checkpoints of a claim's own
+    if own is not None and asked.is_of_definition:
+        chosen = {name for mark in metafunc.definition.iter_markers("on") for name in mark.args}
+        specs = [s for s in own if not chosen or s.name in chosen]
+    elif own is not None:
+        specs = []
+    else:
+        specs = [s for s in asked.specs if needs <= s.has and (not s.claims or claim in s.claims)]
     if any(metafunc.definition.iter_markers("any_layout")):
         one = list({s.family: s for s in reversed(specs)}.values())[::-1]
         if len(one) < len(specs):
@@ -186,12 +193,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         specs = one
     if not specs:
         why = f"no checkpoint of this run has what it needs: {', '.join(sorted(needs))}"
+        if own is not None:
+            why = "of the definition, whatever it runs on: pytest verify/ without a checkpoint"
         metafunc.parametrize("case", [pytest.param(None, marks=pytest.mark.skip(reason=why))])
         return
     metafunc.parametrize("case", specs, ids=[s.name for s in specs], indirect=True)
 
 
 # -- from outcomes to a verdict
+
+
+def files_of(claim: str) -> set[str]:
+    every = Path(__file__).parent.glob("test_*.py")
+    return {file.name for file in every if f'\nCLAIM = "{claim}"' in file.read_text(encoding="utf-8")}
 
 
 def all_claims(of_implementations: bool = False) -> list[str]:
@@ -232,7 +246,10 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     claims = (getattr(getattr(item, "module", None), "CLAIM", None) for item in session.items)
-    session.config.stash[REPORT].planned.update(claim for claim in claims if claim is not None)
+    out = session.config.stash[REPORT]
+    out.planned.update(claim for claim in claims if claim is not None)
+    files = {item.path.name for item in session.items if getattr(getattr(item, "module", None), "CLAIM", None) == sizes.CLAIM}
+    out.sizes_are_due = files == files_of(sizes.CLAIM) and not out.claims[sizes.CLAIM]["left out"]
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # inside pytest's own, which makes errors of warnings

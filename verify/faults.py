@@ -21,7 +21,7 @@ ATTENTION, BEHAVIOUR = "attention under an injected selection", "a trained model
 CACHES, OPERATIONS = "caches: chunks, decode, rewind, padding", "cache operations, any sequence"
 CONFIG, INDEXER, LAYERS = "config and schedules", "indexer scores and selections", "each layer on the reference's input"
 LOGITS, INT8, MTP = "final logits", "int8 latent cache", "MTP, chained draft steps"
-ROPE, ROUTER, WEIGHTS = "rope, both layouts", "router and experts", "weights and formats"
+ROPE, ROUTER, SIZES, WEIGHTS = "rope, both layouts", "router and experts", "sizes in use", "weights and formats"
 
 ALWAYS, SPARSE, CACHED = "always", "T > index_topk", "from the second call on"
 OWN = "this catalogue"
@@ -633,7 +633,85 @@ def _later() -> Iterator[Fault]:
                       "min(padding[row] for row in rows)"),), OPERATIONS, "batch", "left padding, filtered before the first token")
 
 
+def _sizes() -> Iterator[Fault]:
+    """Right up to some size within use, wrong from there on."""
+
+    def fault(name: str, component: str, what: str, *edits: Edit, shows: str, stage: str = "logits", **more: str):
+        return Fault(name, component, what, edits, SIZES, stage, shows, **more)
+
+    yield fault("experts-unordered-from-8192-pairs", "MoE", "from 8192 token-expert pairs on, answers stay in their experts' order",
+                Edit("moe.Experts.__call__", "    if is_sorted:\n", "    if is_sorted and flat.size < 8192:\n"),
+                shows="1024 tokens at top 8")
+    yield fault("own-chunk-unseen-from-513-queries", "mask", "more than 512 queries behind a cache do not see their own chunk",
+                Edit("mask.CausalMask.sees", "[:, None]\n    seen", "[:, None]\n    own = mx.minimum(own, self.first - 1) "
+                     "if self.first and self.queries > 512 else own\n    seen"),
+                stage="self_attn.indexer.topk", shows="chunks of more than 512 behind a cache",
+                corrected="logits; under the reference's choices no key of the own chunk needs a mask")
+    yield fault("tiles-forget-at-64-index-topk", "indexer", "the best of the tiles before are forgotten from key 64 index_topk on",
+                Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]",
+                     "[*(best if columns.start < 64 * self.topk else []), ranks(scores, columns)]"),
+                stage="self_attn.indexer.topk", shows="contexts of 64 index_topk")
+    yield fault("ninth-row-takes-the-eighth-s-keys", "attention", "rows from the ninth on attend to what the eighth selected",
+                Edit("attention.MultiHeadLatentAttention.attend_gathered", "picked = selection[:, part]",
+                     "picked = selection[mx.minimum(mx.arange(batch), 7), part]"), shows="batches of more than 8")
+    yield fault("router-unnormalized-from-1024-tokens", "router", "from 1024 tokens on weights are not normalized",
+                Edit("moe.Router.__call__", "if self.normalize:", "if self.normalize and x.shape[1] < 1024:"),
+                shows="chunks of 1024")
+    yield fault("expanded-unmasked-from-1024-queries", "attention", "from 1024 queries on the expanded form is not causal",
+                Edit("attention.MultiHeadLatentAttention.attend_expanded", "mask=mask",
+                     "mask=mask if q_nope.shape[2] < 1024 else None"), shows="chunks of 1024 within index_topk")
+    yield fault("absorbed-zeros-from-100000-keys", "attention", "from 100,000 keys on the absorbed form reads zeros for the first",
+                Edit("attention.MultiHeadLatentAttention.attend_absorbed", "keys = tokens.read()",
+                     "keys = tokens.read(); "
+                     "keys = keys if keys.shape[1] < 100_000 else keys * (mx.arange(keys.shape[1]) > 9999)[:, None]"),
+                stage="self_attn.heads", shows="contexts of 100,000, no indexer")
+    yield fault("drafts-joined-with-the-first-of-1024-tokens", "MTP", "from 1024 hiddens on each is joined with the first token",
+                Edit("mtp.MtpLayer.step", "self.enorm(embeddings)", "self.enorm(embeddings if embeddings.shape[1] < 1024 "
+                     "else mx.broadcast_to(embeddings[:, :1], embeddings.shape))"),
+                stage="mtp step 0 hidden", shows="prompts of 1024 handed in at once")
+
+
+def _cache_sizes() -> Iterator[Fault]:
+    """The same of caches, ids and packed weights."""
+
+    def fault(name: str, component: str, what: str, *edits: Edit, stage: str, shows: str, **more: str):
+        return Fault(name, component, what, edits, SIZES, stage, shows, **more)
+
+    yield fault("gather-columns-in-16-bit", "cache", "columns to be gathered are cut to 16 bit",
+                Edit("store.Columns.take", "rows = columns if batch", "rows = columns.astype(mx.uint16) if batch"),
+                stage="gather", shows="contexts of 65,536")
+    yield fault("growth-beyond-16k-loses-a-token", "cache", "growing beyond 16,384 tokens, the last one is lost",
+                Edit("store.Columns.append", "buffer[:, : self.length] = old",
+                     "keep = self.length - (self.length > 16_384); buffer[:, :keep] = old[:, :keep]"),
+                stage="cache growth", shows="contexts of 16,384")
+    yield fault("trim-of-packed-in-16-bit", "cache", "no more than 65,535 packed tokens are forgotten at once",
+                Edit("store.LatentStore.trim", "min(self.packed.length, tokens)", "min(self.packed.length, tokens, 65_535)"),
+                stage="trim", shows="rewinding by 65,536 under --kv-bits")
+    yield fault("ninth-row-filtered-as-the-eighth", "cache", "rows from the ninth on are the eighth once a batch was filtered",
+                Edit("store.Columns.rows", "part[indices]", "part[mx.minimum(indices, 7)]"), stage="batch",
+                shows="batches of more than 8")
+    yield fault("saved-cache-ends-at-131072", "cache", "a cache is saved up to token 131,072",
+                Edit("cache._parts", "list(columns.read())", "[part[:, :131_072] for part in columns.read()]"),
+                stage="cache growth", shows="prompt caches of more")
+    yield fault("pads-in-16-bit", "mask", "a row's padding counts in 16 bit", Edit("mask.CausalMask.sees", "mx.array(self.pads)",
+                     "mx.array(self.pads).astype(mx.uint16)"), stage="mask", shows="rows behind 65,536 pads")
+    yield fault("token-ids-in-16-bit", "embedding", "token ids are cut to 16 bit",
+                Edit("model.Backbone.__call__", "self.embed_tokens(tokens)", "self.embed_tokens(tokens.astype(mx.uint16))"),
+                stage="embedding", shows="ids beyond 65,535")
+    yield fault("draft-choice-in-16-bit", "MTP", "the token that a draft chooses is cut to 16 bit",
+                Edit("model.Model.draft", "mx.argmax(logits, axis=-1))", "mx.argmax(logits, axis=-1).astype(mx.uint16))"),
+                stage="draft's tokens", shows="drafts of ids beyond 65,535")
+    yield fault("packed-experts-in-7-bit", "MoE", "packed experts from the 129th on are those from the first on",
+                Edit("linear.QuantizedSwitchLinear.__call__", "rhs_indices=experts", "rhs_indices=experts & 127"), stage="experts",
+                shows="256 packed experts")
+    yield fault("embeddings-of-long-chunks-ignored", "embedding", "of more than 1024 tokens, the tokens count, not the embeddings",
+                Edit("model.Backbone.__call__", "if input_embeddings is None else",
+                     "if input_embeddings is None or tokens.size > 1024 else"),
+                stage="input_embeddings", shows="embeddings for more than 1024 tokens")
+
+
 PARTS = (
-    _indexer, _index_share, _rope, _attention, _block, _moe, _weights, _cache, _int8, _mtp, _pairs, _equivalent, _later,
+    _indexer, _index_share, _rope, _attention, _block, _moe, _weights, _cache, _int8, _mtp, _pairs, _equivalent, _later, _sizes,
+    _cache_sizes,
 )  # fmt: skip
 CATALOGUE = {fault.name: fault for part in PARTS for fault in part()}

@@ -1,19 +1,20 @@
 """What the mutation test changes: each operator, constant and comparison of the definition, each condition turned round, each
-call that stands alone and each assignment to a part left out.
+call that stands alone and each assignment to a part left out; and each parameter from some size on (size_mutants.py).
 
-A mutant is one node of one function's syntax tree, or one constant of a module.
+A mutant is one node of one function's syntax tree, one of its parameters, or one constant of a module.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from . import seeding
+from . import seeding, size_mutants
 from .judging import functions, modules
 
 OPERATORS: dict[type, type] = {
@@ -28,16 +29,17 @@ READERS = ("checkpoint", "config", "keys", "trace", "weights")
 
 @dataclass(frozen=True)
 class Mutant:
-    """`where` is "module.Class.method", or "module.CONSTANT"; number: the how manieth change of it."""
+    """`where` is "module.Class.method", or "module.CONSTANT"; number: the how manieth change of it, or of its sizes."""
 
     where: str
     number: int
     line: int
     change: str
+    of_size: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.where}#{self.number}"
+        return f"{self.where}{'@' if self.of_size else '#'}{self.number}"
 
 
 def mutants() -> Iterator[Mutant]:
@@ -50,6 +52,11 @@ def mutants() -> Iterator[Mutant]:
             first = function.__code__.co_firstlineno
             for number, (line, change) in enumerate(changes(seeding.source_of(function))):
                 yield Mutant(where, number, first + line - 1, change)
+    for where, function in every.items():
+        if where.split(".")[0] in size_mutants.FILES:
+            first = function.__code__.co_firstlineno
+            for number, (line, kind) in enumerate(size_mutants.kinds(seeding.source_of(function))):
+                yield Mutant(where, number, first + line - 1, str(kind), of_size=True)
     for name, module in modules().items():
         for constant, value in vars(module).items():
             if constant.isupper() and isinstance(value, int) and f"\n{constant} = " in seeding.text_of(module):
@@ -178,7 +185,7 @@ EQUIVALENT = {
 
 def reason(record: Mapping[str, Any]) -> str:
     """Why nobody can notice a mutant; empty where somebody should."""
-    return EQUIVALENT.get((record["mutant"].split("#")[0], record["change"]), "")
+    return EQUIVALENT.get((re.split("[#@]", record["mutant"])[0], record["change"]), "")
 
 
 @contextmanager
@@ -189,7 +196,9 @@ def applied(mutant: Mutant) -> Iterator[None]:
 
 
 def _code(mutant: Mutant, function: FunctionType) -> AbstractContextManager[None]:
-    tree = changed(seeding.source_of(function), mutant.number)
+    change = size_mutants.changed if mutant.of_size else changed
+    size_mutants.prepare(function)
+    tree = change(seeding.source_of(function), mutant.number)
     return seeding.swapped({function: seeding.compiled(tree, function)})
 
 

@@ -35,22 +35,29 @@ BUDGET = 60  # seconds for one mutant, by what its tests took last
 
 class Mutation(Court):
     """Tries the mutants whose number is `share[0]` modulo `share[1]`; goes on where an earlier run of the same file ended.
-    every: asks all tests that run what is changed; again: those that survived before, and should not have, are tried once more."""
+    every: asks all tests that run what is changed; again: those that survived before, and should not have, are tried once more;
+    sizes: mutants of sizes alone."""
 
     def __init__(
-        self, config: pytest.Config, out: Path, only: str, share: tuple[int, int], every: bool, again: bool
+        self,
+        config: pytest.Config,
+        out: Path,
+        only: str,
+        share: tuple[int, int],
+        every: bool,
+        again: bool,
+        sizes: bool,
     ) -> None:
         super().__init__(config)
-        self.out, self.only, self.share, self.every, self.again = out, only, share, every, again
+        self.out, self.only, self.share, self.every, self.again, self.sizes = out, only, share, every, again, sizes
         self.noticed: Counter[tuple[str, pytest.Item]] = Counter()  # by function ("" for any) and test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.reached = self.as_it_is(session.items)
         self.say(f"{len(self.reached)} tests, {sum(self.seconds.values()):.0f} s")
         done = self.done()
-        chosen = [
-            m for i, m in enumerate(mutants()) if i % self.share[1] == self.share[0] and m.where.startswith(self.only)
-        ]
+        wanted = [m for m in mutants() if m.where.startswith(self.only) and (m.of_size or not self.sizes)]
+        chosen = [m for i, m in enumerate(wanted) if i % self.share[1] == self.share[0]]
         with self.out.open("a", encoding="utf-8") as stream:
             for mutant in chosen:
                 if mutant.name in done:
@@ -84,7 +91,7 @@ class Mutation(Court):
         """The test that noticed, or "survived" and how many did not."""
         self.fresh_report()
         self.forget_models()
-        affected = self.affected(mutant.where)
+        affected = self.affected(mutant.where, every=self.every or mutant.of_size)
         try:
             with applied(mutant), alarm():
                 for item in affected:
@@ -105,7 +112,7 @@ class Mutation(Court):
         """What a test noticed of earlier mutants, those of the same function above all, for its time."""
         return (1 + self.noticed["", item] + 20 * self.noticed[where, item]) / self.seconds[item]
 
-    def affected(self, where: str) -> list[pytest.Item]:
+    def affected(self, where: str, every: bool) -> list[pytest.Item]:
         """The tests that run a function, as many as a minute holds, those first that are worth most; of one that runs over
         cases, on the two that are quickest: they seldom differ here. Or `every` one."""
         is_constant = where not in functions()
@@ -114,10 +121,10 @@ class Mutation(Court):
             if is_constant or where in self.reached[item]:
                 others = getattr(item, "callspec", None) and {**item.callspec.params, "case": None}  # type: ignore[attr-defined]
                 kinds.setdefault((item.function, repr(others)), []).append(item)  # type: ignore[attr-defined]
-        chosen = [item for kind in kinds.values() for item in (kind if self.every else kind[:2])]
+        chosen = [item for kind in kinds.values() for item in (kind if every else kind[:2])]
         chosen.sort(key=lambda item: self.worth(where, item), reverse=True)
         spent = itertools.accumulate(self.seconds[item] for item in chosen)
-        return [item for item, until in zip(chosen, spent, strict=True) if until <= BUDGET or self.every]
+        return [item for item, until in zip(chosen, spent, strict=True) if until <= BUDGET or every]
 
 
 @contextmanager
@@ -143,6 +150,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--mutation-again", action="store_true", help="try once more what survived before, equivalent changes aside"
     )
+    group.addoption("--mutation-sizes", action="store_true", help="mutants of sizes alone")
     group.addoption("--mutation-share", metavar="I/N", default="0/1", help="every N-th mutant, from the I-th on")
 
 
@@ -151,7 +159,8 @@ def pytest_configure(config: pytest.Config) -> None:
     part, of = map(int, config.getoption("--mutation-share").split("/"))
     out, only = Path(config.getoption("--mutation-out")), config.getoption("--mutate")
     every, again = config.getoption("--mutation-every"), config.getoption("--mutation-again")
-    config.pluginmanager.register(Mutation(config, out, only, (part, of), every, again))
+    sizes = config.getoption("--mutation-sizes")
+    config.pluginmanager.register(Mutation(config, out, only, (part, of), every, again, sizes))
 
 
 # What takes part: the gate on one case of each family, and the tests of the definition's own files.
@@ -166,12 +175,12 @@ TESTS = (
 PROCESSES = 2
 
 
-def run(out: Path, only: str, share: str, every: bool, again: bool) -> None:
+def run(out: Path, only: str, share: str, flags: list[str]) -> None:
     """One share of the mutants. A process that a mutant took with it is followed by another, which goes on after it."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", "-p", "verify.mutation"]
     command += ["--mutation-out", str(out), "--mutate", only, "--mutation-share", share]
     command += ["-k", f"not ({OTHERS})"]
-    command += ["--mutation-every"] * every + ["--mutation-again"] * again
+    command += [f"--mutation-{flag}" for flag in flags]
     size = -1
     while size < (size := out.stat().st_size if out.exists() else 0):
         if subprocess.run(command, cwd=ROOT).returncode == 0:  # noqa: S603
@@ -209,6 +218,9 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="try once more what survived an earlier run in that folder"
     )
+    parser.add_argument(
+        "--sizes", action="store_true", help="only mutants of sizes: a parameter that is wrong from some size on"
+    )
     parser.add_argument("--score", action="store_true", help="run nothing: the score of what was noted")
     asked = parser.parse_args()
     try:
@@ -218,11 +230,8 @@ def main() -> None:
     files = [asked.out / f"{i}.jsonl" for i in range(PROCESSES)]
     if not asked.score:
         with ThreadPoolExecutor(PROCESSES) as pool:
-            list(
-                pool.map(
-                    lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}", asked.every, asked.again), range(PROCESSES)
-                )
-            )
+            flags = [flag for flag in ("every", "again", "sizes") if getattr(asked, flag)]
+            list(pool.map(lambda i: run(files[i], asked.only, f"{i}/{PROCESSES}", flags), range(PROCESSES)))
     print(score(noted(files)))
 
 

@@ -116,13 +116,15 @@ def add(parser: pytest.Parser) -> None:
 @dataclass(frozen=True)
 class Asked:
     """specs: checkpoints that all claims are held to; release: what is judged layer by layer, `only` says why only so;
-    implementation: somebody's code, judged on `specs`; layers: those whose stages count."""
+    implementation: somebody's code, judged on `specs`; layers: those whose stages count; is_of_definition: the definition alone is
+    judged, on the gate's own checkpoints."""
 
     specs: list[cases.Spec]
     release: OnTrial | None = None
     only: str = ""
     implementation: Implementation | None = None
     layers: set[int] | None = None
+    is_of_definition: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Asked:
@@ -150,7 +152,8 @@ class Asked:
                 f"--random {random}: how many checkpoints, 1 or more, and no --checkpoint or --implementation"
             )
         if checkpoint is None:
-            return cls(random_specs(random) if random else cases.default_specs(), layers=layers)
+            specs = random_specs(random) if random else cases.default_specs()
+            return cls(specs, layers=layers, is_of_definition=not random)
         release = _release(config, layers)
         specs, only = _all_claims(config, release)
         return cls(specs, release, only, layers=layers)

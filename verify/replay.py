@@ -13,13 +13,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import compare, stages
+from . import compare, sizes, stages
 from .candidate import to_numpy
 from .cases import Case, Reference
 from .compare import as_sets
 from .judge import Judge
 
 Array = np.ndarray
+HEARD = ("topk", "logits")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Replay:
     cache: Any
     is_free: bool = True
     made: list[tuple[str, slice, Array]] = field(default_factory=list)
+    ran: list[dict[str, int]] = field(default_factory=list)  # the sizes of each call
     at: int = 0
 
     def __call__(self, *cuts: int) -> Array:
@@ -98,8 +100,11 @@ class Replay:
             columns = slice(self.at, self.at + cut)
             tokens = np.stack([row.tokens[columns] for row in self.rows])
             assert tokens.shape[1] == cut, "the cuts go beyond the prompt"
+            before = self.cache[0].length
             self.at = columns.stop
             out.append(self._free(tokens) if self.is_free else self._under_choices(tokens, columns))
+            pads = max(self.cache[0].left_padding or [0])
+            self.ran.append(sizes.of_call(self.case.args, len(self.rows), cut, before, pads))
         return np.concatenate(out, axis=1)
 
     def _free(self, tokens: Array) -> Array:
@@ -111,7 +116,7 @@ class Replay:
         topk = self.case.args.index_topk
         chosen = [s for s in self.rows[0].reference.given if columns.stop > topk or not stages.is_selection(s)]
         given = {s: np.stack([row.choice(s, columns, topk) for row in self.rows]) for s in chosen}
-        seen = self.case.ours.forward(tokens, self.cache, given)
+        seen = self.case.ours.forward(tokens, self.cache, given, HEARD)
         self.made += [(stage, columns, seen[stage]) for stage in stages.in_order(chosen)]
         return seen["logits"]
 
@@ -130,6 +135,8 @@ def hold(
     def played(is_free: bool) -> tuple[Replay, list[Array]]:
         replay = Replay(case, rows, case.ours.model.make_cache(**options), is_free)
         logits = run(replay)
+        for call in replay.ran:
+            judge.report.ran(**call)
         return replay, [logits[i : i + 1, row.pad :] for i, row in enumerate(rows)]
 
     hf = [row.reference.hf["logits"][row.of : row.of + 1] for row in rows]

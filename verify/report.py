@@ -13,8 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import exits, stages
-from .sizes import AXES
+from . import exits, sizes, stages
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
@@ -92,7 +91,8 @@ class Report:
     untried: str = ""  # of which version an oracle is, where it was never tried
     conventions: dict[str, list[str]] = field(default_factory=dict)  # line -> cases
     told: set[str] = field(default_factory=set)  # claims whose figures are printed too
-    sizes: dict[str, set[int]] = field(default_factory=dict)  # axis (sizes.AXES) -> the sizes that were really run
+    sizes: dict[str, set[int]] = field(default_factory=dict)  # axis (sizes.py) -> the sizes that were really run
+    sizes_are_due: bool = False  # whether every test of the claim about sizes is to run
     started: float = field(default_factory=time.time)
     judged_so_far: int = 0  # comparisons of the tests that have ended
 
@@ -115,10 +115,10 @@ class Report:
         outcomes["left out"] += tests
         self.not_verified[f"{claim}: left out"] = why
 
-    def ran(self, **sizes: int) -> None:
+    def ran(self, **found: int) -> None:
         """What a test has just run, by the axes of sizes.py."""
-        for axis, size in sizes.items():
-            assert axis in AXES, axis
+        for axis, size in found.items():
+            assert axis in sizes.AXES, axis
             self.sizes.setdefault(axis, set()).add(size)
 
     def add(self, comparison: Comparison) -> None:
@@ -147,6 +147,10 @@ class Report:
 
     def finish(self) -> None:
         """Turns what did not run into lines of its own."""
+        if self.sizes_are_due and set(self.claims[sizes.CLAIM]) == {"passed"}:
+            for what in sizes.missing(self.sizes):
+                self.claims[sizes.CLAIM][NOT_JUDGED] += 1
+                self.unjudged.setdefault((sizes.CLAIM, "a size in use that no case ran"), []).append(what)
         for (claim, why), tests in self.unjudged.items():
             more = f" and {len(tests) - 1} more" if tests[1:] else ""
             self.not_verified[f"{claim}: {tests[0]}{more}"] = f"{NOT_JUDGED}: {why}"
@@ -190,6 +194,7 @@ class Report:
             "ties": sum(c.ties for c in self.comparisons),
             "exact_ties": sum(c.exact_ties for c in self.comparisons),
             "not_verified": self.not_verified, "verdict": self.verdict(exit_status),
+            "sizes": {axis: sorted(found) for axis, found in self.sizes.items()},
             "oracle warnings": dict(self.warned), "untried": self.of_untried(),
             "exit_status": exit_status, "seconds": round(time.time() - self.started, 1),
         }  # fmt: skip
@@ -275,6 +280,7 @@ class Report:
         figures = [c for c in self.comparisons if c.claim in self.told and c.verdict == MEASURED]
         out += ["", "measured"] + [f"  {c.stage}: {c.note}" for c in figures] if figures else []
         out += ["", "conventions in force"] + [f"  {line}  [{self._cases(c)}]" for line, c in self.conventions.items()]
+        out += ["", "sizes that were run", *(f"  {line}" for line in sizes.lines(self.sizes))] if self.sizes else []
         out += ["", "oracle warnings"] + [f"  {n} x {text}" for text, n in self.warned.items()] if self.warned else []
         out += ["", "  ".join(f"{k} {v}" for k, v in self.header.get("versions", {}).items())]
         out += [self.of_untried()] if self.untried else []

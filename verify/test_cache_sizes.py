@@ -83,7 +83,8 @@ def check_rows(judge, gate, stage: str, cache: LayerCache, rows: list[Row]) -> N
         if not all(np.array_equal(mine[i, pads:], part) for mine, part in zip(held, row, strict=True))
     ]
     judge.holds(CASE, stage, not other, f"each of {len(rows)} rows is what it was alone (other: {other})")
-    gate.ran(context=held[0].shape[1], batch=held[0].shape[0])
+    for pads in due:
+        gate.ran(context=held[0].shape[1], batch=held[0].shape[0], pads=pads)
 
 
 def rounded(values: np.ndarray, start: int = 0, quantization: KvQuantization = INT8) -> np.ndarray:
@@ -449,6 +450,7 @@ def test_packing_from_a_token_on(judge, gate, start):
     made = {"made so": cache}
     if start in (0, 131_073):
         made["packed later"] = filled(parts, PACKABLE).to_quantized(32, 8, start)
+    gate.ran(start=cache.latents.plain.length)
     for what, ours in made.items():
         check(judge, gate, f"packed from a token on ({what})", ours, [due, parts[1]])
         exact(judge, f"gather (packed, {what})", ours.latents.take(mx.array(columns.astype(np.uint32))), picked)

@@ -85,9 +85,8 @@ def test_selections(judge, long, monkeypatch, elements):
                                      allowed[None], rows)  # fmt: skip
             seen = hf_scores(case, layer, x[:, rows], q_latent, positions[:, rows], allowed,
                              equations.stages[f"layers.{layer}.self_attn.indexer.k"])  # fmt: skip
-            explained = end * 2.0**-21  # an angle is off by an ulp or two of its position, as in test_positions.py
             error = compare.values(seen, truth).error
-            noise = tolerances.bound(error, seen, args.index_head_dim, explained=explained).absolute(seen)
+            noise = tolerances.bound(error, seen, args.index_head_dim, explained=tolerances.explained_at(end)).absolute(seen)
             name = f"{case.name}, {start} tokens before"
             due = np.argsort(-truth, axis=-1, kind="stable")[..., : args.index_topk]
             stage, decision = f"layers.{layer}.self_attn.indexer.topk", of_keys(truth, args.index_topk, noise)

@@ -25,36 +25,40 @@ STEPS = 4
 
 
 class Oracles:
-    """HF's drafts and the equations', two rows at a time, from HF's hidden after the final norm, on given tokens."""
+    """HF's drafts and the equations', some rows at a time, from HF's hidden after the final norm, on given tokens."""
 
-    def __init__(self, case: Case, conventions, length):
-        self.case = case
+    def __init__(self, case: Case, conventions, length, count=STEPS, rows=2):
+        self.case, self.count = case, count
         random = np.random.default_rng([case.seed, length])
-        tokens = case.tokens(length, batch=2)
+        tokens = case.tokens(length, rows)
         with capture(case.hf) as seen:
             hf.forward(case.hf, tokens)
-        following = random.integers(3, case.args.vocab_size, (2, STEPS))
+        following = random.integers(3, case.args.vocab_size, (rows, count))
         self.hidden = seen["norm"]
         self.fed = [np.concatenate([tokens[:, 1:], following[:, :1]], axis=1)]  # the next token of each
-        self.fed += [following[:, i : i + 1] for i in range(1, STEPS)]
+        self.fed += [following[:, i : i + 1] for i in range(1, count)]
         mtp = Mtp(case.hf_with_mtp, case.folder, conventions.mtp_reuses_selection, conventions.mtp_zero_first_embedding)
-        self.hf = mtp.draft(self.hidden, self.fed, STEPS)
+        self.hf = mtp.draft(self.hidden, self.fed, count)
         self.keys = mtp.index_keys()
         self.steps = mtp.steps
         self.choices = [{s: v for s, v in step.items() if s.endswith(".topk")} for step in self.steps]
         equations = Equations(case.config, case.weights, conventions)
-        self.truth = equations.draft(self.hidden.astype(np.float64), self.fed, STEPS, self.choices)
+        self.truth = equations.draft(self.hidden.astype(np.float64), self.fed, count, self.choices)
         self.true_stages = equations.stages
         self.true_keys = equations.stages.get(f"layers.{case.args.num_hidden_layers}.self_attn.indexer.k")
 
     def bound(self, step, which):
         """From the largest error of HF's in the steps so far. which: 0 logits, 1 hidden."""
         errors = [compare.values(self.hf[i][which], self.truth[i][which]).error for i in range(step + 1)]
-        return tolerances.bound(max(errors), self.hf[step][which], self.longest)
+        return tolerances.bound(max(errors), self.hf[step][which], self.longest, explained=self.explained)
 
     @property
     def longest(self):
-        return max(self.case.longest, self.hidden.shape[1] + STEPS)
+        return max(self.case.longest, self.hidden.shape[1] + self.count)
+
+    @property
+    def explained(self):
+        return tolerances.explained_at(self.hidden.shape[1] + self.count)
 
     def decision(self, step, stage):
         """What HF's choice in a step was made by, of that step's tokens."""
@@ -64,7 +68,9 @@ class Oracles:
         def bound(own):
             truth = self.true_stages[own][:, rows]
             truth = truth[..., : first + step] if own.endswith("scores") else truth
-            return tolerances.bound(compare.values(seen[own], truth).error, seen[own], self.longest)
+            return tolerances.bound(
+                compare.values(seen[own], truth).error, seen[own], self.longest, explained=self.explained
+            )
 
         return of_stage(stage, self.case.args, seen.__getitem__, bound, self.case.weights)
 
@@ -98,10 +104,10 @@ class Oracles:
         """Ours, on the same tokens: free, or, where HF is torn between two keys or two experts, under its choices. With what
         ours would have chosen: [{stage: its choice}] by step."""
         padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (self.hidden, self.fed[0])]
-        chosen = [{} for _ in range(STEPS)]
+        chosen = [{} for _ in range(self.count)]
         with drafting(model, self.due(pads) if self.is_torn else [], chosen):
-            drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, STEPS,
-                                 choose=lambda step, _: mx.array(self.fed[(step + 1) % STEPS][:, 0]))  # fmt: skip
+            drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, self.count,
+                                 choose=lambda step, _: mx.array(self.fed[(step + 1) % self.count][:, 0]))  # fmt: skip
             mx.eval([draft.logits for draft in drafts])
         return drafts, [{s: to_numpy(v) for s, v in step.items()} for step in chosen]
 
@@ -141,7 +147,7 @@ def drafting(model, choices, chosen):
         given = choices[step].get(stage) if step < len(choices) else None
         return value if value is None or given is None else mx.array(given.astype(np.int32)).astype(value.dtype)
 
-    with trace.listen(model, listener):
+    with trace.listen(model, listener, only=("topk",)):
         yield
 
 
@@ -151,24 +157,29 @@ def drafting(model, choices, chosen):
 def test_draft_steps_that_select_anew(case: Case, judge, regime, zero_first):
     """In the short regime the drafts themselves cross index_topk."""
     overrides = {"mtp_reuses_selection": False} if case.args.has_indexer else {}
-    check(case, judge, regime, overrides | {"mtp_zero_first_embedding": zero_first})
+    check(case, judge, length_of(case, regime), overrides | {"mtp_zero_first_embedding": zero_first})
 
 
 @pytest.mark.needs("mtp", "indexer")
 @pytest.mark.parametrize("regime", ["short", "long"])
 def test_draft_steps_that_reuse_the_first_selection(case: Case, judge, regime):
-    check(case, judge, regime, {"mtp_reuses_selection": True})
+    check(case, judge, length_of(case, regime), {"mtp_reuses_selection": True})
 
 
-def check(case: Case, judge, regime, overrides):
+def length_of(case: Case, regime: str) -> int:
+    return case.lengths[0 if regime == "short" else -1]
+
+
+def check(case: Case, judge, length, overrides, **fewer):
+    """Drafts after a prompt of `length`."""
     conventions = dataclasses.replace(case.conventions, **overrides)
-    oracles = Oracles(case, conventions, case.lengths[0 if regime == "short" else -1])
+    oracles = Oracles(case, conventions, length, **fewer)
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
     drafts, chosen = oracles.draft(ours.model, cache)
-    due = oracles.fed[0].shape[1] + STEPS - 1
+    due = oracles.fed[0].shape[1] + oracles.count - 1
     judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
-    for step in range(STEPS):
+    for step in range(oracles.count):
         fed = np.array_equal(to_numpy(drafts[step].tokens), oracles.fed[step])
         judge.holds(case.name, f"mtp step {step} tokens", fed, "the draft says what it was fed")
         for which, stage in ((1, "hidden"), (0, "logits")):
@@ -181,7 +192,10 @@ def check(case: Case, judge, regime, overrides):
         own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
         written = to_numpy(cache.index_keys.read()[0])
         bound = tolerances.bound(
-            max(own, compare.values(oracles.hf[-1][1], oracles.truth[-1][1]).error), oracles.keys, case.longest
+            max(own, compare.values(oracles.hf[-1][1], oracles.truth[-1][1]).error),
+            oracles.keys,
+            case.longest,
+            explained=oracles.explained,
         )
         judge.values(case.name, "mtp cache, indexer keys of every step", written, oracles.keys, bound)
 
@@ -217,7 +231,7 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
 @pytest.mark.parametrize("regime", ["short", "long"])
 def test_a_left_padded_batch(case: Case, judge, regime):
     """A row behind pads drafts what it drafts alone."""
-    length, model, pads = case.lengths[0 if regime == "short" else -1], case.ours.model, 7
+    length, model, pads = length_of(case, regime), case.ours.model, 7
     oracles = Oracles(case, case.conventions, length)
     drafts, chosen = oracles.draft(model, model.make_mtp_cache(left_padding=[pads, pads]), pads)
     for step, draft in enumerate(drafts):

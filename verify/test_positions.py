@@ -32,7 +32,7 @@ def test_far_positions(case: Case, judge, start, length):
     equations.forward(tokens, positions)
     errors = tolerances.reference_errors(seen, equations.stages)
 
-    explained = (start + length) * 2.0**-21  # an angle p * f is off by an ulp or two of p, times what the layers add
+    explained = tolerances.explained_at(start + length)
     model, cache = case.ours.model, case.ours.model.make_cache(start=start)
     injected = stages.choices(seen, is_sparse)
     with case.ours.captured(injected) as ours:

@@ -99,6 +99,11 @@ def bound(
     return Bound(value, reference_error, floor, ratio, primitive)
 
 
+def explained_at(end: int) -> float:
+    """How far HF may be off up to this position: an angle p * f is, by an ulp or two of p, times what the layers add."""
+    return max(EXPLAINED, end * 2.0**-21)
+
+
 def explained_by(single: float, most: float) -> float:
     """How far HF may be off where the equations themselves err by `single` in float32."""
     return min(max(EXPLAINED, SAFETY * single), most)

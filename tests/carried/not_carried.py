@@ -17,6 +17,12 @@ _WHY = {
     "it asks for an indexer whose tensors no checkpoint has: HF would draw them at random": "indexer-on-shared-layers "
     "schedule-offset-ignored",
     "of a file format: HF is handed what is unpacked": "fp8-scale-missed fp8-scale-inverted",
+    "from some size on, which no pass there reaches": "experts-unordered-from-8192-pairs own-chunk-unseen-from-513-queries "
+    "tiles-forget-at-64-index-topk ninth-row-takes-the-eighth-s-keys router-unnormalized-from-1024-tokens "
+    "expanded-unmasked-from-1024-queries absorbed-zeros-from-100000-keys drafts-joined-with-the-first-of-1024-tokens "
+    "gather-columns-in-16-bit growth-beyond-16k-loses-a-token trim-of-packed-in-16-bit ninth-row-filtered-as-the-eighth "
+    "saved-cache-ends-at-131072 pads-in-16-bit token-ids-in-16-bit draft-choice-in-16-bit packed-experts-in-7-bit "
+    "embeddings-of-long-chunks-ignored",
     "HF has no MTP step": "mtp-dropped mtp-concat-order mtp-norms-swapped mtp-head-norm-skipped mtp-uses-main-selection "
     "mtp-reuse-skips-key-write mtp-selects-anew mtp-reuses-the-first-query mtp-hidden-before-norm mtp-keeps-the-first-hidden "
     "mtp-feeds-the-same-token mtp-first-embedding-kept mtp-own-embedding-ignored mtp-own-head-ignored",
