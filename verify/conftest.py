@@ -42,7 +42,7 @@ IMPLEMENTATION = "test_implementation"  # how the files are named that judge som
 # met is the one nearest to its cause.
 ORDER = (
     "references", "config", "weights", "rope", "router", "indexer", "attention", "layers", "logits", "indexshare", "cache",
-    "positions", "sizes", "kv_quantization", "cache_operations", "mtp", "behaviour",
+    "positions", "sizes", "cache_sizes", "packed_sizes", "kv_quantization", "cache_operations", "mtp", "behaviour",
 )  # fmt: skip
 
 

@@ -255,6 +255,12 @@ def packing_error(
     return np.broadcast_to(np.maximum(*bounds)[..., None], groups.shape).reshape(values.shape)
 
 
+def product_error(magnitudes: np.ndarray, length: int) -> np.ndarray:
+    """How far a float32 product of `length` terms may lie from the exact one, in any order of summing: `magnitudes` are the
+    sums of the terms' own. A packed weight is a sum of two, scale * code + bias, each rounded: that makes 4 roundings more."""
+    return np.maximum((length + 4) * HALF_ULP * magnitudes, np.finfo(np.float32).tiny)
+
+
 def attention_error(
     queries: np.ndarray, tokens: np.ndarray, errors: np.ndarray, allowed: np.ndarray, latent: int, scale: float
 ) -> np.ndarray:
