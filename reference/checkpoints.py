@@ -1,7 +1,7 @@
 """Writes HF checkpoints, with HF's own `save_pretrained`, in several shards; and reads tensors back for the oracles.
 
-Random weights hide faults that trained ones show. These have what trained ones have: norm weights away from 1, a
-k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps counts), and
+Random weights hide faults that trained ones show. These have what trained ones have: norm weights away from 1, some near 0
+and some negative, a k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps counts), and
 attention that is not flat.
 """
 
@@ -147,7 +147,7 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
         elif kind == "bias":
             parameter.normal_(0, 0.3)
         elif "norm" in module:
-            parameter.uniform_(0.6, 1.4)
+            parameter.copy_(uneven(parameter.uniform_(0.6, 1.4)))
         elif module == "embed_tokens":
             parameter.normal_(0, 1)
         elif parameter.dim() >= 2:
@@ -155,6 +155,13 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
             if module == "kv_a_proj_with_mqa":  # a small latent beside a rotary key of unit variance
                 latent = parameter.shape[0] - model.config.qk_rope_head_dim
                 parameter[:latent] *= 0.03
+
+
+def uneven(norm: torch.Tensor) -> torch.Tensor:
+    """A norm's weight with every seventh entry near 0 and another seventh negative (GLM-5.2's shared_head.norm spans -0.07 to
+    1.81): a weight whose magnitude is taken, or that is clamped, shows here alone."""
+    places = torch.arange(norm.numel())
+    return norm * torch.where(places % 7 == 0, 0.02, torch.where(places % 7 == 3, -1.0, 1.0)).to(norm.dtype)
 
 
 def write_tokenizer(folder: str | Path) -> Path:
@@ -179,7 +186,7 @@ def _add_mtp_tensors(folder: Path, config: Mapping[str, Any], dtype: torch.dtype
     hidden, prefix = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
     tensors = {prefix + "eh_proj.weight": torch.randn(hidden, 2 * hidden) * (2 * hidden) ** -0.5}
     for norm in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{prefix}{norm}.weight"] = torch.rand(hidden) * 0.8 + 0.6
+        tensors[f"{prefix}{norm}.weight"] = uneven(torch.rand(hidden) * 0.8 + 0.6)
     if config["model_type"] == "glm4_moe_lite":
         tensors[prefix + "embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden)
         tensors[prefix + "shared_head.head.weight"] = torch.randn(config["vocab_size"], hidden) * hidden**-0.5
