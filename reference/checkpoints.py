@@ -1,8 +1,8 @@
 """Writes HF checkpoints, with HF's own `save_pretrained`, in several shards; and reads tensors back for the oracles.
 
 Random weights hide faults that trained ones show. These have what trained ones have: norm weights away from 1, some near 0
-and some negative, a k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps counts), and
-attention that is not flat.
+and some negative, a k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps
+counts), and attention that is not flat.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def write(
     dtype: torch.dtype = torch.bfloat16,
     shard_size: str = "300KB",
     bias_mean: float = 0.0,
+    key_mean: float = 0.0,
 ) -> Path:
     """Writes a checkpoint in HF layout, MTP layer included, config.json with exactly the keys of `config`."""
     folder = Path(folder)
@@ -122,7 +123,7 @@ def write(
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # the one float32 tensor of a published checkpoint
                 buffer.data = buffer.data.float()
-        trained_like(model, bias_mean)
+        trained_like(model, bias_mean, key_mean)
         model.save_pretrained(folder, max_shard_size=shard_size)
         if has_mtp:
             _add_mtp_tensors(folder, config, dtype)
@@ -132,8 +133,9 @@ def write(
 
 
 @torch.no_grad()
-def trained_like(model: Any, bias_mean: float = 0.0) -> None:
-    """Draws all weights anew; gains are those on inputs of unit variance."""
+def trained_like(model: Any, bias_mean: float = 0.0, key_mean: float = 0.0) -> None:
+    """Draws all weights anew; gains are those on inputs of unit variance. key_mean: what all of the indexer's keys have in
+    common, where RoPE does not turn them: a large one makes scores that lie close to each other."""
     gains = {
         "q_a_proj": 0.03,  # a small query latent: q_a_layernorm's eps counts
         "q_b_proj": 1.6,
@@ -146,6 +148,8 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
             parameter.normal_(bias_mean, 0.15)
         elif kind == "bias":
             parameter.normal_(0, 0.3)
+            if module == "k_norm":
+                parameter[model.config.qk_rope_head_dim :] += key_mean
         elif "norm" in module:
             parameter.copy_(uneven(parameter.uniform_(0.6, 1.4)))
         elif module == "embed_tokens":

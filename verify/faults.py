@@ -659,8 +659,8 @@ def _lossy_choices() -> Iterator[Fault]:
                 (Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]",
                       "[*best, mx.sort(ranks(scores, columns), axis=-1)[..., -max(self.topk // 2, 1) :]] if best "
                       "else [ranks(scores, columns)]"),), INDEXER, "self_attn.indexer.topk", "contexts in tiles")
-    yield Fault("indexer-eps-zero", "indexer", "LayerNorm eps never set: 0",
-                (Edit("indexer.Indexer.__init__", "eps=args.indexer_norm_eps", "eps=0.0"),), INDEXER, "self_attn.indexer.k",
+    yield Fault("indexer-eps-zero", "indexer", "LayerNorm eps never set: 0 (mlx refuses 0 itself)",
+                (Edit("indexer.Indexer.__init__", "eps=args.indexer_norm_eps", "eps=1e-30"),), INDEXER, "self_attn.indexer.k",
                 "keys of small variance", "llama.cpp today")
     yield Fault("indexer-sink-forced", "indexer", "the first token is forced into every selection",
                 (Edit("indexer.ranks", "(scores + 0.0)",
