@@ -121,7 +121,8 @@ def default_specs() -> list[Spec]:
     ]
     # 32 times index_topk, where most keys score within a few percent of each other: a selection by the upper bits loses some
     close = checkpoints.tiny(index_topk=4, num_hidden_layers=3, first_k_dense_replace=1, index_topk_freq=2)
-    clustered = Spec("clustered", close, {"indexer_rope": "interleaved"}, key_mean=200.0, times=32, claims=CLUSTERED_CLAIMS)
+    rope = {"indexer_rope": "interleaved"}
+    clustered = Spec("clustered", close, rope, key_mean=200.0, times=32, claims=CLUSTERED_CLAIMS)
     return [*specs, clustered, *flashes, *trained_specs()]
 
 
@@ -235,8 +236,10 @@ class Case:
         self.spec, self.name, self.seed = spec, spec.name, seed
         self.folder = spec.folder or scratch / spec.name
         if spec.folder is None and not (self.folder / "config.json").exists():
-            means = {"bias_mean": spec.bias_mean, "key_mean": spec.key_mean}
-            checkpoints.write(self.folder, spec.config, seed=seed, shard_size=shard_size, **means)
+            checkpoints.write(
+                self.folder, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean, key_mean=spec.key_mean,
+                uneven_norms=True,
+            )  # fmt: skip
         self.config = read_json(self.folder / "config.json")
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]

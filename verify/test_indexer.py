@@ -190,8 +190,8 @@ def test_clustered_scores_far_beyond_index_topk(case: Case, judge, monkeypatch, 
     values = np.stack(list(rows.values())).astype(np.float32)
     q = np.zeros((len(rows), FAR, args.index_n_heads, args.index_head_dim), np.float32)
     k, w = np.zeros((len(rows), count, args.index_head_dim), np.float32), np.zeros(q.shape[:3], np.float32)
-    q[:, :, 0, 0], k[:, :, 0] = 1, np.abs(values)  # one head, one dim: the score is the key itself, by the sign of its weight
-    w[:, :, 0] = np.sign(values[:, :1])
+    # one head and one dim: the score is the key itself, by the sign of the head's weight
+    q[:, :, 0, 0], k[:, :, 0], w[:, :, 0] = 1, np.abs(values), np.sign(values[:, :1])
     mask = CausalMask(count - FAR, FAR)
     seen = np.arange(count) <= np.arange(count - FAR, count)[:, None]
     scores = np.where(seen, values[:, None], -np.inf)

@@ -79,7 +79,7 @@ def test_turning_16_bit_values(judge, layout, dtype):
     x, exact = half.rounded(equations.rope(near * _first_of_pairs(layout), -at, config, layout), dtype)
     ours = rotate(x, RotaryEmbedding(ModelArgs.from_dict(config))(mx.array(at)), layout)
     float32 = (2 * at.max() + 8) * tolerances.HALF_ULP  # of an angle, its cosine, two products and a sum
-    judge.holds(f"{layout}, {dtype}", "position 17", ours.dtype == half.DTYPES[dtype], f"{dtype} stays {dtype} ({ours.dtype})")
+    judge.holds(f"{layout}, {dtype}", "position 17", ours.dtype == half.DTYPES[dtype], f"the dtype stays ({ours.dtype})")
     off = half.roundings(ours, equations.rope(exact, at, config, layout), 2 * float32, dtype)
     judge.at_most(f"{layout}, {dtype}", "position 17", off, 1.0, "turned in float32, rounded once")
 
