@@ -43,6 +43,13 @@ def judge(release: Release, original: Release, findings: Findings) -> dict[str, 
     for key in (PAD, BOS):
         _special(key, mine, theirs, findings)
     _settings(mine.settings, theirs.settings, findings)
+    for key, own in mine.limits.items():
+        if mine.by_text and theirs.by_text and own != theirs.limits[key]:
+            findings.say(
+                WARNING,
+                f"{TOKENIZER}: {key} = {_short(own)}, the original's says {_short(theirs.limits[key])}: HF's loader overrules "
+                "it, other engines do not",
+            )
     _templates(mine, theirs, findings, open_)
     _sampling(mine, theirs, findings)
     return open_
@@ -58,18 +65,19 @@ class _Side:
         self.generation = files.json(chat.GENERATION) or {}
         self.settings = files.json(TOKENIZER_CONFIG)
         self.by_text: dict[str, int] = {}
-        tokenizer: dict[str, Any] | None = files.json(TOKENIZER, chat.LARGEST_TOKENIZER)
+        tokenizer = files.json(TOKENIZER, chat.LARGEST_TOKENIZER) or {}
         try:
-            self.by_text = dict(chat.numbered(tokenizer or {}))
+            self.by_text = dict(chat.numbered(tokenizer))
         except (TypeError, KeyError, ValueError, AttributeError):  # the audit names it
-            tokenizer = None
-        self.added = {t.get("content") for t in (tokenizer or {}).get("added_tokens") or [] if isinstance(t, Mapping)}
+            tokenizer = {}
+        self.added = {token["content"] for token in tokenizer.get("added_tokens") or []}
+        self.limits = {key: tokenizer.get(key) for key in ("truncation", "padding")}
         in_file, inner = chat.templates_of(files, self.settings or {})
         self.templates = in_file or inner
         sources = {chat.GENERATION: self.generation, "config.json": release.config}
         self.ids = {key: chat.ids_named(sources, key, ignored) for key in (EOS, PAD, BOS)}
         for key, named in self.ids.items():
-            said: Any = (self.settings or {}).get(key)
+            said = None if self.settings is None else self.settings.get(key)
             word = said.get("content") if isinstance(said, Mapping) else said
             if isinstance(word, str) and word in self.by_text:
                 named[TOKENIZER_CONFIG] = [self.by_text[word]]
@@ -93,26 +101,25 @@ def _ends(mine: _Side, theirs: _Side, findings: Findings, open_: dict[str, str])
             open_["ends of a generation, beside the original's"] = f"the {'release' if due else 'original'} names none"
         return
     (file, ids), (their_file, their_ids) = (next(iter(named.items())) for named in (own, due))
-    lost, new = set(their_ids) - set(ids), set(ids) - set(their_ids)
-    if lost:
+    if lost := set(their_ids) - set(ids):
         findings.say(
             FAULT,
             f"{file}: eos_token_id lacks {theirs.listed(lost)}, at which the original's {their_file} ends a generation: it "
             "talks on",
         )
-    words = {n for n in new if not mine.is_special(n)}
-    if words:
-        findings.say(
-            FAULT, f"{file}: eos_token_id has {mine.listed(words)}: words of a text, at which the original goes on"
-        )
-    if new - words:
-        findings.say(WARNING, f"{file}: eos_token_id has {mine.listed(new - words)} besides the original's")
-    for other in [f for f in own if f in due and f != file]:  # those that this engine or that one goes by
-        if set(own[other]) != set(due[other]):
+    every = {n for numbers in due.values() for n in numbers}
+    for other, numbers in own.items():  # one engine or another ends at those of any
+        if words := {n for n in numbers if n not in every and not mine.is_special(n)}:
+            findings.say(
+                FAULT, f"{other}: eos_token_id has {mine.listed(words)}: words of a text, at which the original goes on"
+            )
+        elif other != file and set(numbers) != set(due.get(other, numbers)):
             findings.say(
                 WARNING,
-                f"{other}: eos_token_id = {mine.listed(set(own[other]))}, the original's says {theirs.listed(set(due[other]))}",
+                f"{other}: eos_token_id = {mine.listed(set(numbers))}, the original's says {theirs.listed(set(due[other]))}",
             )
+    if new := {n for n in set(ids) - set(their_ids) if mine.is_special(n)}:
+        findings.say(WARNING, f"{file}: eos_token_id has {mine.listed(new)} besides the original's")
 
 
 def _special(key: str, mine: _Side, theirs: _Side, findings: Findings) -> None:

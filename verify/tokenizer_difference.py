@@ -19,7 +19,7 @@ from .merging import FAULT, WARNING, Findings
 from .release import Release
 from .tokenizer import tokenizer_of
 
-SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens", "truncation", "padding")
+SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 TRIED = (  # what tokenizers are apart in: spaces, digits, contractions, case, accents in two forms, scripts, emoji, controls
     "a  b   c\n\n\n\td  ", " It's what they'LL do: 3.14159 of 1234567890 (100%)!",
     "na\u00efve e\u0301t\u00e9 \ufb01 \u017f \u212b \u0130", "\u4e2d\u6587\uff0c\u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
@@ -48,7 +48,7 @@ def judge(release: Release, original: Release, findings: Findings) -> str:
 
 @dataclass
 class Tokenizers:
-    """mine, theirs: as the library reads them; told: as it writes them, whatever the files' own spelling."""
+    """mine, theirs: as the library reads them; what they say is compared as it writes them, however the files spell it."""
 
     mine: Any
     theirs: Any
@@ -58,8 +58,11 @@ class Tokenizers:
         own, due = (json.loads(t.to_str()) for t in (self.mine, self.theirs))
         self._tokens()
         self._merges(own["model"], due["model"])
-        models = [{k: v for k, v in said["model"].items() if k not in ("vocab", "merges")} for said in (own, due)]
-        changed = [s for s in SECTIONS if own.get(s) != due.get(s)] + ["model"] * (models[0] != models[1])
+        mine, theirs = _sections(own), _sections(due)
+        common = mine["added_tokens"].keys() & theirs["added_tokens"].keys()  # the others are told already
+        for said in (mine, theirs):
+            said["added_tokens"] = {t: said["added_tokens"][t] for t in common}
+        changed = [name for name in mine if mine[name] != theirs[name]]
         if changed:
             self._tried(changed)
 
@@ -103,9 +106,6 @@ class Tokenizers:
             *TRIED,
             *(f"a {t.content}b" for t in self.theirs.get_added_tokens_decoder().values()),
         ]
-        for tokenizer in (self.mine, self.theirs):  # as HF's loader, which sets both at each call
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
         for text in texts:
             own, due = (t.encode(text).tokens for t in (self.mine, self.theirs))
             if own != due:
@@ -131,11 +131,18 @@ class Tokenizers:
         self.findings.say(severity, f"{TOKENIZER}: {what}")
 
 
+def _sections(said: Mapping[str, Any]) -> dict[str, Any]:
+    """All but ids and merges."""
+    model = {k: v for k, v in said["model"].items() if k != "merges" and (k != "vocab" or isinstance(v, list))}
+    added = {t["content"]: {k: v for k, v in t.items() if k != "id"} for t in said["added_tokens"]}
+    return {name: said.get(name) for name in SECTIONS} | {"added_tokens": added, "model": model}
+
+
 def _listed(parts: Iterator[str]) -> str:
     found = list(parts)
     return ", ".join(found[:SHOWN]) + (", ..." if found[SHOWN:] else "")
 
 
 def _short(text: str) -> str:
-    text = repr(printable(text))
-    return text if len(text) <= 40 else f"{text[:36]}...'"
+    text = printable(text)
+    return repr(text if len(text) <= 40 else f"{text[:36]}...")
