@@ -159,7 +159,7 @@ class Perplexity:
         parts = [f"release {self.release:.4g}"]
         if self.original is not None:
             parts.append(f"original {self.original:.4g} ({self.release / self.original:.4f} times)")
-        return f"{', '.join(parts)}; {self.of_what}{self.doubt}"
+        return f"{', '.join(parts)}, {self.of_what}{self.doubt}"
 
     @property
     def doubt(self) -> str:

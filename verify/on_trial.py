@@ -112,6 +112,14 @@ class OnTrial:
         return self.prompt.tokens
 
     @property
+    def run_on(self) -> str:
+        """What figures are of, in words."""
+        configs = [r.config for r in (self.headers, self.original) if r is not None]
+        topk = self.args.index_topk
+        is_own = not self.args.has_indexer or all(c.get("index_topk") == topk for c in configs)
+        return f"of {self.prompt}" + ("" if is_own else f", under index_topk = {topk}")
+
+    @property
     def is_whole(self) -> bool:
         """Whether all of the model's own layers are run."""
         return set(range(self.args.num_hidden_layers)) <= set(self.layers)

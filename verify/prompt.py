@@ -56,8 +56,8 @@ def of_file(folder: Path, file: Path, tokens: int | None, vocabulary: int) -> Pr
 
 
 def of_kept_texts(folder: Path, length: int, vocabulary: int, seed: int) -> Prompt:
-    """A stretch of the kept texts, English before code; random tokens, and why, where they are not to be had. The seed says
-    which stretch, or which tokens."""
+    """A stretch of the kept texts; random tokens, and why, where they are not to be had. The seed says which stretch, or which
+    tokens. This project's code comes first: a large model knows the classics by heart, and then nothing shows."""
     ids, why = _kept(folder, length, vocabulary)
     if why:
         drawn = np.random.default_rng(seed).integers(3, vocabulary, (1, length))
@@ -75,7 +75,7 @@ def _kept(folder: Path, length: int, vocabulary: int) -> tuple[Array, str]:
         return none, str(error)
     if tokenizer is None:
         return none, "no tokenizer.json beside the weights"
-    ids = np.array(tokenizer.encode("\n\n".join(kept_texts().values())).ids, dtype=int)
+    ids = np.array(tokenizer.encode("\n\n".join(reversed([*kept_texts().values()]))).ids, dtype=int)
     if len(ids) < length:
         return none, f"the kept texts have {len(ids)} tokens by tokenizer.json, {length} are due: add --prompt-file"
     if ids.max() >= vocabulary:

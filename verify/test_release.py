@@ -64,7 +64,7 @@ def test_logits(trial: Trial, judge, gate):
         if trial.perplexity is not None:
             gate.add(Comparison(CLAIM, trial.name, "perplexity of the text", MEASURED, note=str(trial.perplexity)))
         if paid is not None:
-            gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, of {trial.release.prompt}"))
+            gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, {trial.release.run_on}"))
             if dropped := trial.dropped():
                 gate.add(Comparison(CLAIM, trial.name, "experts", MEASURED, note=dropped))
             limits = trial.release.limits

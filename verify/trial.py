@@ -266,10 +266,8 @@ class Trial:
 
     def _measure_perplexity(self, logits: Array, paid: cost.Cost | None, following: Array) -> None:
         own = cost.perplexity(logits, following) if paid is None else paid.release_perplexity
-        topk = self.release.overrides.get("index_topk")
-        of_what = f"{len(following)} tokens of {self.release.prompt}" + (f", under --index-topk {topk}" if topk else "")
         theirs = None if paid is None else paid.original_perplexity
-        self.perplexity = cost.Perplexity(own, theirs, self.release.args.vocab_size, of_what)
+        self.perplexity = cost.Perplexity(own, theirs, self.release.args.vocab_size, self.release.run_on)
 
     def dropped(self) -> str:
         """What share of the original's routing went to experts that a pruned build has not; empty where nothing was dropped."""
