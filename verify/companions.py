@@ -39,6 +39,11 @@ def judge(release: Release, original: Release, findings: Findings) -> dict[str, 
     open_: dict[str, str] = {}
     if why := tokenizer_difference.judge(release, original, findings):
         open_["the tokenizer, beside the original's"] = why
+    elif mine.settings is None or theirs.settings is None:
+        who = "release" if mine.settings is None else "original"
+        open_[f"{TOKENIZER_CONFIG}, beside the original's"] = f"the {who} has none that can be read"
+    for unread in theirs.unread:
+        open_[f"{unread.partition(':')[0]}, beside the original's"] = f"the original's cannot be read: {unread}"
     _ends(mine, theirs, findings, open_)
     for key in (PAD, BOS):
         _special(key, mine, theirs, findings)
@@ -56,11 +61,12 @@ def judge(release: Release, original: Release, findings: Findings) -> dict[str, 
 
 
 class _Side:
-    """What a release's small files say. What cannot be read is as if it were not there: the audit names it."""
+    """What a release's small files say. unread: of files that are there and cannot be read (the release's own are named by
+    the audit)."""
 
     def __init__(self, release: Release) -> None:
-        ignored = Findings()
-        files = chat.Files(release, ignored)
+        found = Findings()
+        files = chat.Files(release, found)
         self.release = release
         self.generation = files.json(chat.GENERATION) or {}
         self.settings = files.json(TOKENIZER_CONFIG)
@@ -75,12 +81,13 @@ class _Side:
         in_file, inner = chat.templates_of(files, self.settings or {})
         self.templates = in_file or inner
         sources = {chat.GENERATION: self.generation, "config.json": release.config}
-        self.ids = {key: chat.ids_named(sources, key, ignored) for key in (EOS, PAD, BOS)}
+        self.ids = {key: chat.ids_named(sources, key, found) for key in (EOS, PAD, BOS)}
         for key, named in self.ids.items():
             said = None if self.settings is None else self.settings.get(key)
             word = said.get("content") if isinstance(said, Mapping) else said
             if isinstance(word, str) and word in self.by_text:
                 named[TOKENIZER_CONFIG] = [self.by_text[word]]
+        self.unread = [f.what for f in found.merged()]
 
     def is_special(self, token: int) -> bool:
         return not self.by_text or any(self.by_text.get(text) == token for text in self.added)

@@ -50,6 +50,9 @@ def judge(release: Release, original: Release, findings: Findings) -> None:
     )
     if mine is not None and other is not None:
         _hold(NOTE, "dtype", mine, other, findings, "the tensors decide")
+    mine, other = (c.get("layer_types") for c in (release.config, original.config))
+    if mine is not None and other is not None:
+        _hold(WARNING, "layer_types", mine, other, findings, "HF's caches go by it")
 
 
 def _hold(severity: str, key: str, mine: Any, theirs: Any, findings: Findings, why: str = "") -> None:

@@ -79,7 +79,8 @@ class OnTrial:
             rows = 2 if original is not None else 1
             length = default_length(args, rows) if tokens is None else _checked_length(args, rows, tokens)
             check_vocabulary(headers.origin, args)
-            passage = prompts.of_kept_texts(headers.folder or Path(), length, args.vocab_size, seed)
+            folders = [r.folder for r in (headers, original) if r is not None and r.folder is not None]
+            passage = prompts.of_kept_texts(folders, length, args.vocab_size, seed)
         try:
             checkpoint.assemble(headers.folder or "", **overrides)
             refused = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def of_file(folder: Path, file: Path, tokens: int | None, vocabulary: int) -> Pr
     return Prompt(np.array([ids[:tokens]]), printable(file.name))
 
 
-def of_kept_texts(folder: Path, length: int, vocabulary: int, seed: int) -> Prompt:
+def of_kept_texts(folders: Sequence[Path], length: int, vocabulary: int, seed: int) -> Prompt:
     """A stretch of the kept texts; random tokens, and why, where they are not to be had. The seed says which stretch, or which
     tokens. This project's code comes first: a large model knows the classics by heart, and then nothing shows."""
-    ids, why = _kept(folder, length, vocabulary)
+    ids, why = _kept(folders, length, vocabulary)
     if why:
         drawn = np.random.default_rng(seed).integers(3, vocabulary, (1, length))
         return Prompt(drawn, f"random tokens, seed {seed}", why)
@@ -66,11 +67,11 @@ def of_kept_texts(folder: Path, length: int, vocabulary: int, seed: int) -> Prom
     return Prompt(ids[None, start : start + length], f"the kept texts, from token {start}")
 
 
-def _kept(folder: Path, length: int, vocabulary: int) -> tuple[Array, str]:
+def _kept(folders: Sequence[Path], length: int, vocabulary: int) -> tuple[Array, str]:
     """(ids, why there are none)."""
     none = np.array([], dtype=int)
     try:
-        tokenizer = tokenizer_of([folder])
+        tokenizer = tokenizer_of(folders)
     except ValueError as error:
         return none, str(error)
     if tokenizer is None:
