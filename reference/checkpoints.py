@@ -2,7 +2,7 @@
 
 Random weights hide faults that trained ones show. These have what trained ones have: norm weights away from 1, a
 k_norm bias, a correction bias that changes choices, keys and latents of small variance (so that an eps counts), and
-attention that is not flat.
+attention that is not flat; where it is asked for, norm weights near 0 and below, and index scores close to each other.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ def write(
     dtype: torch.dtype = torch.bfloat16,
     shard_size: str = "300KB",
     bias_mean: float = 0.0,
+    key_mean: float = 0.0,
+    uneven_norms: bool = False,
 ) -> Path:
     """Writes a checkpoint in HF layout, MTP layer included, config.json with exactly the keys of `config`."""
     folder = Path(folder)
@@ -122,18 +124,19 @@ def write(
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # the one float32 tensor of a published checkpoint
                 buffer.data = buffer.data.float()
-        trained_like(model, bias_mean)
+        trained_like(model, bias_mean, key_mean, uneven_norms)
         model.save_pretrained(folder, max_shard_size=shard_size)
         if has_mtp:
-            _add_mtp_tensors(folder, config, dtype)
+            _add_mtp_tensors(folder, config, dtype, uneven_norms)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
 
 
 @torch.no_grad()
-def trained_like(model: Any, bias_mean: float = 0.0) -> None:
-    """Draws all weights anew; gains are those on inputs of unit variance."""
+def trained_like(model: Any, bias_mean: float = 0.0, key_mean: float = 0.0, uneven_norms: bool = False) -> None:
+    """Draws all weights anew; gains are those on inputs of unit variance. key_mean: what all of the indexer's keys have in
+    common, where RoPE does not turn them: a large one makes scores that lie close to each other."""
     gains = {
         "q_a_proj": 0.03,  # a small query latent: q_a_layernorm's eps counts
         "q_b_proj": 1.6,
@@ -146,8 +149,11 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
             parameter.normal_(bias_mean, 0.15)
         elif kind == "bias":
             parameter.normal_(0, 0.3)
+            if module == "k_norm":
+                parameter[model.config.qk_rope_head_dim :] += key_mean
         elif "norm" in module:
             parameter.uniform_(0.6, 1.4)
+            parameter.mul_(unevenness(parameter) if uneven_norms else 1)
         elif module == "embed_tokens":
             parameter.normal_(0, 1)
         elif parameter.dim() >= 2:
@@ -155,6 +161,13 @@ def trained_like(model: Any, bias_mean: float = 0.0) -> None:
             if module == "kv_a_proj_with_mqa":  # a small latent beside a rotary key of unit variance
                 latent = parameter.shape[0] - model.config.qk_rope_head_dim
                 parameter[:latent] *= 0.03
+
+
+def unevenness(norm: torch.Tensor) -> torch.Tensor:
+    """Factors of a norm's weight: every seventh entry near 0 and another seventh negative (GLM-5.2's shared_head.norm spans
+    -0.07 to 1.81). A weight whose magnitude is taken, or that is clamped, shows there alone."""
+    places = torch.arange(norm.numel())
+    return torch.where(places % 7 == 0, 0.02, torch.where(places % 7 == 3, -1.0, 1.0)).to(norm.dtype)
 
 
 def write_tokenizer(folder: str | Path) -> Path:
@@ -174,12 +187,13 @@ def write_tokenizer(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _add_mtp_tensors(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+def _add_mtp_tensors(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, uneven_norms: bool) -> None:
     """One shard more, with what joins the MTP layer to the model; HF wrote its decoder layer already."""
     hidden, prefix = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
     tensors = {prefix + "eh_proj.weight": torch.randn(hidden, 2 * hidden) * (2 * hidden) ** -0.5}
     for norm in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{prefix}{norm}.weight"] = torch.rand(hidden) * 0.8 + 0.6
+        weight = torch.rand(hidden) * 0.8 + 0.6
+        tensors[f"{prefix}{norm}.weight"] = weight * unevenness(weight) if uneven_norms else weight
     if config["model_type"] == "glm4_moe_lite":
         tensors[prefix + "embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden)
         tensors[prefix + "shared_head.head.weight"] = torch.randn(config["vocab_size"], hidden) * hidden**-0.5

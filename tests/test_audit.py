@@ -191,7 +191,7 @@ def test_the_gate_judges_by_the_policy_that_is_asked_for(packed, given):
         config.stash = {options.ASKED: options.Asked.of(config)}
         held = []
         judge = SimpleNamespace(holds=lambda name, stage, ok, note, held=held: held.append((ok, note)))
-        gate = SimpleNamespace(add=lambda comparison: None)
+        gate = SimpleNamespace(add=lambda comparison: None, not_verified={})
         test_release.test_headers(judge, gate, SimpleNamespace(config=config))
         assert [ok for ok, _ in held] == [is_sound], held
         assert ("indexer: 4 bit" in held[0][1]) != is_sound

@@ -48,6 +48,13 @@ IN_FIELD = [
     "mtp-concat-order",
     "mtp-uses-main-selection",
     "mtp-reuse-skips-key-write",
+    "mtp-hidden-before-norm",
+    "mtp-feeds-the-same-token",  # mtp-token-fed-twice in the field's list
+    "start-forgotten-in-a-batch",  # merged-cache-forgets-first there
+    "topk-bucket-overflow",
+    "router-weights-from-biased",
+    "indexer-eps-zero",
+    "indexer-sink-forced",
 ]
 
 

@@ -155,7 +155,7 @@ def test_a_pruned_build_is_held_to_its_original(original, tmp_path):
     kept = {layer: kept_in(layer, moved=True) for layer in SPARSE}
     trial = trial_of(pruned(original, tmp_path / "p", kept), original)
     assert {i: n.own.tolist() for i, n in trial.release.numberings.items()} == kept
-    assert trial.release.config_faults() == []
+    assert trial.release.differences()[0] == []
     assert trial.release.pruned()[0].startswith(f"layers 1-2: {KEPT} of {EVERY} experts kept; in another order")
     trial.run.chunk = 3  # the release's end in a chunk of one, the original's in others
     faults, paid = run(trial)
@@ -288,7 +288,7 @@ def test_groups_that_were_adapted_are_told_and_other_keys_are_faults(tmp_path):
     kept = {layer: kept_in(layer) for layer in SPARSE}
     folder = pruned(grouped, tmp_path / "p", kept, n_group=1, topk_group=1, routed_scaling_factor=2.0)
     release = on_trial(folder, grouped)
-    assert [line.split()[1] for line in release.config_faults()] == ["routed_scaling_factor"]
+    assert [finding.what.split()[1] for finding in release.differences()[0]] == ["routed_scaling_factor"]
     assert release.pruned()[-2:] == [
         "config.json: n_group = 1, the original's says 4",
         "config.json: topk_group = 1, the original's says 2",

@@ -234,9 +234,9 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     with pytest.raises(ValueError, match=r"--original .*: index_n_heads = 7, .* has"):
         OnTrial.of(headers, original=headers_of(str(other)))
     (other / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 9.0}))
-    faults = OnTrial.of(headers, original=headers_of(str(other))).config_faults()
+    faults = OnTrial.of(headers, original=headers_of(str(other))).differences()[0]
     assert len(faults) == 1
-    assert re.fullmatch(r"config.json: routed_scaling_factor = .*, the original's says 9.0", faults[0])
+    assert re.fullmatch(r"config.json: routed_scaling_factor = .*, the original's says 9.0", faults[0].what)
     with pytest.raises(ValueError, match="kl_max has a limit already"):
         cost.parse_limits(["kl_max=1", "kl_max=2"])
     for limit in ("kl_mean", "kl_mean=x", "speed=3", "kl_mean=nan", "kl_max=-1"):

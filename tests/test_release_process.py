@@ -79,7 +79,7 @@ def test_a_release_beside_its_original(release, source, tmp_path):
 
 
 def test_without_the_original_the_report_says_what_nobody_can_tell(release, source, given):
-    key = "that these are the model's own weights"
+    key = "that these are the model's own weights and config values"
     for more, told in (({}, True), ({"--original": str(source)}, False)):
         asked = options.Asked.of(given({"--checkpoint": str(release)} | more))
         lines = asked.not_verified(given({}))

@@ -1,7 +1,7 @@
 """`python -m verify audit DIR_OR_REPO`: what headers alone tell of a release. Seconds for 1.5 TB; no weight is read.
 
 Tensors against config.json (`tensors`), precision (`policy`), mlx-lm's key (`quantization_key`), tokenizer and chat (`chat`),
-a recipe (`adherence`); what the model and its cache take, and where that fits.
+code that comes with it (`foreign_code`), a recipe (`adherence`); what the model and its cache take, and where that fits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glm_dsa.output import table
 from glm_dsa.plan import MEMORIES, USABLE, Cache
 from glm_dsa.recipe import Recipe
 
-from . import adherence, chat, policy, quantization_key
+from . import adherence, chat, foreign_code, policy, quantization_key
 from .merging import FAULT, NOTE, WARNING, Finding, Findings
 from .release import Release
 from .tensors import Tensors
@@ -80,6 +80,7 @@ def audit(release: Release, recipe: Recipe | None = None, strict: bool = False, 
         adherence.judge(tensors, recipe, findings)
     if with_chat:
         chat.judge(release, args.vocab_size, findings)
+        foreign_code.judge(release, findings)
     mtp = "none" if not args.num_nextn_predict_layers else "present" if tensors.with_mtp else "absent"
     if mtp == "absent" and not any("MTP" in note for note in release.notes):
         findings.say(

@@ -36,6 +36,13 @@ HALF_SPLIT_CLAIMS = (
     "final logits",
     "a trained model's behaviour",
 )
+CLUSTERED_CLAIMS = (
+    "the references agree",
+    "indexer scores and selections",
+    "each layer on the reference's input",
+    "final logits",
+    "caches: chunks, decode, rewind, padding",
+)
 TOPK = 16  # index_topk of the tiny checkpoints: prompts of 80 are five times as long
 MOST_TOPK = 64  # beyond it prompts grow too long for MLX on a CPU
 HF_LOADS = frozenset({layouts.STACKED, layouts.UNREAD})  # of the layouts that are neither its own nor mlx-lm's
@@ -50,6 +57,8 @@ class Spec:
     config: Mapping[str, Any] = field(hash=False)
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     bias_mean: float = 0.0
+    key_mean: float = 0.0  # of the indexer's keys: a large one makes scores that lie close to each other
+    times: int = 3  # how many times index_topk a long prompt has at least
     folder: Path | None = None  # a checkpoint that is there already
     # what its prompts are cut from, a byte a token; random tokens where there are none
     texts: tuple[str, ...] = ()
@@ -110,7 +119,11 @@ def default_specs() -> list[Spec]:
         Spec("glm-4.7", flash),
         Spec("glm-4.7-half-split", {**flash, "tie_word_embeddings": True}, {"main_rope": "half-split"}),
     ]
-    return [*specs, *flashes, *trained_specs()]
+    # 32 times index_topk, where most keys score within a few percent of each other: a selection by the upper bits loses some
+    close = checkpoints.tiny(index_topk=4, num_hidden_layers=3, first_k_dense_replace=1, index_topk_freq=2)
+    rope = {"indexer_rope": "interleaved"}
+    clustered = Spec("clustered", close, rope, key_mean=200.0, times=32, claims=CLUSTERED_CLAIMS)
+    return [*specs, clustered, *flashes, *trained_specs()]
 
 
 def trained_specs() -> list[Spec]:
@@ -223,7 +236,10 @@ class Case:
         self.spec, self.name, self.seed = spec, spec.name, seed
         self.folder = spec.folder or scratch / spec.name
         if spec.folder is None and not (self.folder / "config.json").exists():
-            checkpoints.write(self.folder, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean)
+            checkpoints.write(
+                self.folder, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean, key_mean=spec.key_mean,
+                uneven_norms=True,
+            )  # fmt: skip
         self.config = read_json(self.folder / "config.json")
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]
@@ -277,8 +293,8 @@ class Case:
 
     @property
     def long(self) -> int:
-        """A prompt beyond index_topk: 80 tokens, or three times index_topk where that is more."""
-        return max(5 * TOPK, 3 * self.args.index_topk)
+        """A prompt beyond index_topk: 80 tokens, or three times index_topk (`times`) where that is more."""
+        return max(5 * TOPK, self.spec.times * self.args.index_topk)
 
     def scaled(self, cuts: list[int]) -> list[int]:
         """Cuts of a prompt of 80 tokens or less, for one of `long`: as many cuts, and few tokens stay few."""

@@ -27,7 +27,7 @@ EOS, PAD, BOS = "eos_token", "pad_token", "bos_token"
 
 def judge(release: Release, vocabulary: int, findings: Findings) -> None:
     """vocabulary: rows of the embedding."""
-    files = _Files(release, findings)
+    files = Files(release, findings)
     tokens = _Tokens(files, vocabulary, findings)
     config, generation, tokenizer = dict(release.config), files.json(GENERATION), files.json(TOKENIZER_CONFIG)
     if files.absent:
@@ -35,7 +35,7 @@ def judge(release: Release, vocabulary: int, findings: Findings) -> None:
             NOTE, f"not there: {', '.join(files.absent)}; what they would say of tokens and chat was not looked at"
         )
     sources = {"config.json": config, GENERATION: generation or {}}
-    ids = {key: _named(sources, key, findings) for key in (EOS, PAD, BOS)}
+    ids = {key: ids_named(sources, key, findings) for key in (EOS, PAD, BOS)}
     _beyond(ids, vocabulary, findings)
     if tokenizer is not None:
         tokens.check_added(tokenizer)
@@ -48,7 +48,7 @@ def judge(release: Release, vocabulary: int, findings: Findings) -> None:
         _chat(files, tokenizer or {}, findings)
 
 
-class _Files:
+class Files:
     """Small files of a release. What cannot be read is a finding, once, and then as if it were not there."""
 
     def __init__(self, release: Release, findings: Findings) -> None:
@@ -84,14 +84,14 @@ class _Files:
 class _Tokens:
     """What tokenizer.json, and tokenizer_config.json's added_tokens_decoder, number. by_text: {token: id}."""
 
-    def __init__(self, files: _Files, vocabulary: int, findings: Findings) -> None:
+    def __init__(self, files: Files, vocabulary: int, findings: Findings) -> None:
         self.vocabulary, self.findings = vocabulary, findings
         self.by_text: dict[str, int] = {}
         parsed = files.json(TOKENIZER, LARGEST_TOKENIZER)
         if parsed is None:
             return
         try:
-            self.by_text = dict(_numbered(parsed))
+            self.by_text = dict(numbered(parsed))
         except (TypeError, KeyError, ValueError, AttributeError):
             findings.say(
                 FAULT, f"{TOKENIZER}: its model.vocab or added_tokens do not number tokens; no tokenizer can be made"
@@ -147,7 +147,7 @@ class _Tokens:
         return None
 
 
-def _numbered(parsed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def numbered(parsed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Every token with its number. Raises TypeError, KeyError, ValueError or AttributeError where there is no telling."""
     vocabulary = parsed["model"]["vocab"]
     pairs = vocabulary.items() if isinstance(vocabulary, Mapping) else ((t, i) for i, (t, _) in enumerate(vocabulary))
@@ -159,7 +159,7 @@ def _numbered(parsed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield text, number
 
 
-def _named(sources: Mapping[str, Mapping[str, Any]], key: str, findings: Findings) -> dict[str, list[int]]:
+def ids_named(sources: Mapping[str, Mapping[str, Any]], key: str, findings: Findings) -> dict[str, list[int]]:
     """{file: ids of a special token}: a number, a list of them, or null."""
     found: dict[str, list[int]] = {}
     for file, said in sources.items():
@@ -211,14 +211,8 @@ def _pads(named: Mapping[str, list[int]], findings: Findings) -> None:
         findings.say(WARNING, f"pad_token_id differs: {told}")
 
 
-def _chat(files: _Files, tokenizer: Mapping[str, Any], findings: Findings) -> None:
-    """The file in force is the first that is there, as in HF: chat_template.jinja, .json, tokenizer_config.json."""
-    templates: dict[str, str] = {}
-    if (text := files.text(TEMPLATE, template.LARGEST)) is not None:
-        templates[TEMPLATE] = text
-    elif (old := files.json(OLD_TEMPLATE, template.LARGEST, wanted=False)) is not None:
-        templates = dict(template.named(old.get("chat_template"), OLD_TEMPLATE))
-    inner = dict(template.named(tokenizer.get("chat_template"), TOKENIZER_CONFIG))
+def _chat(files: Files, tokenizer: Mapping[str, Any], findings: Findings) -> None:
+    templates, inner = templates_of(files, tokenizer)
     if not templates and not inner:
         if small_file(files.release, TEMPLATE) is None:  # one that cannot be read is told of already
             findings.say(
@@ -229,6 +223,17 @@ def _chat(files: _Files, tokenizer: Mapping[str, Any], findings: Findings) -> No
         for where, text in chosen.items():
             if wrong := template.compile_error(text):
                 findings.say(severity, f"{where}: the chat template does not compile: {wrong}")
+
+
+def templates_of(files: Files, tokenizer: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """(of a file of their own, tokenizer_config.json's), {where: text}. In force is the first that is there, as in HF:
+    chat_template.jinja, .json, tokenizer_config.json."""
+    templates: dict[str, str] = {}
+    if (text := files.text(TEMPLATE, template.LARGEST)) is not None:
+        templates[TEMPLATE] = text
+    elif (old := files.json(OLD_TEMPLATE, template.LARGEST, wanted=False)) is not None:
+        templates = dict(template.named(old.get("chat_template"), OLD_TEMPLATE))
+    return templates, dict(template.named(tokenizer.get("chat_template"), TOKENIZER_CONFIG))
 
 
 def _short(text: str) -> str:

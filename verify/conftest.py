@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What a release will take, before anything of it is read."""
     release = config.stash[ASKED].release
-    return [] if release is None else [release.memory()]
+    return [] if release is None else [release.memory(), f"run on {release.prompt}"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -142,8 +142,37 @@ class Cost:
 def of_logits(release: Array, original: Array, following: Array) -> Cost:
     """Logits [positions, V] of both, and the token that follows each position."""
     d = compare.distributions(release, original)
-    mine, theirs = (float(np.exp(_surprise(logits, following))) for logits in (release, original))
+    mine, theirs = (perplexity(logits, following) for logits in (release, original))
     return Cost(d.kl_mean, d.kl_p95, d.kl_max, d.top1, theirs, mine)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of a text: the release's, and the original's where there is one. vocabulary: that of a guess; of_what: text, length."""
+
+    release: float
+    original: float | None
+    vocabulary: int
+    of_what: str
+
+    def __str__(self) -> str:
+        parts = [f"release {self.release:.4g}"]
+        if self.original is not None:
+            parts.append(f"original {self.original:.4g} ({self.release / self.original:.4f} times)")
+        return f"{', '.join(parts)}, {self.of_what}{self.doubt}"
+
+    @property
+    def doubt(self) -> str:
+        """Worse than knowing nothing."""
+        if self.release <= self.vocabulary:
+            return ""
+        too = ", and so is the original" if self.original is not None and self.original > self.vocabulary else ""
+        return f". WARNING: worse than a guess among all {self.vocabulary:,} tokens{too}: no model of this text"
+
+
+def perplexity(logits: Array, following: Array) -> float:
+    """Logits [positions, V], and the token that follows each position."""
+    return float(np.exp(_surprise(logits, following)))
 
 
 def _surprise(logits: Array, following: Array) -> float:

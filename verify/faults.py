@@ -631,6 +631,116 @@ def _later() -> Iterator[Fault]:
     yield Fault("filter-drops-announced-padding", "cache", "rows are filtered before the pads have come, and come without them",
                 (Edit("cache.LayerCache._rows", "min(self.length, *(padding[row] for row in rows))",
                       "min(padding[row] for row in rows)"),), OPERATIONS, "batch", "left padding, filtered before the first token")
+    yield from _lossy_choices()
+    yield from _uneven_norms()
+    yield from _sixteen_bit()
+
+
+def _lossy_choices() -> Iterator[Fault]:
+    """A choice that loses some of the best, and weights that lose digits: seen only where scores lie close, or biases are large."""
+    best, every = "indexer.Indexer.best", "every.shape[-1]"
+    far = "T well above index_topk, clustered scores"
+
+    def overflow(name: str, what: str, room: str, **more: str) -> Fault:
+        """Sought among the keys whose upper bits (sign, exponent, two of the fraction) rank first; of equal ones, the earlier."""
+        kept = (f"size = {every}; room = min({room}, size); coarse = (every >> 53 << 32) | (every & LAST); "
+                "every = mx.take_along_axis(every, mx.argpartition(coarse, kth=size - room, axis=-1)[..., size - room :], "
+                f"axis=-1); rest = {every} - self.topk")
+        edit = Edit(best, f"rest = {every} - self.topk", kept)
+        return Fault(name, "indexer", what, (edit,), INDEXER, "self_attn.indexer.topk", far, **more)
+
+    sglang = "sglang 37591"
+    yield overflow("topk-bucket-overflow", "winners are lost when the bucket of their upper bits overflows: room for 2 index_topk",
+                   "2 * self.topk", origin=sglang)
+    yield overflow("topk-bucket-overflow-at-8", "as above, with room for 8 index_topk", "8 * self.topk", origin=sglang)
+    yield overflow("topk-bucket-overflow-at-31", "as above, with room for 31 index_topk", "31 * self.topk", origin=sglang)
+    yield overflow("topk-bucket-overflow-by-one", "as above, with room for all keys but one", f"{every} - 1")
+    yield Fault("indexer-tiles-overflow", "indexer", "a tile of keys behind the first hands on half of index_topk at most",
+                (Edit("indexer.Indexer.select_tiled", "[*best, ranks(scores, columns)]",
+                      "[*best, mx.sort(ranks(scores, columns), axis=-1)[..., -max(self.topk // 2, 1) :]] if best "
+                      "else [ranks(scores, columns)]"),), INDEXER, "self_attn.indexer.topk", "contexts in tiles")
+    yield Fault("indexer-eps-zero", "indexer", "LayerNorm eps never set: 0 (mlx refuses 0 itself)",
+                (Edit("indexer.Indexer.__init__", "eps=args.indexer_norm_eps", "eps=1e-30"),), INDEXER, "self_attn.indexer.k",
+                "keys of small variance", "llama.cpp today")
+    yield Fault("indexer-sink-forced", "indexer", "the first token is forced into every selection",
+                (Edit("indexer.ranks", "(scores + 0.0)",
+                      "mx.where(mx.arange(columns.start, columns.stop) == 0, mx.array(mx.inf), scores + 0.0)"),), INDEXER,
+                "self_attn.indexer.topk", SPARSE, "ik_llama.cpp --dsa")
+    yield Fault("router-weights-from-biased", "router", "weights recovered as (score + bias) - bias",
+                (Edit("moe.Router.__call__", "mx.take_along_axis(scores, experts, axis=-1)",
+                      "mx.take_along_axis(scores + self.e_score_correction_bias, experts, axis=-1) "
+                      "- self.e_score_correction_bias[experts]"),), ROUTER, "mlp.gate.weights", "large biases, small scores",
+                "flashinfer 3875")
+
+
+def _uneven_norms() -> Iterator[Fault]:
+    """Mistakes about norm weights that are near 0 or negative."""
+    layer, negative = "block.DecoderLayer.__call__", "negative norm weights"
+
+    def fault(name: str, component: str, what: str, edit: Edit, claim: str, stage: str, shows: str = negative) -> Fault:
+        return Fault(name, component, what, (edit,), claim, stage, shows)
+
+    def normed(norm: str, x: str, weight: str) -> str:
+        return f"mx.fast.rms_norm({x}, {weight.format(f'{norm}.weight')}, {norm}.eps)"
+
+    yield fault("norm-weight-magnitude", "decoder layer", "the magnitude of input_layernorm's weight counts, not its sign",
+                Edit(layer, "self.input_layernorm(x)", normed("self.input_layernorm", "x", "mx.abs({})")), LAYERS,
+                "input_layernorm")
+    yield fault("norm-one-plus-weight", "decoder layer", "post_attention_layernorm times 1 + weight, as Gemma has it",
+                Edit(layer, "self.post_attention_layernorm(x)", normed("self.post_attention_layernorm", "x", "1 + {}")), LAYERS,
+                "post_attention_layernorm", ALWAYS)
+    yield fault("norm-weight-floored", "decoder layer", "a final norm's weight below 0.01 counts as 0.01",
+                Edit("model.Backbone.__call__", "self.norm(x)", normed("self.norm", "x", "mx.maximum({}, 0.01)")), LOGITS, "norm",
+                "norm weights near 0 or below")
+    yield fault("q-latent-norm-clamped", "MLA", "negative weights of q_a_layernorm count as 0",
+                Edit("attention.MultiHeadLatentAttention.query_latent", "self.q_a_layernorm(self.q_a_proj(x))",
+                     normed("self.q_a_layernorm", "self.q_a_proj(x)", "mx.maximum({}, 0)")), ATTENTION, "self_attn.q_latent")
+    yield fault("kv-latent-norm-magnitude", "MLA", "the magnitude of kv_a_layernorm's weight counts",
+                Edit("attention.MultiHeadLatentAttention.__call__", "self.kv_a_layernorm(latent))",
+                     f"{normed('self.kv_a_layernorm', 'latent', 'mx.abs({})')})"), ATTENTION, "self_attn.kv_latent")
+    yield fault("indexer-norm-magnitude", "indexer", "the magnitude of k_norm's weight counts",
+                Edit("indexer.Indexer.keys_so_far", "self.k_norm(self.wk(x))",
+                     "mx.fast.layer_norm(self.wk(x), mx.abs(self.k_norm.weight), self.k_norm.bias, self.k_norm.eps)"), INDEXER,
+                "self_attn.indexer.k")
+    for norm, x in (("enorm", "embeddings"), ("hnorm", "hidden"), ("shared_head.norm", "x")):
+        name = "mtp-head-norm-magnitude" if "." in norm else f"mtp-{norm}-magnitude"
+        yield fault(name, "MTP", f"the magnitude of {norm}'s weight counts",
+                    Edit("mtp.MtpLayer.step", f"self.{norm}({x})", normed(f"self.{norm}", x, "mx.abs({})")), MTP,
+                    "mtp step 0 hidden")
+
+
+def _sixteen_bit() -> Iterator[Fault]:
+    """Casts removed: what is float32 by design is the model's dtype, which in a float32 model is no mistake."""
+    route, score, shows = "moe.Router.__call__", "indexer.Indexer.score", "models in 16 bit"
+
+    def fault(name: str, component: str, what: str, *edits: Edit, claim: str, stage: str) -> Fault:
+        return Fault(name, component, what, edits, claim, stage, shows)
+
+    yield fault("router-logits-in-the-models-dtype", "router", "logits in 16 bit",
+                Edit(route, "x.astype(mx.float32) @ self.weight.astype(mx.float32).T", "x @ self.weight.T"), claim=ROUTER,
+                stage="mlp.gate.logits")
+    yield fault("correction-bias-in-the-models-dtype", "router", "the correction bias is cast with the weights",
+                Edit("checkpoint._cast", ' or name.endswith("e_score_correction_bias")', ""), claim=ROUTER,
+                stage="mlp.gate.e_score_correction_bias")
+    yield fault("router-chooses-in-the-models-dtype", "router", "experts are chosen by score + bias in 16 bit",
+                Edit("moe.Router.choose", "scores + self.e_score_correction_bias.astype(mx.float32)",
+                     "(scores + self.e_score_correction_bias).astype(self.weight.dtype)"), claim=ROUTER, stage="mlp.gate.topk")
+    yield fault("routing-weights-in-the-models-dtype", "router", "weights in 16 bit",
+                Edit(route, 'tap(self, "weights", weights * self.scale)',
+                     'tap(self, "weights", (weights * self.scale).astype(x.dtype))'), claim=ROUTER, stage="mlp.gate.weights")
+    yield fault("experts-summed-in-the-models-dtype", "MoE", "experts are weighted and summed in 16 bit",
+                Edit("moe.MixtureOfExperts.__call__", "weights[..., None]", "weights[..., None].astype(x.dtype)"), claim=ROUTER,
+                stage="mlp.experts")
+    yield fault("head-weights-in-the-models-dtype", "indexer", "head weights in 16 bit",
+                Edit("indexer.Indexer.head_weights", "x.astype(mx.float32)", "x"), claim=INDEXER, stage="self_attn.indexer.weights")
+    yield fault("indexer-scores-in-the-models-dtype", "indexer", "products of queries and keys in 16 bit",
+                Edit(score, "q = q.astype(mx.float32).reshape", "q = q.reshape"),
+                Edit(score, "k.astype(mx.float32)", "k"), claim=INDEXER, stage="self_attn.indexer.scores")
+    yield fault("rope-angles-in-the-models-dtype", "rope", "cos and sin in 16 bit",
+                Edit("rope.rotate", "rotation.cos[..., None, :], rotation.sin[..., None, :]",
+                     "rotation.cos[..., None, :].astype(x.dtype), rotation.sin[..., None, :].astype(x.dtype)"), claim=ROPE,
+                stage="position")
+
 
 
 def _sizes() -> Iterator[Fault]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from glm_dsa.errors import CheckpointError, printable
 from reference.layers import Layers
 from reference.stored import read_tensors
 
-from . import audit, pruning, report, tolerances
+from . import audit, companions, config_keys, pruning, report, tolerances
+from . import prompt as prompts
 from .cases import check_vocabulary
 from .conventions import conventions_in
 from .exits import NotJudged
+from .merging import Finding, Findings
+from .prompt import Prompt
 from .release import Release
 
 Array = np.ndarray
 SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
     "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
-    "index_n_heads", "index_head_dim", "indexer_types", "num_experts_per_tok", "index_topk", "mlp_layer_types",
-    "n_shared_experts", "attention_bias",
+    "index_n_heads", "index_head_dim", "indexer_types", "mlp_layer_types", "n_shared_experts", "attention_bias",
 )  # fmt: skip
 
 
@@ -37,11 +39,10 @@ class OnTrial:
 
     headers: Release
     overrides: dict[str, Any]
-    tokens: Array  # int [1, S]
+    prompt: Prompt
     layers: list[int]
     original: Release | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
-    prompt: str = ""  # the prompt file's name; random tokens where there is none
     refused: str = ""  # why the definition does not load it
     is_half: bool = False  # ours runs in bfloat16
     numberings: pruning.Numberings = field(default_factory=dict)  # of layers pruned or in another order
@@ -73,12 +74,13 @@ class OnTrial:
             raise ValueError(f"--tokens {tokens}: at least 2 are due")
         chosen = _chosen(headers, args, layers, is_half)
         if prompt is not None:
-            ids = _encode(headers, prompt, tokens, args.vocab_size)
+            passage = prompts.of_file(headers.folder or Path(), prompt, tokens, args.vocab_size)
         else:
             rows = 2 if original is not None else 1
             length = default_length(args, rows) if tokens is None else _checked_length(args, rows, tokens)
             check_vocabulary(headers.origin, args)
-            ids = np.random.default_rng(seed).integers(3, args.vocab_size, (1, length))
+            folders = [r.folder for r in (headers, original) if r is not None and r.folder is not None]
+            passage = prompts.of_kept_texts(folders, length, args.vocab_size, seed)
         try:
             checkpoint.assemble(headers.folder or "", **overrides)
             refused = ""
@@ -89,9 +91,8 @@ class OnTrial:
         numberings: pruning.Numberings = {}
         if original is not None and original.folder is not None and not refused:
             numberings = pruning.numberings(read_tensors(headers.folder or ""), read_tensors(original.folder), chosen)
-        name = "" if prompt is None else prompt.name
-        _checked_length(args, 1 if original is None else 2, ids.shape[1])
-        return cls(headers, overrides, ids, chosen, original, limits or {}, name, refused, is_half, numberings)
+        _checked_length(args, 1 if original is None else 2, passage.tokens.shape[1])
+        return cls(headers, overrides, passage, chosen, original, limits or {}, refused, is_half, numberings)
 
     @property
     def folder(self) -> Path:
@@ -107,25 +108,35 @@ class OnTrial:
         return ModelArgs.from_dict(self.headers.config, **self.overrides)
 
     @property
+    def tokens(self) -> Array:
+        """int [1, S]"""
+        return self.prompt.tokens
+
+    @property
+    def run_on(self) -> str:
+        """What figures are of, in words."""
+        configs = [r.config for r in (self.headers, self.original) if r is not None]
+        topk = self.args.index_topk
+        is_own = not self.args.has_indexer or all(c.get("index_topk") == topk for c in configs)
+        return f"of {self.prompt}" + ("" if is_own else f", under index_topk = {topk}")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model's own layers are run."""
+        return set(range(self.args.num_hidden_layers)) <= set(self.layers)
+
+    @property
     def is_sparse(self) -> bool:
         return 0 < self.args.index_topk < self.tokens.shape[1]
 
-    def config_faults(self) -> list[str]:
-        """Where config.json says otherwise than the original's: what a build computes, not how it is packed."""
+    def differences(self) -> tuple[list[Finding], dict[str, str]]:
+        """(where its files say otherwise than the original's, overrides aside; {what could not be compared: why})."""
         if self.original is None:
-            return []
-        args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
-        told_elsewhere = (
-            "conventions",
-            "num_nextn_predict_layers",
-            *(pruning.KEYS if pruning.is_pruned(args, theirs) else ()),
-        )
-        keys = [f.name for f in fields(ModelArgs) if f.name not in told_elsewhere]
-        return [
-            f"config.json: {key} = {_short(getattr(args, key))}, the original's says {_short(getattr(theirs, key))}"
-            for key in keys
-            if getattr(args, key) != getattr(theirs, key)
-        ]
+            return [], {}
+        findings = Findings()
+        config_keys.judge(self.headers, self.original, findings)
+        not_compared = companions.judge(self.headers, self.original, findings)
+        return findings.merged(), not_compared
 
     def pruned(self) -> list[str]:
         """What became of the original's experts, in a few lines; none where all are there, in its order."""
@@ -279,31 +290,6 @@ def _checked_length(args: ModelArgs, rows: int, tokens: int) -> int:
     if tokens > (most := _longest_prompt(args, rows, 0.9)):
         raise ValueError(f"--tokens {tokens}: this machine's memory holds the oracles' attention to {most} tokens")
     return tokens
-
-
-def _encode(headers: Release, prompt: Path, tokens: int | None, vocabulary: int) -> Array:
-    from tokenizers import Tokenizer
-
-    assert headers.folder is not None
-    file = headers.folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"--prompt-file {prompt}: {file} is due, to encode it with")
-    if prompt.exists() and not prompt.is_file():
-        raise ValueError(f"--prompt-file {prompt}: no regular file")
-    try:
-        text = prompt.read_text(encoding="utf-8")
-        ids = Tokenizer.from_file(str(file)).encode(text).ids
-    except OSError as error:
-        raise ValueError(f"--prompt-file {prompt}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompt-file {prompt}: UTF-8 is due") from None
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise CheckpointError(f"{file}: no tokenizer: {_line(error)}") from None
-    if len(ids) < (tokens or 2):
-        raise ValueError(f"--prompt-file {prompt}: {len(ids)} tokens, at least {tokens or 2} are due")
-    if max(ids) >= vocabulary:
-        raise ValueError(f"--prompt-file {prompt}: token {max(ids)} of {file} is beyond the vocabulary of {vocabulary}")
-    return np.array([ids[:tokens]])
 
 
 def _digest(headers: Release) -> str:

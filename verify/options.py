@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from . import audit, cases, cost, faults, theirs
+from . import audit, cases, cost, faults, foreign_code, theirs
 from .implementation import Implementation
 from .on_trial import OnTrial
 from .random_specs import random_specs
@@ -203,9 +203,15 @@ class Asked:
         if self.only:
             lines["the gate's other claims"] = f"not of this release: {self.only}"
         if release.original is None:
-            lines["that these are the model's own weights"] = (
-                "without --original nobody can tell swapped layers or experts, or values changed within the usual range"
+            lines["that these are the model's own weights and config values"] = (
+                "without --original nobody can tell swapped layers or experts, values changed within the usual range, another "
+                "rope_theta, index_topk, num_experts_per_tok, or the tokenizer; the perplexity of a text, where one is measured, "
+                "may show them"
             )
+        if not release.prompt.is_text:
+            lines["perplexity of a text"] = f"{release.prompt}: {release.prompt.why_random}"
+        if code := foreign_code.not_verified(release.headers):
+            lines[foreign_code.WHAT] = code
         if args.has_indexer and not release.is_sparse:
             length = release.tokens.shape[1]
             lines["selections"] = f"the prompt's {length} tokens are within index_topk = {args.index_topk}"

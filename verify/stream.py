@@ -69,7 +69,8 @@ class Pass:
         self.conventions, self.args, self.tokens = conventions, self.ours.args, tokens
         self.beside, self.tell, self.overrides = beside, tell, overrides
         self.numberings = numberings or {}
-        self.original = None if original is None else Layers(original[0], original[1], **overrides)
+        same = {"index_topk": self.args.index_topk} if self.args.has_indexer else {}  # selections go side by side
+        self.original = None if original is None else Layers(original[0], original[1], **{**overrides, **same})
         inner = self.args.moe_intermediate_size * self.args.hidden_size * 3 * 4
         self.chunk = max(1, min(self.args.n_routed_experts, CHUNK // inner))
         self.hf_selection: torch.Tensor | None = None

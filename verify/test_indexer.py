@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+import glm_dsa
 from glm_dsa.indexer import WIDEST
 from glm_dsa.mask import CausalMask
 from reference.capture import capture
-from reference.equations import causal
-from verify import stages, tolerances
+from reference.equations import causal, indexer_scores
+from verify import half, stages, tolerances
 from verify.candidate import in_tiles_of, to_numpy
 from verify.cases import Case
 from verify.choices import of_keys
@@ -156,6 +157,82 @@ def test_of_equal_scores_the_earlier_key_is_selected(case: Case, judge, monkeypa
         found = np.array(indexer.select_tiled(*map(mx.array, (q, k, w)), mask))[0]
         expected = "of equal scores the earlier keys are selected"
         judge.holds(case.name, "self_attn.indexer.topk", np.array_equal(found, due), expected)
+
+
+STEP = 2.0**-22  # neighbours in a cluster differ by two of float32's last bits
+FAR = 3  # queries
+
+
+def landscapes(count: int, topk: int, random) -> dict[str, np.ndarray]:
+    """Scores of `count` keys as one row each, up to a positive factor; powers of two apart, so that none of them is rounded."""
+    rising = 1 + STEP * np.arange(count)
+    shuffled = random.permutation(rising)
+    few_above = np.where(random.permutation(count) < max(topk // 2, 1), 2 * shuffled, shuffled)
+    late_equals = np.where(np.arange(count) < count - 2 * topk, rising / 2, 1.0)
+    spread = random.permutation(2.0 ** (np.arange(count) % 120 - 60)) * rising
+    found = {
+        "rising": rising, "falling": rising[::-1], "shuffled": shuffled, "a few above a cluster": few_above,
+        "equals at the end": late_equals, "all equal": np.ones(count), "of all magnitudes": spread,
+        "tiny": shuffled * 2.0**-100, "huge": shuffled * 2.0**100,
+    }  # fmt: skip
+    return found | {f"{name}, negative": -values for name, values in found.items()}
+
+
+@pytest.mark.any_layout
+@pytest.mark.needs("indexer")
+@pytest.mark.parametrize("times", [8, 33])
+def test_clustered_scores_far_beyond_index_topk(case: Case, judge, monkeypatch, times):
+    """Real scores lie close to each other: a choice by their upper bits, or of so many from each tile, loses some of the best.
+    Whatever the best are, and wherever they stand, none is lost."""
+    args, topk = case.args, case.args.index_topk
+    count, indexer = times * topk + 1, first(case)[1]
+    rows = landscapes(count, topk, np.random.default_rng([case.seed, times]))
+    values = np.stack(list(rows.values())).astype(np.float32)
+    q = np.zeros((len(rows), FAR, args.index_n_heads, args.index_head_dim), np.float32)
+    k, w = np.zeros((len(rows), count, args.index_head_dim), np.float32), np.zeros(q.shape[:3], np.float32)
+    # one head and one dim: the score is the key itself, by the sign of the head's weight
+    q[:, :, 0, 0], k[:, :, 0], w[:, :, 0] = 1, np.abs(values), np.sign(values[:, :1])
+    mask = CausalMask(count - FAR, FAR)
+    seen = np.arange(count) <= np.arange(count - FAR, count)[:, None]
+    scores = np.where(seen, values[:, None], -np.inf)
+    due = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :topk], axis=-1)
+    for elements, tiles in ((1 << 30, "one tile"), (1, "tiles")):
+        in_tiles_of(monkeypatch, elements)
+        found = np.array(indexer.select_tiled(*map(mx.array, (q, k, w)), mask))
+        for row, name in enumerate(rows):
+            right = np.array_equal(found[row], due[row])
+            expected = f"the {topk} best of {count} scores are selected, in {tiles} ({name})"
+            judge.holds(case.name, "self_attn.indexer.topk", right, expected)
+
+
+@pytest.mark.any_layout
+@pytest.mark.needs("indexer")
+@pytest.mark.parametrize("dtype", half.DTYPES)
+def test_float32_by_design_in_16_bit(case: Case, judge, dtype):
+    """A model in 16 bit weighs its heads and scores its keys in float32: on the same 16-bit inputs, queries and keys."""
+    args, count, name = case.args, 4 * case.args.index_topk, f"{case.name}, {dtype}"
+    model = glm_dsa.load(case.folder, half.DTYPES[dtype], **case.spec.overrides)
+    indexer = model.layers[0].self_attn.indexer
+    (x, true_x), (q_latent, _) = (half.rounded(array, dtype) for array in inputs(case, count, 1.0))
+    rotation, mask = model.model.rotation_and_mask(count, None)
+    with glm_dsa.trace.capture(indexer) as seen:
+        indexer(x, q_latent, indexer.keys_so_far(x, rotation, None), rotation, mask)
+    ours = {stage: half.exact(value) for stage, value in seen.items()}
+    weight, allowed = half.exact(indexer.weights_proj.weight), causal((1, count), None)
+
+    def by_equations(dtype):
+        """In float64 the truth; in float32 what float32 explains."""
+        weights = true_x.astype(dtype) @ weight.astype(dtype).T / np.sqrt(dtype(args.index_n_heads))
+        q, k, w = (ours[stage].astype(dtype) for stage in ("q", "k", "weights"))
+        return {"weights": weights, "scores": indexer_scores(q, k, w, allowed)}
+
+    truth, single = by_equations(np.float64), by_equations(np.float32)
+    bounds = {s: tolerances.bound(_error(single[s], truth[s]), truth[s], args.hidden_size) for s in truth}
+    for stage, bound in bounds.items():
+        judge.values(name, f"self_attn.indexer.{stage}", ours[stage], truth[stage], bound)
+    decision = of_keys(truth["scores"], args.index_topk, bounds["scores"].absolute(truth["scores"]))
+    best = np.argsort(-truth["scores"], axis=-1, kind="stable")[..., : args.index_topk]
+    judge.selection(name, "self_attn.indexer.topk", to_numpy(seen["topk"]), best, decision)
 
 
 def _error(seen, truth):

@@ -20,7 +20,10 @@ def test_headers(judge, gate, request):
     faults = [f.what for f in found.findings if f.severity == audit.FAULT]
     if release.refused and not faults:
         faults = [release.refused]
-    faults += release.config_faults()
+    differences, not_compared = release.differences()
+    tell(gate, release.name, "files", differences)
+    gate.not_verified |= not_compared
+    faults += [f.what for f in differences if f.severity == audit.FAULT]
     judge.holds(release.name, "headers", not faults, "; ".join(faults) or "config.json and tensors belong together")
 
 
@@ -58,9 +61,10 @@ def test_logits(trial: Trial, judge, gate):
         note = f"KL(ref || ours) in nats: {kl}; top-1 {free.top1:.1%}"
         gate.add(Comparison(CLAIM, trial.name, "distributions, free", MEASURED, note=note))
         judge.holds(trial.name, "distributions, free", bool(np.isfinite(free.kl_max)), "finite logits")
+        if trial.perplexity is not None:
+            gate.add(Comparison(CLAIM, trial.name, "perplexity of the text", MEASURED, note=str(trial.perplexity)))
         if paid is not None:
-            of_what = trial.release.prompt or "random tokens: perplexities of a text take --prompt-file"
-            gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, of {of_what}"))
+            gate.add(Comparison(CLAIM, trial.name, "cost", MEASURED, note=f"{paid}, {trial.release.run_on}"))
             if dropped := trial.dropped():
                 gate.add(Comparison(CLAIM, trial.name, "experts", MEASURED, note=dropped))
             limits = trial.release.limits

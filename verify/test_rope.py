@@ -12,7 +12,7 @@ from glm_dsa import ModelArgs
 from glm_dsa.rope import RotaryEmbedding, rotate, softmax_scale
 from reference import checkpoints, equations, hf
 from reference.capture import reinterleave
-from verify import compare, tolerances
+from verify import compare, half, tolerances
 from verify.candidate import to_numpy
 
 CLAIM = "rope, both layouts"
@@ -67,6 +67,26 @@ def rotated_by_hf(config, x, at, layout):
         return half_split.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0].numpy()
     turned, _ = interleaved.apply_rotary_pos_emb_interleave(q, q, cos, sin, unsqueeze_dim=2)
     return reinterleave(turned.numpy(), 64)
+
+
+@pytest.mark.parametrize("dtype", half.DTYPES)
+@pytest.mark.parametrize("layout", ["interleaved", "half-split"])
+def test_turning_16_bit_values(judge, layout, dtype):
+    """By angles in float32, and rounded once: on pairs of which the turn leaves next to nothing in one value."""
+    config, at = config_of("theta 1e6"), POSITIONS[1] + np.arange(8)[None]
+    near = np.random.default_rng(at[0, 0]).uniform(0.99, 1.01, (1, 8, 4, 64))
+    # turned forward, (cos, -sin) of an angle is (1, 0)
+    x, exact = half.rounded(equations.rope(near * _first_of_pairs(layout), -at, config, layout), dtype)
+    ours = rotate(x, RotaryEmbedding(ModelArgs.from_dict(config))(mx.array(at)), layout)
+    float32 = (2 * at.max() + 8) * tolerances.HALF_ULP  # of an angle, its cosine, two products and a sum
+    judge.holds(f"{layout}, {dtype}", "position 17", ours.dtype == half.DTYPES[dtype], f"the dtype stays ({ours.dtype})")
+    off = half.roundings(ours, equations.rope(exact, at, config, layout), 2 * float32, dtype)
+    judge.at_most(f"{layout}, {dtype}", "position 17", off, 1.0, "turned in float32, rounded once")
+
+
+def _first_of_pairs(layout):
+    """1 at the first of each pair of 64 values, 0 at the second."""
+    return (np.arange(64) % 2 == 0) if layout == "interleaved" else np.arange(64) < 32
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

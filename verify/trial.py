@@ -115,6 +115,7 @@ class Trial:
     costs: dict[int, cost.LayerCost] = field(default_factory=dict)
     findings: dict[int, list[Finding]] = field(default_factory=dict)
     said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    perplexity: cost.Perplexity | None = None  # of a text, once all layers and the head were run
 
     def __post_init__(self) -> None:
         release = self.release
@@ -224,8 +225,10 @@ class Trial:
         exact = rms_norm(run.hf[:, at].double().numpy(), weight, args.rms_norm_eps)
         half = run.half.norm(run.hf[:, at].bfloat16()) if run.half is not None else None
         parts: dict[str, list[Array]] = {p: [] for p in ("hf", "truth", "ours", "half", "release", "original")}
+        is_asked = run.original is not None or self._has_perplexity
+        of_release = run.theirs.norm(run.hf[0, asked])
         if run.original is not None:
-            of_release, of_original = run.theirs.norm(run.hf[0, asked]), run.original.norm(run.first[1, asked])
+            of_original = run.original.norm(run.first[1, asked])
         for start in range(0, args.vocab_size, HEAD_ROWS):
             self.tell(f"logits, token {start:,} of {args.vocab_size:,}")
             rows = slice(start, min(start + HEAD_ROWS, args.vocab_size))
@@ -237,8 +240,9 @@ class Trial:
             parts["ours"].append(np.array(logits.astype(mx.float32)))
             if half is not None:
                 parts["half"].append((half @ head.bfloat16().T).float().numpy())
-            if run.original is not None:
+            if is_asked:
                 parts["release"].append((of_release @ head.T).numpy())
+            if run.original is not None:
                 parts["original"].append((of_original @ run.original.head(rows).T).numpy())
         whole = {name: np.concatenate(p, -1) for name, p in parts.items() if p}
         mine = to_numpy(own)
@@ -251,8 +255,19 @@ class Trial:
         paid = None
         if run.original is not None:
             paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
+        if self._has_perplexity:
+            self._measure_perplexity(whole["release"], paid, run.tokens[0, asked + 1])
         ours = whole["ours"]
         return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+
+    @property
+    def _has_perplexity(self) -> bool:
+        return self.release.prompt.is_text and self.release.is_whole
+
+    def _measure_perplexity(self, logits: Array, paid: cost.Cost | None, following: Array) -> None:
+        own = cost.perplexity(logits, following) if paid is None else paid.release_perplexity
+        theirs = None if paid is None else paid.original_perplexity
+        self.perplexity = cost.Perplexity(own, theirs, self.release.args.vocab_size, self.release.run_on)
 
     def dropped(self) -> str:
         """What share of the original's routing went to experts that a pruned build has not; empty where nothing was dropped."""

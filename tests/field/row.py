@@ -28,7 +28,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Row:
-    """`what`: what people did. `seen`: owner/name#number, owner/name, or an id of the project's own list (D1 to D21).
+    """`what`: what people did. `seen`: owner/name#number, owner/name, or an id of the project's own lists (D1 to D21, P1 to
+    P20).
 
     `says` and `never` are regular expressions, searched for in what is printed: each of the first must be there (in letters
     of either case), the subject that has to be named; none of the second may be. `code` is one exit code, or several.

@@ -23,7 +23,9 @@ def bench(tmp_path_factory):
 def test_rows_are_seventy_or_more_each_with_a_name_of_its_own():
     assert len(ROWS) == sum(map(len, PARTS.values())) >= 70
     for row in ROWS.values():
-        assert re.fullmatch(r"(D\d+|[\w.-]+/[\w.-]+(#\d+)?)(, (D\d+|[\w.-]+/[\w.-]+(#\d+)?))*", row.seen), row.name
+        assert re.fullmatch(r"([DP]\d+|[\w.-]+/[\w.-]+(#\d+)?)(, ([DP]\d+|[\w.-]+/[\w.-]+(#\d+)?))*", row.seen), (
+            row.name
+        )
         assert len(row.what) > 10, row.name
 
 

@@ -67,9 +67,6 @@ def _ends(stored: Stored, most: int | None) -> bytes:
     return read_bytes(stored, 0, most) + read_bytes(stored, stored.nbytes - most, stored.nbytes)
 
 
-COMPUTED_BY = ("index_topk", "num_experts_per_tok")  # of SHAPES, what no tensor's shape depends on
-
-
 def config_differences(mine: ModelArgs, theirs: ModelArgs) -> list[str]:
     """Where two configs say otherwise: what the one computes and the other does not. What goes with pruning is no difference."""
     left_out = ("conventions", "num_nextn_predict_layers", *(pruning.KEYS if pruning.is_pruned(mine, theirs) else ()))
@@ -82,7 +79,7 @@ def config_differences(mine: ModelArgs, theirs: ModelArgs) -> list[str]:
 
 
 def check_shapes(candidate: Side, reference: Side) -> None:
-    for key in (k for k in SHAPES if k not in COMPUTED_BY):
+    for key in SHAPES:
         mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
         is_pruned = key == "n_routed_experts" and pruning.is_pruned(candidate.args, reference.args)
         if mine != theirs and not is_pruned:

@@ -106,6 +106,16 @@ ROWS = [
         "noonghunna/club-3090#1250", trained(KEPT, file("chat_template.jinja", TOOLS)), audited(), never=QUIET,
     ),
     Row(
+        "model_file", "a definition of one's own, that mlx-lm runs in the place of its own", "P6, ml-explore/mlx-lm#1410",
+        trained(KEPT, config(model_file="model.py"), file("model.py", "raise SystemExit")), audited(),
+        says=("warning: .*model_file = model.py", "verdict: headers are as they should be"), never=("FAULT",),
+    ),
+    Row(
+        "auto_map and Python files", "as published for HF's remote code", "P6",
+        trained(KEPT, config(auto_map={"AutoModel": "modeling_glm.Glm"}), file("modeling_glm.py", "raise SystemExit")),
+        audited(), says=("auto_map", "modeling_glm.py"), never=("FAULT",),
+    ),
+    Row(
         "no tokenizer at all", "weights alone, for another program's tokenizer", "antirez/ds4#496",
         trained(KEPT, file("tokenizer.json", None), file("tokenizer_config.json", None)), audited(), code=SETTLED,
         never=("FAULT",),

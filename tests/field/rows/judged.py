@@ -1,16 +1,21 @@
 """Releases on trial: what agrees agrees, what is damaged is named, and an oracle that breaks is no fault of theirs."""
 
+import json
+
+import torch
+
 from verify.cases import TRAINED
 
 from .. import asking
 from .. import layouts as to
 from ..asking import drifted, gated, gated_with, measured, of_source
-from ..makers import built, config, small, tiny, trained, trained_build
+from ..makers import built, config, file, json_file, small, tiny, trained, trained_build
 from ..row import AGREES, FAULT, NOT_JUDGED, SETTLED, UNREADABLE, Row
 
 FEW = ("--layers", "0-2")
 CACHES = tuple(str(asking.ROOT / "verify" / f"test_{name}.py") for name in ("references", "cache"))
 CACHES = (*CACHES, "--rootdir", str(asking.ROOT), "-q")
+HEADERS = (f"{asking.GATE[0]}::test_headers", *asking.GATE[1:])  # files and headers alone
 LAYOUT = (str(asking.ROOT / "verify" / "test_release_layout.py"), "--rootdir", str(asking.ROOT), "-q")
 WARNS = """
 import importlib.util, sys, warnings
@@ -34,7 +39,34 @@ def nan(draft):
     draft.tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = float("nan")
 
 
+def halves_exchanged(draft):
+    """Of kv_b_proj: what makes keys makes values."""
+    for name, w in draft.tensors.items():
+        if name.endswith("kv_b_proj.weight"):
+            keys, values = w.reshape(4, 2, 32, -1).unbind(1)
+            draft.tensors[name] = torch.stack([values, keys], 1).reshape(w.shape)
+
+
+def letters_rotated(draft):
+    said = json.loads(draft.files["tokenizer.json"])
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ids = [said["model"]["vocab"][letter] for letter in letters]
+    said["model"]["vocab"] |= dict(zip(letters, ids[1:] + ids[:1], strict=True))
+    draft.files["tokenizer.json"] = json.dumps(said)
+
+
+def beside(*steps, **more):
+    """A build in 4 bit of the kept checkpoint, its files changed, held against that one's: what is asked, by its headers."""
+    return {
+        "made": trained_build("interleaved", *steps), "asked": gated("--original", kept("interleaved"), files=HEADERS), **more
+    }  # fmt: skip
+
+
 SWAPPED = to.swapped("model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.experts.5.up_proj.weight")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|sep|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 TURNED = {"interleaved": config(indexer_rope_interleave=False), "half-split": config(indexer_rope_interleave=True)}
 
 ROWS = [
@@ -127,5 +159,80 @@ ROWS = [
     Row(
         "a fault of a constructor, on a release", "the latent norms are built with rms_norm_eps", "vllm-project/vllm#35515",
         tiny(), gated("--fault", "latent-eps", *FEW), code=FAULT, says=("self_attn.q_latent",),
+    ),
+    Row(
+        "4 bit, files beside the original's", "its files as they were", "zai-org/GLM-5.2",
+        **beside(says=("verdict: agrees",), never=("FAULT", "headers: warning: (?!embedding|head)", "headers: note")),
+    ),
+    Row(
+        "index_topk under --index-topk", "16 for 64, hidden by the override that big models are run with", "P1",
+        trained_build("interleaved", config(index_topk=16)),
+        gated("--original", kept("interleaved"), "--index-topk", "32", files=HEADERS), code=FAULT,
+        says=("index_topk = 16, the original's says 64",),
+    ),
+    Row(
+        "fewer experts a token beside the original", "2 for 4: no tensor tells", "P1",
+        trained_build("interleaved", config(num_experts_per_tok=2)), gated("--original", kept("interleaved"), *FEW),
+        code=FAULT, says=("num_experts_per_tok = 2, the original's says 4", "cost: KL"),
+    ),
+    Row(
+        "positions cut beside the original", "max_position_embeddings of a smaller model", "P2",
+        **beside(config(max_position_embeddings=128), code=FAULT, says=("max_position_embeddings = 128",)),
+    ),
+    Row(
+        "letters rotated beside the original", "a tokenizer of another model of as many tokens", "P2",
+        **beside(letters_rotated, code=FAULT, says=("26 of 262 tokens have other ids",)),
+    ),
+    Row(
+        "an end lost beside the original", "generation_config lists one of two ends", "P2, Blaizzy/mlx-vlm#2112",
+        **beside(json_file("generation_config.json", eos_token_id=[1]), code=FAULT, says=("eos_token_id lacks 5",)),
+    ),
+    Row(
+        "config.json's end is a word, beside the original", "every quotation mark ends the answer", "P2",
+        **beside(config(eos_token_id=[7]), code=FAULT, says=("eos_token_id has 7",)),
+    ),
+    Row(
+        "other padding beside the original", "nothing breaks by it, and it is said", "P2",
+        **beside(config(pad_token_id=5), says=("pad_token_id = 5", "verdict: agrees"), never=("FAULT",)),
+    ),
+    Row(
+        "a mended chat template beside the original", "the commonest change of all is no fault", "P2, ml-explore/mlx-lm#340",
+        **beside(file("chat_template.jinja", TEMPLATE), says=("another chat template", "verdict: agrees"), never=("FAULT",)),
+    ),
+    Row(
+        "other sampling beside the original", "a temperature of the publisher's own", "P2",
+        **beside(
+            json_file("generation_config.json", temperature=0.3), says=("temperature = 0.3", "verdict: agrees"),
+            never=("FAULT", "headers: warning: (?!embedding|head)"),
+        ),
+    ),
+    Row(
+        "half-split by the builder's own key, beside the original", "the original's key says interleaved: contested", "D1",
+        **beside(
+            config(indexer_rope_traditional=False, indexer_norm_eps=1e-6), says=("CONTESTED", "verdict: agrees"),
+            never=("FAULT",),
+        ),
+    ),
+    Row(
+        "weights alone beside an original with a tokenizer", "nothing to compare: said, and no fault", "antirez/ds4#496",
+        **beside(
+            *(file(name, None) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+            says=("the release has no tokenizer.json", "verdict: agrees"), never=("FAULT",),
+        ),
+    ),
+    Row(
+        "model_file", "mlx-lm may run that code, and not what is judged", "P6, ml-explore/mlx-lm#1410",
+        trained_build("interleaved", config(model_file="model.py"), file("model.py", "raise SystemExit")),
+        gated(files=HEADERS), says=(r"not verified(.|\n)*model_file = model.py \(the file is there\)", "verdict: agrees"),
+        never=("FAULT",),
+    ),
+    Row(
+        "another rope_theta without an original", "weights cannot tell; a figure shows", "P7",
+        trained("interleaved", config(rope_parameters={"rope_theta": 8000000, "rope_type": "default"})), gated(),
+        says=("perplexity of the text: release 4.0", "config values"), never=("FAULT",),
+    ),
+    Row(
+        "halves exchanged without an original", "weights cannot tell; a figure shows", "P7",
+        trained("interleaved", halves_exchanged), gated(), says=(r"perplexity of the text: release 7\d",), never=("FAULT",),
     ),
 ]  # fmt: skip
