@@ -113,7 +113,6 @@ def test_growing_to_the_longest_context(judge, gate, tokens):
         if cache.nbytes != size or end == LONGEST:
             size = cache.nbytes
             check(judge, gate, "cache growth", cache, [part[:, :end] for part in parts])
-    gate.ran(**{"prompt" if tokens == LONGEST else "chunk": tokens})
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [*((tokens, 1) for tokens in APPENDS), (1, ROWS), (CHUNK, ROWS)])
@@ -299,15 +298,14 @@ PADS = [0, 1, 255, 256, 257, 2048, 16_383, 16_384, 65_535, 65_536, 65_537, 70_00
     (0, 2 * CHUNK, None), (0, CHUNK, [0, 1, 700, CHUNK - 1]), (16_384, 512, [0, 16_385]), (LONGEST - 7, 7, PADS),
     (LONGEST - 1, 1, None), (LONGEST - 1, 1, PADS),
 ])  # fmt: skip
-def test_masks(judge, gate, first, queries, pads):
+def test_masks(judge, first, queries, pads):
     mask = CausalMask(first, queries, None if pads is None else tuple(pads))
     due = seen(first, range(queries), np.arange(first + queries, dtype=np.int32), pads)
     whole = mask.whole()
     check_mask(judge, "mask", whole, due[:, None])
-    gate.ran(context=mask.keys, batch=due.shape[0], chunk=due.shape[1])
 
 
-def test_the_largest_mask(judge, gate):
+def test_the_largest_mask(judge):
     """Of a whole chunk behind the longest context: all that came before it, and its own triangle."""
     first = LONGEST - CHUNK
     whole = CausalMask(first, CHUNK).whole()
@@ -318,7 +316,6 @@ def test_the_largest_mask(judge, gate):
     judge.holds(
         CASE, "mask", np.array_equal(ours[0, 0, :, first:], np.tri(CHUNK, dtype=bool)), "and the chunk up to its own"
     )
-    gate.ran(context=ours.shape[-1], chunk=ours.shape[-2])
 
 
 @pytest.mark.parametrize("pads", [None, PADS], ids=["alone", "16 rows"])
