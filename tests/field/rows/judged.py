@@ -198,7 +198,8 @@ ROWS = [
     Row(
         "a mended chat template beside the original", "the commonest change of all is no fault", "P2, ml-explore/mlx-lm#340",
         **beside(
-            file("chat_template.jinja", TEMPLATE), says=("files: warning: .*another chat template", "verdict: agrees"), never=("FAULT",),
+            file("chat_template.jinja", TEMPLATE),
+            says=("files: warning: .*another chat template", "verdict: agrees"), never=("FAULT",),
         ),
     ),
     Row(
