@@ -16,9 +16,11 @@ from reference import checkpoints
 from reference.packed import Packing, dequantize
 from reference.stored import read_tensors
 from verify import audit, damage
-from verify.damage import Weighing, gap
+from verify.damage import Weighing
+from verify.gaps import gap
 from verify.hands import Weights
 from verify.release import headers_of
+from verify.rounding import Form
 
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
 FORMATS = [("affine", b, 64) for b in (2, 3, 4, 5, 6, 8)] + [("affine", 4, 32), ("affine", 4, 128)]
@@ -51,7 +53,7 @@ def test_what_packing_does_is_within_the_limits_and_not_far_below(mode, bits, gr
     w = DRAWN[drawn](np.random.default_rng(0), (256, 512)).astype(np.float32) * 0.02
     w = np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
     words, scales, biases, packing = packed_as(mx.array(w).astype(mx.bfloat16), mode, bits, group)
-    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
+    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), Form("U32", packing))
     assert not found.is_fault
     assert 0.15 < found.worst < 0.9
 
@@ -63,7 +65,7 @@ def test_one_scale_among_thousands(mode, bits, group, factor):
     w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     words, scales, biases, packing = packed_as(mx.array(w), mode, bits, group)
     scales[7, 3] *= factor
-    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
+    found = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), Form("U32", packing))
     assert (found.beyond, found.where) == (1, (7, 3))
     assert not found.is_other
 
@@ -74,11 +76,11 @@ def test_a_factor_on_the_whole_matrix(mode, bits, group, factor):
     """Group by group it could be rounding, where few bits are left."""
     w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     words, scales, biases, packing = packed_as(mx.array(w), mode, bits, group)
-    found = gap(dequantize(words, scales, biases, packing) * factor, torch.from_numpy(w), "U32", packing)
+    found = gap(dequantize(words, scales, biases, packing) * factor, torch.from_numpy(w), Form("U32", packing))
     if bits == 2 and factor in (0.96, 1.04):  # rounding to 2 bits shrinks by as much: that is where this ends
         return
     if bits == 3 and factor == 0.96:  # nearer to the original than rounding lies: as searched scales are, no damage
-        rounded = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), "U32", packing)
+        rounded = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), Form("U32", packing))
         assert found.relative < rounded.relative
         assert not found.is_fault
         return
@@ -93,22 +95,22 @@ def test_coarse_or_moved_packing_is_no_rounding(bits):
     low, high = w.unflatten(-1, (-1, 64)).aminmax(dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     sound = ((w.unflatten(-1, (-1, 64)) - low) / step).round() * step + low
-    assert not gap(sound.flatten(-2), w, "U32", packing).is_fault
+    assert not gap(sound.flatten(-2), w, Form("U32", packing)).is_fault
     floored = ((w.unflatten(-1, (-1, 64)) - low) / step).floor() * step + low
     if bits < 8:  # there bf16 scales alone err by more than half a step
-        assert "it errs by" in gap(floored.flatten(-2), w, "U32", packing).whole
+        assert "it errs by" in gap(floored.flatten(-2), w, Form("U32", packing)).whole
     coarse = (w / (6 * step.max())).round() * 6 * step.max()
-    assert gap(coarse, w, "U32", packing).is_fault
-    assert gap(torch.zeros_like(w), w, "U32", packing).is_fault
+    assert gap(coarse, w, Form("U32", packing)).is_fault
+    assert gap(torch.zeros_like(w), w, Form("U32", packing)).is_fault
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)])
 def test_plain_values_may_differ_by_half_a_unit_in_the_last_place(dtype, kept):
     w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     stored = w.to(kept).float().clone()
-    assert gap(stored, w, dtype, None).beyond == 0
+    assert gap(stored, w, Form(dtype)).beyond == 0
     stored[3, 5] *= 1 + 2**-6
-    found = gap(stored, w, dtype, None)
+    found = gap(stored, w, Form(dtype))
     assert (found.beyond, found.where) == (1, (3, 5))
 
 

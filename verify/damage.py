@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import mlx.core as mx
 import numpy as np
 import torch
 
@@ -21,21 +19,13 @@ from reference.packed import Packing
 from reference.stored import read_tensors
 
 from . import pruning
+from .gaps import Gap, gap
 from .hands import Weights
 from .merging import FAULT, WARNING, Finding, ranges
 from .pruning import Numberings
+from .rounding import Form
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
-# and shifted weights (tests/test_damage.py). affine: in steps; a step's scale is itself rounded, to bf16. Others: relative.
-# And throughout: a factor of 2 %, or errors 1.5 times those of rounding, which better packings than mlx's stay below.
-STEPS = 0.5  # + 2^bits / 2^9
-RELATIVE = {"mxfp4": 0.3, "nvfp4": 0.3, "mxfp8": 0.06, "fp8": 0.06}
-TWICE = 2.0
-FACTOR, SLACK, SAMPLED = 0.02, 1.5, 64  # rows
-HALF_ULP = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 0.0, "F64": 0.0}
-TINY = {"F16": 2.0**-24}  # fp16's smallest number
-OTHER = 0.5  # relative error from which on a matrix is another one: 2 bits cost 0.5 at most, and are not compared by it
 SAME = 0.9  # correlation of what is the same but for rounding
 WIDE = 4096  # values that stand for a matrix where it is looked for
 ROWS = 8192  # of embedding and head at once
@@ -45,113 +35,6 @@ FAR_RMS, FAR_SPREAD = (
     1.5,
     8.0,
 )  # times its siblings' median, and so many standard deviations (by the median one) of their logs
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far a matrix lies from the original's. worst: of a group, in what rounding explains; `beyond` of `groups` are over 1.
-    whole: what is wrong with it throughout, though each group by itself could be rounding."""
-
-    worst: float
-    beyond: int
-    groups: int
-    where: tuple[int, ...]
-    relative: float
-    is_vector: bool
-    unit: str
-    whole: str = ""
-
-    @property
-    def is_fault(self) -> bool:
-        return bool(self.beyond or self.whole)
-
-    @property
-    def is_other(self) -> bool:
-        """All of it, far: no rounding, and no damage in a place, but another matrix. (Norms differ little among layers.)"""
-        return self.beyond > 0.5 * self.groups and (self.relative > OTHER or self.is_vector)
-
-    def moved(self, rows: int) -> Gap:
-        """Of a slice that begins so many rows further down."""
-        return replace(self, where=(self.where[0] + rows, *self.where[1:]))
-
-    def joined(self, other: Gap) -> Gap:
-        """Two slices of one matrix."""
-        worst = max(self, other, key=lambda g: g.worst)
-        return replace(
-            worst, beyond=self.beyond + other.beyond, groups=self.groups + other.groups,
-            relative=max(self.relative, other.relative), whole=self.whole or other.whole,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        if not self.beyond:
-            return f"{self.whole}; relative error {self.relative:.2g}"
-        return (
-            f"{self.beyond:,} of {self.groups:,} {self.unit} lie further from the original's than rounding explains, the worst "
-            f"{self.worst:.3g} times as far (at {list(self.where)}); relative error {self.relative:.2g}"
-            + (f"; {self.whole}" if self.whole else "")
-        )
-
-
-def gap(mine: torch.Tensor, theirs: torch.Tensor, dtype: str, packed: Packing | None) -> Gap:
-    """Two matrices (or vectors), float32, of which mine is stored as `dtype`, or packed."""
-    off = mine - theirs
-    relative = float(off.norm() / theirs.norm()) if theirs.any() else float(off.norm() > 0)
-    whole = ""
-    if packed is None and dtype != "F8_E4M3":
-        most = theirs.abs() * HALF_ULP[dtype] + TINY.get(dtype, 0.0)
-        share = torch.where(off == 0, 0.0, off.abs() / most)
-    else:
-        size = packed.group_size if packed else min(weights.FP8_BLOCK, mine.shape[-1])
-        rms, whole = _rms(off, size), _throughout(mine, theirs, packed)
-        if packed and packed.mode == "affine":  # in steps that the original's own range needs
-            low, high = theirs.unflatten(-1, (-1, size)).aminmax(dim=-1)
-            step, edge = (high - low) / (2**packed.bits - 1), torch.maximum(low.abs(), high.abs())
-            most = TWICE * (STEPS + 2.0 ** (packed.bits - 9)) * step + edge * HALF_ULP["BF16"]
-        else:
-            most = TWICE * RELATIVE[packed.mode if packed else "fp8"] * _rms(theirs, size)
-        share = torch.where(rms == 0, 0.0, rms / most)
-    share = share.nan_to_num(nan=torch.inf)
-    where = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
-    unit = "values" if share.shape == mine.shape else "groups"
-    return Gap(float(share.max()), int((share > 1).sum()), share.numel(), where, relative, mine.dim() == 1, unit, whole)
-
-
-def _throughout(mine: torch.Tensor, theirs: torch.Tensor, packed: Packing | None) -> str:
-    """A factor, or errors larger than rounding's, on some rows, beside what rounding itself makes of the same rows."""
-    rows = torch.from_numpy(np.unique(np.linspace(0, theirs[..., 0].numel() - 1, SAMPLED).round().astype(int)))
-    mine, theirs = (x.flatten(0, -2)[rows] for x in (mine, theirs))
-    rounded = _rounded(theirs, packed)
-    square = float((theirs * theirs).sum())
-    if not square:
-        return ""
-    slope, usual = (float((x * theirs).sum()) / square for x in (mine, rounded))
-    error, due = (float((x - theirs).norm()) / square**0.5 for x in (mine, rounded))
-    # Scales that are searched for the least error shrink few bits by more than that, and lie nearer than rounding does.
-    if not min(usual, 1.0) - FACTOR <= slope <= max(usual, 1.0) + FACTOR and error > due:
-        return f"{slope:.4g} times the original's throughout, where rounding gives {usual:.4g}"
-    if error > SLACK * due + HALF_ULP["F16"]:
-        return f"it errs by {error:.2g} throughout, where rounding does by {due:.2g}"
-    return ""
-
-
-def _rounded(x: torch.Tensor, packed: Packing | None) -> torch.Tensor:
-    """What mlx's packing, or FP8, makes of x [rows, width]."""
-    if packed is None:
-        blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % weights.FP8_BLOCK)).unflatten(
-            -1, (-1, weights.FP8_BLOCK)
-        )
-        scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
-        return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)[..., : x.shape[-1]]
-    form: Any = {"group_size": packed.group_size, "bits": packed.bits, "mode": packed.mode}
-    words, *others = mx.quantize(mx.array(x.numpy()).astype(mx.bfloat16), **form)  # scales and biases in bf16, as usual
-    floats: Any = [p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p for p in others]
-    return torch.from_numpy(np.array(mx.dequantize(words, *floats, **form).astype(mx.float32)))
-
-
-def _rms(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Of each group of a row; the last may be shorter."""
-    square = torch.nn.functional.pad(x.square(), (0, -x.shape[-1] % size))
-    return square.unflatten(-1, (-1, size)).mean(-1).sqrt()
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -199,12 +82,13 @@ class Weighing:
                 packed = self.mine.packing(name)
                 self._scales(name, packed)
                 if other is not None:
-                    found = self._gap(name, own[j], other[j], None if packed is None else packed[0])
+                    found = gap(own[j], other[j], self._form(name, packed))
                     if found.is_fault:
                         self.gaps[expert][projection] = found
 
-    def _gap(self, name: str, mine: torch.Tensor, theirs: torch.Tensor, packed: Packing | None) -> Gap:
-        return gap(mine, theirs, self.stored[self.mine.place(name)[0]].dtype, packed)
+    def _form(self, name: str, packed: tuple[Packing, torch.Tensor] | None) -> Form:
+        dtype = self.stored[self.mine.place(name)[0]].dtype
+        return Form(dtype) if packed is None else Form(dtype, packed[0], packed[1].dtype)
 
     def _scales(self, name: str, packed: tuple[Packing, torch.Tensor] | None) -> None:
         if packed is None or packed[0].mode != "affine":
@@ -283,9 +167,8 @@ class Weighing:
                     if not theirs.isfinite().all():
                         yield Finding(FAULT, f"{name} of the original holds NaN or infinity: nothing is told by it")
                         continue
-                    part = None if packed is None else packed[0]
-                    found = self._gap(name, mine, theirs, part)
-                    found = found if rows is None else found.moved(rows.start)
+                    found = gap(mine, theirs, self._form(name, packed))
+                    found = found if rows is None else replace(found.moved(rows.start), ids="token ids ")
                     match = self._layer_of(name, mine) if found.is_other else None
                     if match is not None:
                         elsewhere[match].append(name)
@@ -329,7 +212,7 @@ class Weighing:
                 continue
             if mine.dim() == 1:
                 theirs = self.theirs(other, torch.float32)
-                if theirs.shape == mine.shape and not gap(mine, theirs, self.stored[name].dtype, None).beyond:
+                if theirs.shape == mine.shape and not gap(mine, theirs, Form(self.stored[name].dtype)).beyond:
                     return layer
             else:
                 theirs = self.theirs(other, torch.float32, slice(0, 1))[0, ..., :WIDE]
