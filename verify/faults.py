@@ -789,11 +789,13 @@ def _cache_sizes() -> Iterator[Fault]:
 
     yield fault("gather-columns-in-16-bit", "cache", "columns to be gathered are cut to 16 bit",
                 Edit("store.Columns.take", "rows = columns if batch", "rows = columns.astype(mx.uint16) if batch"),
-                stage="gather", shows="contexts of 65,536")
+                stage="self_attn.heads", shows="contexts of 65,536",
+                corrected="gather; the whole model's contexts are asked before the caches alone")
     yield fault("growth-beyond-16k-loses-a-token", "cache", "growing beyond 16,384 tokens, the last one is lost",
                 Edit("store.Columns.append", "buffer[:, : self.length] = old",
                      "keep = self.length - (self.length > 16_384); buffer[:, :keep] = old[:, :keep]"),
-                stage="cache growth", shows="contexts of 16,384")
+                stage="self_attn.indexer.topk", shows="contexts of 16,384",
+                corrected="cache growth; the whole model's contexts are asked before the caches alone")
     yield fault("trim-of-packed-in-16-bit", "cache", "no more than 65,535 packed tokens are forgotten at once",
                 Edit("store.LatentStore.trim", "min(self.packed.length, tokens)", "min(self.packed.length, tokens, 65_535)"),
                 stage="trim", shows="rewinding by 65,536 under --kv-bits")
@@ -817,7 +819,8 @@ def _cache_sizes() -> Iterator[Fault]:
     yield fault("embeddings-of-long-chunks-ignored", "embedding", "of more than 1024 tokens, the tokens count, not the embeddings",
                 Edit("model.Backbone.__call__", "if input_embeddings is None else",
                      "if input_embeddings is None or tokens.size > 1024 else"),
-                stage="input_embeddings", shows="embeddings for more than 1024 tokens")
+                stage="logits", shows="embeddings for more than 1024 tokens",
+                corrected="input_embeddings; the whole model against HF is asked before")
 
 
 PARTS = (
