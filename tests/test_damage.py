@@ -71,13 +71,17 @@ def test_one_scale_among_thousands(mode, bits, group, factor):
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
-@pytest.mark.parametrize("factor", [0.5, 0.96, 1.04, 2.0])
+@pytest.mark.parametrize("factor", [0.5, 0.94, 0.96, 1.04, 2.0])
 def test_a_factor_on_the_whole_matrix(mode, bits, group, factor):
     """Group by group it could be rounding, where few bits are left."""
     w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     words, scales, biases, packing = packed_as(mx.array(w), mode, bits, group)
     found = gap(dequantize(words, scales, biases, packing) * factor, torch.from_numpy(w), Form("U32", packing))
-    if bits == 2 and factor in (0.96, 1.04):  # rounding to 2 bits shrinks by as much: that is where this ends
+    if bits == 2 and factor in (0.94, 0.96, 1.04):  # rounding to 2 bits shrinks by as much: that is where this ends
+        return
+    if bits == 3 and factor == 0.94:  # no further off than a packing that holds the range exactly, and not zero
+        return
+    if mode == "mxfp4" and factor == 0.96:  # OCP's own rule for scales shrinks by nearly as much, and is sound
         return
     if bits == 3 and factor == 0.96:  # nearer to the original than rounding lies: as searched scales are, no damage
         rounded = gap(dequantize(words, scales, biases, packing), torch.from_numpy(w), Form("U32", packing))
@@ -160,12 +164,10 @@ def found_in(folder, original=None):
     return [f"{f.severity}: {f.what}" for f in findings]
 
 
-def experts_of(read, layer) -> Weights:
+def experts_of(read, layer, count=CONFIG["n_routed_experts"]) -> Weights:
     def stack(projection):
         path = f"model.layers.{layer}.mlp.experts"
-        return torch.stack(
-            [read(f"{path}.{e}.{projection}.weight", torch.float32) for e in range(CONFIG["n_routed_experts"])]
-        )
+        return torch.stack([read(f"{path}.{e}.{projection}.weight", torch.float32) for e in range(count)])
 
     return torch.cat([stack("gate_proj"), stack("up_proj")], 1), stack("down_proj")
 

@@ -8,15 +8,13 @@ import numpy as np
 import torch
 
 from .rounding import HALF_ULP, TINY, TYPICAL, Form
-from .rows import MANY, Odd, Sums, Usual, merged, odd_columns, odd_rows, usual
+from .rows import MANY, Odd, Sums, merged, odd_columns, odd_rows, throughout, usual
 
 # What rounding to a format errs in a group, rms, at most: twice what mlx's own packing did on normal, heavy-tailed, uniform
 # and shifted weights (tests/test_damage.py). affine: in steps; a step's scale is itself rounded, to bf16. Others: relative.
-# And throughout: a factor of 2 %, or errors 1.5 times those of rounding, which better packings than mlx's stay below.
 STEPS = 0.5  # + 2^bits / 2^9
 RELATIVE = {"mxfp4": 0.3, "nvfp4": 0.3, "mxfp8": 0.06, "fp8": 0.06}
 TWICE = 2.0
-FACTOR, SLACK = 0.02, 1.5
 OTHER = 0.5  # relative error from which on a matrix is another one: 2 bits cost 0.5 at most, and are not compared by it
 BLOCK = 1 << 18  # values that are compared at once: they stay in the cache
 
@@ -90,9 +88,9 @@ def gap(mine: torch.Tensor, theirs: torch.Tensor, form: Form) -> Gap:
     relative = (float(sums.off.double().sum()) / square) ** 0.5 if square else float(bool(sums.off.any()))
     whole, odd = "", tuple[Odd, ...]()
     if (known := usual(theirs, sums, form)) is not None:
-        whole, odd = _throughout(known), tuple(odd_rows(mine, theirs, sums, form, known))
+        whole, odd = throughout(theirs, form, known), tuple(odd_rows(mine, theirs, sums, form, known))
         if sum(o.count for o in odd) <= MANY * len(mine):
-            odd += tuple(odd_columns(mine, theirs, sums, known))
+            odd += tuple(odd_columns(mine, theirs, sums, form, known))
     where = np.unravel_index(int(share.argmax()), (*shape, share.shape[-1]))
     if len(shape) > 1:
         odd = tuple(_unravelled(o, shape) for o in odd)
@@ -115,9 +113,7 @@ def _gap_of_values(mine: torch.Tensor, theirs: torch.Tensor, form: Form) -> Gap:
     most = theirs.abs() * HALF_ULP[form.dtype] + TINY.get(form.dtype, 0.0)
     share = torch.where(off == 0, 0.0, off.abs() / most).nan_to_num(nan=torch.inf)
     where = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
-    return Gap(
-        float(share.max()), int((share > 1).sum()), share.numel(), where, relative, mine.dim() == 1, "values"
-    )
+    return Gap(float(share.max()), int((share > 1).sum()), share.numel(), where, relative, mine.dim() == 1, "values")
 
 
 def _share(sums: Sums, most: torch.Tensor) -> torch.Tensor:
@@ -147,7 +143,10 @@ def _sums(mine: torch.Tensor, theirs: torch.Tensor, form: Form) -> tuple[Sums, t
         if form.mode == "affine":  # in steps that the original's own range needs
             assert form.packed is not None
             low, high = original.unflatten(-1, (-1, size)).aminmax(dim=-1)
-            step, edge = (high - low) / (2**form.packed.bits - 1), torch.maximum(low.abs(), high.abs()) * HALF_ULP["BF16"]
+            step, edge = (
+                (high - low) / (2**form.packed.bits - 1),
+                torch.maximum(low.abs(), high.abs()) * HALF_ULP["BF16"],
+            )
             groups[3].append(TWICE * (STEPS + 2.0 ** (form.packed.bits - 9)) * step + edge)
             groups[4].append((step.square() / 12 + edge.square() / 12) * size)
     cross, off, square = (torch.cat(part) for part in groups[:3])
@@ -156,14 +155,3 @@ def _sums(mine: torch.Tensor, theirs: torch.Tensor, form: Form) -> tuple[Sums, t
     else:
         most, due = TWICE * RELATIVE[form.mode] * (square / size).sqrt(), square * TYPICAL[form.mode] ** 2
     return Sums(cross, off, square, due, (columns[0], columns[1], columns[2]), size), most
-
-
-def _throughout(known: Usual) -> str:
-    """A factor, or errors larger than rounding's, on some rows, beside what rounding itself makes of the same rows."""
-    slope, error = known.found
-    # Scales that are searched for the least error shrink few bits by more than that, and lie nearer than rounding does.
-    if not min(known.slope, 1.0) - FACTOR <= slope <= max(known.slope, 1.0) + FACTOR and error > known.error:
-        return f"{slope:.4g} times the original's throughout, where rounding gives {known.slope:.4g}"
-    if error > SLACK * known.error + HALF_ULP["F16"]:
-        return f"it errs by {error:.2g} throughout, where rounding does by {known.error:.2g}"
-    return ""

@@ -19,7 +19,7 @@ from reference.packed import Packing
 
 HALF_ULP = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 0.0, "F64": 0.0}
 TINY = {"F16": 2.0**-24}  # fp16's smallest number
-PHASES = tuple(2.0 ** (i / 4) for i in range(4))
+PHASES = {"mxfp4": 4, "nvfp4": 4, "mxfp8": 16, "fp8": 16}  # of an octave: twice as many as a format has steps there
 TYPICAL = {"mxfp4": 0.12, "nvfp4": 0.11, "mxfp8": 0.028, "fp8": 0.028}  # relative rms of rounding, on normal weights
 LARGEST = {"mxfp4": (6.0, 2), "mxfp8": (448.0, 8)}  # number of its values, and its exponent
 SMALLEST_E4M3 = 2.0**-9
@@ -68,19 +68,22 @@ class Yard(NamedTuple):
 
 
 def yard(rows: torch.Tensor, form: Form) -> Yard:
-    """rows: float32 [R, W] of an original; -> [R] each."""
+    """rows: float32 [.., W] of an original; -> [..] each."""
     square = rows.square().sum(-1).clamp(min=1e-38)
     slopes, errors = [], []
-    for each in _roundings(rows, form):
+    for each in roundings(rows, form):
         slopes.append((each * rows).sum(-1) / square)
         errors.append(((each - rows).square().sum(-1) / square).sqrt())
     slope, error = torch.stack(slopes), torch.stack(errors)
     return Yard(slope.amin(0), slope.amax(0), error.amax(0))
 
 
-def _roundings(rows: torch.Tensor, form: Form) -> Iterator[torch.Tensor]:
+def roundings(rows: torch.Tensor, form: Form) -> Iterator[torch.Tensor]:
+    """rows [R, W], whole groups: as sound packings round them, one after the other."""
     yield rounded(rows, form)
-    for phase in PHASES if form.mode != "affine" else ():
+    phases = PHASES.get(form.mode, 0)
+    for i in range(phases):
+        phase = 2.0 ** (i / phases)
         if phase > 1:
             yield rounded(rows, form, phase)
         if form.mode in LARGEST:

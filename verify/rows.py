@@ -13,10 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from .rounding import Form, rounded, yard
+from .rounding import HALF_ULP, Form, rounded, roundings, yard
 
 SAMPLED = 64  # rows that are rounded anew, to know what is usual in this matrix
 FACTOR = 0.02  # of a slope: scales of few bits, searched ones among them
+SLACK = 1.8  # times the error of rounding, of a whole matrix
+DEAD = 3.0  # times the share of errors in a column's square: values of less than half a step shrink to nothing
+DULL = 0.3  # a column of which nothing is left has values of at most half a step: then its share is 1/3 or more
+PEAK, CUT = 2.0, 0.35  # times the mean square of its group: from there on searched scales cut a column, by so much
+NOTHING = 1e-3  # of a slope: a column of zeros is packed as what is left of their group's bias
 SPREAD = 5.0  # standard errors of a slope
 COARSE = 3.0  # times the error of rounding: GPTQ's, which makes up for one column by the next, is up to 2.4 times in narrow rows
 SAME = 0.9  # correlation of what is the same but for rounding
@@ -79,7 +84,6 @@ class Odd:
         return f"{where} err by {value}, where rounding does by {self.usual:.2g}"
 
 
-
 def merged(one: tuple[Odd, ...], other: tuple[Odd, ...]) -> tuple[Odd, ...]:
     """Of two slices of a matrix."""
     both = {(o.kind, o.unit): o for o in one}
@@ -89,15 +93,28 @@ def merged(one: tuple[Odd, ...], other: tuple[Odd, ...]) -> tuple[Odd, ...]:
     return tuple(both.values())
 
 
-@dataclass(frozen=True)
-class Usual:
-    """What rounding makes of some rows of this matrix, all in all, and what was found there. excess: of its squared errors over
-    what is due by the format alone."""
+class Usual(NamedTuple):
+    """What rounding makes of some rows of this matrix; and what was found in all of them: slope and error. excess: of its squared
+    errors over what is due by the format alone, at least 1. spread: by how much that slope is uncertain."""
 
+    rows: torch.Tensor
     slope: float
     error: float
+    due: float
     excess: float
     found: tuple[float, float]
+    spread: float
+
+    def explains(self, low: float, high: float, error: float) -> str:
+        """What is wrong with these rows throughout, where rounding gives slopes from low to high, and that error."""
+        slope, own = self.found
+        # Scales that are searched for the least error shrink few bits by more than that, and lie nearer than rounding does.
+        room = FACTOR + self.spread
+        if not min(low, 1.0) - room <= slope <= max(high, 1.0) + room and own > error:
+            return f"{slope:.4g} times the original's throughout, where rounding gives {self.slope:.4g}"
+        if own > SLACK * max(error, self.due) + HALF_ULP["F16"]:
+            return f"it errs by {own:.2g} throughout, where rounding does by {max(error, self.due):.2g}"
+        return ""
 
 
 def usual(theirs: torch.Tensor, sums: Sums, form: Form) -> Usual | None:
@@ -109,8 +126,25 @@ def usual(theirs: torch.Tensor, sums: Sums, form: Form) -> Usual | None:
     if not square:
         return None
     off, due = float((again - some).square().sum()), float(sums.due[rows].sum())
-    mine = 1 + float(sums.cross[rows].sum()) / square, (float(sums.off[rows].sum()) / square) ** 0.5
-    return Usual(float((again * some).sum()) / square, (off / square) ** 0.5, max(1.0, off / due if due else 1.0), mine)
+    every = [float(x.double().sum()) for x in (sums.cross, sums.off, sums.theirs)]
+    found = 1 + every[0] / every[2], (every[1] / every[2]) ** 0.5
+    slope = float((again * some).sum()) / square
+    least, most = (off / square) ** 0.5, (max(off, due) / square) ** 0.5
+    # Affine packings differ in what they hold exactly, zero or the range: mlx's own error is not the least that is sound.
+    error = most if form.mode == "affine" else least
+    fourth = float(some.square().square().sum())
+    noise = max(found[1] ** 2 - (found[0] - 1) ** 2, 0.0) ** 0.5
+    spread = SPREAD * noise * fourth**0.5 / square * (len(rows) / len(theirs)) ** 0.5
+    return Usual(rows, slope, error, most, max(1.0, off / due if due else 1.0), found, spread)
+
+
+def throughout(theirs: torch.Tensor, form: Form, usual: Usual) -> str:
+    """A factor, or errors larger than rounding's, on some rows, beside what rounding itself makes of the same rows."""
+    wrong = usual.explains(usual.slope, usual.slope, usual.error)
+    if not wrong or form.mode == "affine":
+        return wrong
+    low, high, error = (float(x) for x in yard(theirs[usual.rows].flatten()[None], form))
+    return usual.explains(low, high, error)
 
 
 def odd_rows(mine: torch.Tensor, theirs: torch.Tensor, sums: Sums, form: Form, usual: Usual) -> Iterator[Odd]:
@@ -170,30 +204,51 @@ def _whose(mine: torch.Tensor, theirs: torch.Tensor, rows: Iterable[tuple[int, .
 
 def _odd(kind: str, unit: str, found: list[tuple[int, float, float]]) -> Odd:
     values = [value for _, value, _ in found]
-    return Odd(kind, unit, tuple((i,) for i, _, _ in found[:SHOWN]), len(found), (min(values), max(values)), found[0][2])
+    return Odd(
+        kind, unit, tuple((i,) for i, _, _ in found[:SHOWN]), len(found), (min(values), max(values)), found[0][2]
+    )
 
 
-def odd_columns(mine: torch.Tensor, theirs: torch.Tensor, sums: Sums, usual: Usual) -> Iterator[Odd]:
-    """Of a column nothing can be rounded by itself: its yardstick is what is due in the groups that it passes through."""
+def odd_columns(mine: torch.Tensor, theirs: torch.Tensor, sums: Sums, form: Form, usual: Usual) -> Iterator[Odd]:
+    """What is due in the groups that a column passes through says which stand out; those groups are rounded anew, since what
+    falls on the same step in each row errs alike in all."""
     cross, off, square = (x.double() for x in sums.columns)
-    due = (sums.due.double().sum(0) * usual.excess / sums.size).repeat_interleave(sums.size)[: len(square)]
+    due, mean = (
+        (x.double().sum(0) / sums.size).repeat_interleave(sums.size)[: len(square)] for x in (sums.due, sums.theirs)
+    )
+    due, is_peak = due * usual.excess, square > PEAK * mean
     known = square > 0
     square = torch.where(known, square, 1.0)
     slope, share = 1 + cross / square, due / square
     noise = (off / square - (slope - 1) ** 2).clamp(min=0).sqrt()
-    room = FACTOR + share + SPREAD * noise * len(mine) ** -0.5
-    suspects = known & ((slope < min(usual.slope, 1) - room) | (slope > max(usual.slope, 1) + room)) & (off > 2 * due)
-    (at,) = torch.where(suspects)
-    if not len(at):
-        return
-    fourth = theirs[:, at].square().square().sum(0).double()
-    room = FACTOR + share[at] + SPREAD * noise[at] * fourth.sqrt() / square[at]
-    s = slope[at]
-    wrong = (s < min(usual.slope, 1) - room) | (s > max(usual.slope, 1) + room)
+    noise = torch.maximum(noise, share.sqrt())  # what few values leave beside a slope says nothing
+    room = FACTOR + DEAD * share + CUT * is_peak
+    low, high = min(usual.slope, 1) - room, max(usual.slope, 1) + room - CUT * is_peak
+
+    def beyond(at: torch.Tensor, concentration: torch.Tensor | float) -> torch.Tensor:
+        spread = SPREAD * noise[at] * concentration
+        return (slope[at] < low[at] - spread) | (slope[at] > high[at] + spread)
+
+    every = torch.arange(len(square))
+    is_zero = (slope.abs() < NOTHING) & (share < DULL)
+    (at,) = torch.where(known & (is_zero | ((off > 2 * due) & beyond(every, len(mine) ** -0.5))))
+    at = at[is_zero[at] | beyond(at, theirs[:, at].square().square().sum(0).double().sqrt() / square[at])]
     found: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for i, column in enumerate(at.tolist()):
-        if wrong[i]:
-            is_zero = not mine[:, column].any()
-            found["zero" if is_zero else "factor"].append((column, float(s[i]), usual.slope))
+    for column in at.tolist():
+        least, most = _anew(theirs, column, form)
+        if is_zero[column] and least > NOTHING:
+            found["zero"].append((column, float(slope[column]), usual.slope))
+        elif not least - room[column] <= slope[column] <= most + room[column]:
+            found["factor"].append((column, float(slope[column]), usual.slope))
     for kind, columns in found.items():
         yield _odd(kind, "columns", columns)
+
+
+def _anew(theirs: torch.Tensor, column: int, form: Form) -> tuple[float, float]:
+    """The least and the greatest slope that rounding gives a column."""
+    size = form.group(theirs.shape[-1])
+    begin = column // size * size
+    group = theirs[:, begin : begin + size]
+    own = theirs[:, column]
+    slopes = [float(each[:, column - begin] @ own / (own @ own)) for each in roundings(group, form)]
+    return min(slopes), max(slopes)
