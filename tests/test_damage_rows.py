@@ -45,7 +45,7 @@ def build(original, folder, packing, damage=lambda tensors: None, before=lambda 
         and ".indexer." not in path
         and not module.weight.shape[-1] % packing["group_size"]
     }
-    before({path: module for path, module in packed.items()})
+    before(packed)
     nn.quantize(model, class_predicate=lambda path, module: path in packed and packing)
     tensors = parameters_of(model)
     damage(tensors)

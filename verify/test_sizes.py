@@ -1,7 +1,7 @@
-"""Sizes in use, the whole model against HF: prefill of 2048 tokens, behind a cache too, calls of every length, 16 rows, contexts
-of 200,000 tokens. At tiny widths; the indexer works in tiles, as it does for users.
+"""The whole model at the sizes in use, against HF: chunks of 2048, calls of every length, 16 rows, contexts of 200,000.
 
-On checkpoints of their own: 8 of 32 experts for each token; selections of 64 keys, or of 2048 as published, or none at all.
+At tiny widths, on checkpoints of their own: 8 of 32 experts for each token; selections of 64 keys, of 2048 as published, or none at
+all. The indexer works in tiles, as it does for users.
 """
 
 import mlx.core as mx
