@@ -221,6 +221,8 @@ DIFFERENT = {
     "padding of generation_config": (keys(GENERATION, pad_token_id=3), WARNING, "pad_token_id"),
     "padding of the tokenizer": (keys(SETTINGS, pad_token=SPECIAL[3]), WARNING, "pad_token_id"),
     "length of the tokenizer": (keys(SETTINGS, model_max_length=512), WARNING, "model_max_length = 512"),
+    "spaces cleaned away": (keys(SETTINGS, clean_up_tokenization_spaces=True), WARNING, "clean_up_tokenization_spaces"),
+    "no cache": (keys(CONFIG, use_cache=False), WARNING, "use_cache"),
     "a beginning added": (keys(SETTINGS, add_bos_token=True), WARNING, "add_bos_token"),
     "temperature": (keys(GENERATION, temperature=0.1), NOTE, "temperature"),
     "tokens that are never said": (keys(GENERATION, suppress_tokens=[70, 71]), WARNING, "suppress_tokens"),
@@ -323,6 +325,21 @@ def test_code_that_comes_with_a_release_is_named(folder):
     assert "is there" not in said
     assert said.count("auto_map") == 2
     assert "model.py" in said
+
+
+def test_an_adapter_is_named(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    findings = Findings()
+    foreign_code.judge(release_of(folder), findings)
+    assert [f.severity for f in findings.merged()] == [WARNING]
+    assert "adapter" in foreign_code.not_verified(release_of(folder))
+
+
+def test_a_format_that_no_tensor_has_is_named(tmp_path):
+    folder = shutil.copytree(KEPT, tmp_path / "r")
+    keys(CONFIG, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})(folder)
+    found = audit.audit(headers_of(str(folder)))
+    assert any(f.severity == WARNING and "no tensor has scales" in f.what for f in found.findings)
 
 
 def test_an_audit_names_it(tmp_path):

@@ -28,7 +28,7 @@ SUPPRESSED = (
 SETTINGS = {
     "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False, "split_special_tokens": False,
     "do_lower_case": False, "remove_space": False, "padding_side": None, "truncation_side": None,
-    "clean_up_tokenization_spaces": None, "unk_token": None,
+    "clean_up_tokenization_spaces": False, "unk_token": None,
 }  # fmt: skip
 UNBOUNDED = 1e15  # model_max_length, where nothing is cut
 

@@ -50,6 +50,8 @@ def judge(release: Release, original: Release, findings: Findings) -> None:
     )
     if mine is not None and other is not None:
         _hold(NOTE, "dtype", mine, other, findings, "the tensors decide")
+    mine, other = (c.get("use_cache") is not False for c in (release.config, original.config))
+    _hold(WARNING, "use_cache", mine, other, findings, "HF decodes by it, with a cache or without")
     mine, other = (c.get("layer_types") for c in (release.config, original.config))
     if mine is not None and other is not None:
         _hold(WARNING, "layer_types", mine, other, findings, "HF's caches go by it")

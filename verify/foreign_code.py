@@ -1,4 +1,4 @@
-"""Code that comes with a release: named, never read or run. Whoever runs it runs what was not judged here.
+"""Code, and adapters, that come with a release: named, never read or run. Whoever runs them runs what was not judged here.
 
 Python files are looked for in a folder alone, beside the weights; of a repository on the hub, the keys tell.
 """
@@ -23,6 +23,7 @@ RUN_BY = {
     "custom_pipelines": "HF's pipelines run it where trust_remote_code is given",
     "trust_remote_code": "it asks for code of its own to be run",
 }
+ADAPTER = "adapter_config.json"
 WHAT = "the code that comes with it"  # in a report, under not verified
 
 
@@ -39,7 +40,8 @@ def not_verified(release: Release) -> str:
 
 
 def keys(release: Release) -> list[str]:
-    return [
+    adapter = [f"{ADAPTER}: HF's from_pretrained puts that adapter on, where peft is installed"]
+    return (adapter if small_file(release, ADAPTER) is not None else []) + [
         f"{file}: {key} = {_short(said[key])}{_is_there(release, said[key]) if key == 'model_file' else ''}: {who}"
         for file, said in _configs(release)
         for key, who in RUN_BY.items()

@@ -133,6 +133,10 @@ def _by_method(tensors: Tensors, twin: Any, findings: Findings) -> None:
         findings.say(
             WARNING, f"config.json's {TWIN}: {wrong}: {REFUSES}; the tensors are of no such format: remove the key"
         )
+    elif method == "fp8" and weights.is_hf_layout(tensors.found) and not any(n.endswith("_scale_inv") for n in tensors.found):
+        findings.say(
+            WARNING, f"config.json's {TWIN} says fp8, and no tensor has scales: HF and vLLM look for them; remove the key"
+        )
     elif tensors.packed and method not in BY_SHAPES and not _is_mxfp8(twin):
         findings.say(
             WARNING, f"packed weights, but config.json has no key {KEY}: mlx-lm's own loader will not load them"
