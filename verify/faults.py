@@ -669,7 +669,7 @@ def _lossy_choices() -> Iterator[Fault]:
     yield Fault("router-weights-from-biased", "router", "weights recovered as (score + bias) - bias",
                 (Edit("moe.Router.__call__", "mx.take_along_axis(scores, experts, axis=-1)",
                       "mx.take_along_axis(scores + self.e_score_correction_bias, experts, axis=-1) "
-                      "- self.e_score_correction_bias[experts]"),), ROUTER, "mlp.gate.weights", "large biases, small scores",
+                      "- self.e_score_correction_bias[experts]"),), ROUTER, "mlp.gate.weights", "large biases; slightly",
                 "flashinfer 3875")
 
 
@@ -774,7 +774,7 @@ def _sizes() -> Iterator[Fault]:
                 Edit("attention.MultiHeadLatentAttention.attend_absorbed", "keys = tokens.read()",
                      "keys = tokens.read(); "
                      "keys = keys if keys.shape[1] < 100_000 else keys * (mx.arange(keys.shape[1]) > 9999)[:, None]"),
-                stage="self_attn.heads", shows="contexts of 100,000, no indexer")
+                stage="self_attn.heads", shows="contexts of 100,000, no indexer: a twentieth of the keys, slightly")
     yield fault("drafts-joined-with-the-first-of-1024-tokens", "MTP", "from 1024 hiddens on each is joined with the first token",
                 Edit("mtp.MtpLayer.step", "self.enorm(embeddings)", "self.enorm(embeddings if embeddings.shape[1] < 1024 "
                      "else mx.broadcast_to(embeddings[:, :1], embeddings.shape))"),
@@ -789,7 +789,7 @@ def _cache_sizes() -> Iterator[Fault]:
 
     yield fault("gather-columns-in-16-bit", "cache", "columns to be gathered are cut to 16 bit",
                 Edit("store.Columns.take", "rows = columns if batch", "rows = columns.astype(mx.uint16) if batch"),
-                stage="self_attn.heads", shows="contexts of 65,536",
+                stage="self_attn.heads", shows="contexts of 65,536: some of many keys, slightly",
                 corrected="gather; the whole model's contexts are asked before the caches alone")
     yield fault("growth-beyond-16k-loses-a-token", "cache", "growing beyond 16,384 tokens, the last one is lost",
                 Edit("store.Columns.append", "buffer[:, : self.length] = old",
