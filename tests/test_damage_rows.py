@@ -75,13 +75,15 @@ def found_in(folder, original):
     return [f"{f.severity}: {f.what}" for f in findings]
 
 
-@pytest.mark.parametrize("packing", PACKINGS, ids=told)
-@pytest.mark.parametrize("kept", KEPT)
+SOUND = [("interleaved", p) for p in PACKINGS] + [("half-split", PACKINGS[i]) for i in (1, 5, 12, 14)]
+
+
+@pytest.mark.parametrize(("kept", "packing"), SOUND, ids=[f"{kept}, {told(p)}" for kept, p in SOUND])
 def test_a_sound_build_has_no_finding(kept, packing, tmp_path):
     assert found_in(build(KEPT[kept], tmp_path / "build", packing), KEPT[kept]) == []
 
 
-@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("kept", ["interleaved"])
 def test_a_sound_fp8_build_has_no_finding(kept, tmp_path):
     checkpoints.write_fp8(KEPT[kept], tmp_path / "fp8", tmp_path / "unpacked")
     assert found_in(tmp_path / "fp8", KEPT[kept]) == []
@@ -194,7 +196,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize(("bits", "group"), [*itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))])
+@pytest.mark.parametrize(("bits", "group"), [*itertools.product((2, 3, 4, 8), (32, 128))])
 @pytest.mark.parametrize("drawn", DRAWN)
 def test_searched_scales_are_sound(drawn, bits, group):
     w = torch.from_numpy(DRAWN[drawn](np.random.default_rng(bits), (300, 256)).astype(np.float32)).bfloat16().float()
@@ -204,8 +206,7 @@ def test_searched_scales_are_sound(drawn, bits, group):
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=told)
 @pytest.mark.parametrize("drawn", DRAWN)
-@pytest.mark.parametrize("width", [128, 1024])
-def test_mlx_packing_is_sound(drawn, packing, width):
+def test_mlx_packing_is_sound(drawn, packing, width=512):
     w = mx.array(DRAWN[drawn](np.random.default_rng(width), (300, width)).astype(np.float32)).astype(mx.bfloat16)
     words, *others = mx.quantize(w, **packing)
     floats = [o.astype(mx.float32) if mx.issubdtype(o.dtype, mx.floating) else o for o in others]

@@ -79,11 +79,11 @@ def padded(case):
 
 
 def drafts(case):
-    return caught(test_mtp.check, case, Judge, "long", {"mtp_reuses_selection": True})
+    return caught(test_mtp.check, case, Judge, case.lengths[-1], {"mtp_reuses_selection": True})
 
 
 def drafts_anew(case):
-    return caught(test_mtp.check, case, Judge, "long", {"mtp_reuses_selection": False})
+    return caught(test_mtp.check, case, Judge, case.lengths[-1], {"mtp_reuses_selection": False})
 
 
 def packed(case):
