@@ -26,6 +26,8 @@ AXES = {
     "pads": "columns of padding before a row",
     "pairs": "token-expert pairs of a call",
     "trim": "tokens forgotten at once",
+    "drafts": "draft steps of one call",
+    "saved_pads": "columns of padding of a saved batch",
     "start": "tokens before the first that is packed",
     "vocabulary": "tokens of the vocabulary",
     "bits": "bits of a packed value",
@@ -105,6 +107,8 @@ THRESHOLDS = (
     Threshold("", "batch", 16),
     Threshold("", "pairs", 8192),
     Threshold("", "trim", 2, CACHES),
+    Threshold("", "drafts", 9),
+    Threshold("", "saved_pads", 1 << 16, CACHES),
     Threshold("", "vocabulary", 1 << 16, PACKED),
     Threshold("", "vocabulary", 154_880, PACKED),
 )

@@ -416,6 +416,16 @@ def test_copies(judge, gate, start):
         check(judge, gate, "cache copied", cache, [part[:, :-1] for part in due])
 
 
+@pytest.mark.parametrize("lengths", [[9, 5], [400, 100], [100_000, 3]])
+def test_saved_batches(judge, gate, lengths):
+    """Rows of unequal lengths, saved and restored."""
+    rows = rows_of(lengths)
+    batch = merged(rows)
+    twin = LayerCache.from_state(batch.state)
+    gate.ran(saved_pads=max(batch.left_padding))
+    check_rows(judge, gate, "batch (saved)", twin, rows)
+
+
 # -- packing
 
 

@@ -177,6 +177,7 @@ def check(case: Case, judge, length, overrides, **fewer):
     ours = Ours(case.folder, **{**case.spec.overrides, **overrides})
     cache = ours.model.make_mtp_cache()
     drafts, chosen = oracles.draft(ours.model, cache)
+    judge.report.ran(drafts=len(drafts))
     due = oracles.fed[0].shape[1] + oracles.count - 1
     judge.holds(case.name, "mtp cache", cache.length == due, f"each step writes its latent: {cache.length} of {due}")
     for step in range(oracles.count):

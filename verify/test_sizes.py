@@ -101,8 +101,9 @@ def test_packed_contexts(case: Case, judge, context):
 
 @pytest.mark.on(FEW_KEYS)
 def test_drafts(case: Case, judge):
-    """The MTP layer, after a prompt of a chunk."""
+    """The MTP layer, after a prompt of a chunk; and more drafts at a time than anybody asks for, across index_topk."""
     check(case, judge, CHUNK, {}, count=1, rows=1)
+    check(case, judge, case.args.index_topk - 4, {}, count=9, rows=1)
 
 
 @pytest.mark.on(FEW_KEYS)
