@@ -215,6 +215,11 @@ def test_every_fault_was_judged_and_named(kept):
     assert kept.random["cases"] >= 50
 
 
+def test_the_table_tells_what_was_once_passed(kept):
+    assert set(faults.CATALOGUE) >= faults.ONCE_PASSED
+    assert kept.markdown().count("(once passed)") == len(faults.ONCE_PASSED)
+
+
 def test_values_move_far_beyond_their_bound(kept):
     """Where a value is compared, a fault moves it by 100 bounds, but for those that are slight by nature."""
     near = {name: f["bounds"] for name, f in kept.found.items() if f.get("bounds") and f["bounds"] < 100}

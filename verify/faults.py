@@ -87,6 +87,13 @@ def described(name: str) -> str:
     return "\n".join([*lines, *(f"  {edit}" for edit in f.edits)])
 
 
+# Each of these was in our definition once, seeded, while every claim agreed.
+ONCE_PASSED = frozenset((
+    "experts-unordered-from-8192-pairs", "own-chunk-unseen-from-513-queries", "gather-columns-in-16-bit",
+    "growth-beyond-16k-loses-a-token", "tiles-forget-at-64-index-topk", "token-ids-in-16-bit",
+    "router-logits-in-the-models-dtype", "indexer-scores-in-the-models-dtype", "head-weights-in-the-models-dtype",
+    "topk-bucket-overflow", "topk-bucket-overflow-at-8", "topk-bucket-overflow-at-31", "router-weights-from-biased",
+))  # fmt: skip
 # fmt: off
 
 

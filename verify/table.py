@@ -167,7 +167,7 @@ class Judged:
         return [*self.problems(), line, f"the strongest other rule catches {count}: {rule}, at {setting}"]
 
     def markdown(self) -> str:
-        """The sums over all faults, and a row for each that was seen in the field."""
+        """The sums over all faults, and a row for each that was seen in the field, or that this gate once passed."""
         head = ["rule", "asked", "usual prompt", HALF, FOUR, "named", "false alarms"]
         mine, all_of_them = str(self.caught()), str(len(self.real))
         rows = [
@@ -176,11 +176,11 @@ class Judged:
         for rule in RULES:
             counts = [str(self.caught_by(rule.name, setting)) for setting in SETTINGS]
             rows.append([rule.name, str(self.asked(rule.name)), *counts, "-", str(self.alarms(rule.name))])
-        field = [f for f in self.real if f.origin != faults.OWN]
+        field = [f for f in self.real if f.origin != faults.OWN or f.name in faults.ONCE_PASSED]
         signs = ["fault", "shows", "met first at", *(f"({i})" for i in range(1, len(RULES) + 1))]
         parts = [
             [
-                f"`{f.name}`",
+                f"`{f.name}`" + (" (once passed)" if f.name in faults.ONCE_PASSED else ""),
                 f.shows,
                 f"`{self.found[f.name].get('stage', 'missed')}`",
                 *(f"`{self.cell(f, r.name)}`" for r in RULES),
