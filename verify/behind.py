@@ -72,7 +72,8 @@ class Held:
 @functools.cache
 def drawn(layer: int, part: str, width: int, seed: int) -> Array:
     random = np.random.default_rng([seed, layer, *part.encode()])
-    return random.standard_normal((1, MOST, width), dtype=np.float32)
+    # Keys of less weight than those of the tokens behind them, which are to be selected too.
+    return random.standard_normal((1, MOST, width), dtype=np.float32) * np.float32(0.1 if part == "indexer.k" else 1)
 
 
 def halved(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -133,7 +133,36 @@ BLOCK, AXIS, EMPTY = (
     "the same axis, counted from the other end",
     "nothing is appended",
 )
-EQUIVALENT = {
+COST, TILE = "a form's cost, or a tile's size: results do not depend on it", "no tile, and no block, is so large"
+HEADS, FORM = "the heads' axis, or one entry for all of them", "at so many queries, or keys, another form is cheaper"
+REFUSED = "what is refused, not what is computed"
+ROWS_9, CALL, CONTEXT, ID = (
+    f"wrong from {what} on" for what in ("rows of 9", "tokens of 1,500", "tokens of 150,000", "a value of 100,000")
+)
+_MLA = "attention.MultiHeadLatentAttention"
+OF_SIZES = {
+    **{(f"{_MLA}.cheapest_form", f"{name}: wrong from a value of {size} on"): COST
+       for name, size in (("queries", "1,500"), ("keys", "150,000"), ("selected", "1,500"))},
+    (f"{_MLA}.block", "batch: wrong from a value of 9 on"): COST,
+    (f"{_MLA}.block", "chosen: wrong from a value of 1,500 on"): COST,
+    ("indexer.Indexer.tile", "batch: wrong from a value of 9 on"): COST,
+    ("indexer.Indexer.tile", "length: wrong from a value of 1,500 on"): COST,
+    ("indexer.Indexer.tile", "length: wrong from a value of 150,000 on"): COST,
+    **{("indexer.Indexer.score", f"{name}: {CALL}"): TILE for name in ("q", "w", "mask")},
+    ("indexer.Indexer.score", f"k: {CONTEXT}"): TILE,
+    ("indexer.ranks", f"scores: {CALL}"): TILE, ("indexer.ranks", f"scores: {CONTEXT}"): TILE,
+    (f"{_MLA}.attend_expanded", f"mask: {CALL}"): HEADS,
+    (f"{_MLA}.attend_absorbed", f"mask: {CALL}"): HEADS, ("attention.selection_mask", f"mask: {CALL}"): HEADS,
+    **{(f"{_MLA}.attend_absorbed", f"{name}: {CALL}"): FORM for name in ("q_nope", "q_rope")},
+    ("attention.selection_mask", "keys: wrong from a value of 150,000 on"): FORM,
+    ("attention.selection_mask", f"selection: {ID}"): FORM,
+    **{(f"linear.{name}.__call__", f"x: {CALL}"): HEADS
+       for name in ("QuantizedMultiLinear", "MultiLinear", "QuantizedSwitchLinear", "SwitchLinear")},
+    ("cache.LayerCache._check_fits", f"new: {ROWS_9}"): REFUSED, ("cache.LayerCache._check_fits", f"new: {CALL}"): REFUSED,
+    ("cache.check_in_step", "rows: wrong from a value of 9 on"): REFUSED,
+    ("cache.check_in_step", "tokens: wrong from a value of 1,500 on"): REFUSED, ("cache.check_in_step", f"tokens: {ID}"): REFUSED,
+}  # fmt: skip
+EQUIVALENT = OF_SIZES | {
     ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",

@@ -75,7 +75,7 @@ def _sizes(name: str, annotation: str) -> Iterator[tuple[int | None, int]]:
             yield None, ID
     elif kind in ("int", "range"):
         yield from ((None, size) for size in NUMBERS.get(name, ()))
-    elif name in LISTS:
+    elif name in LISTS and not kind.startswith("Iterable"):
         yield 0, ROWS
 
 

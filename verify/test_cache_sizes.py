@@ -426,6 +426,24 @@ def test_saved_batches(judge, gate, lengths):
     check_rows(judge, gate, "batch (saved)", twin, rows)
 
 
+def test_padding_that_is_announced(judge, gate):
+    """Of 16 rows, before their first token; and the mask that mlx-lm asks for."""
+    rows = rows_of(UNEQUAL)
+    longest = max(UNEQUAL)
+    batch = LayerCache(NARROW)
+    batch.prepare(left_padding=[longest - n for n in UNEQUAL])
+    parts = [
+        np.stack([np.pad(part, ((longest - len(part), 0), (0, 0))) for part in column])
+        for column in zip(*rows, strict=True)
+    ]
+    pads = batch.left_padding
+    check_mask(
+        judge, "mask (of a batch)", batch.make_mask(CHUNK), seen(0, range(CHUNK), np.arange(CHUNK), pads)[:, None]
+    )
+    append(batch, parts, 0, longest)
+    check_rows(judge, gate, "batch (padding announced)", batch, rows)
+
+
 # -- packing
 
 

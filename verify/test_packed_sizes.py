@@ -132,6 +132,9 @@ def test_modules(judge, gate, packing):
         out = run(experts, x, mx.array(chosen), is_sorted)
         fits(judge, f"experts, {pairs} pairs ({kind})", routed(out, x, chosen, *weight))
         gate.ran(pairs=out.shape[0])
+    one = made(SwitchLinear(2, 2048, 128), normal(2, 2048, 128))  # as many rows as an expert of GLM-5.2 has
+    x, chosen = normal(2, 1, 128), np.array([1, 0], dtype=np.int32)
+    fits(judge, f"experts of 2048 rows ({kind})", routed(run(one, x, mx.array(chosen)), x, chosen, *meant(one)))
 
 
 # -- a model of them
