@@ -329,8 +329,11 @@ def test_masks_of_tiles_and_of_what_was_selected(judge, pads):
             due = seen(first, rows, np.arange(columns.start, columns.stop), pads)
             check_mask(judge, "mask of a tile", mask.tile(rows, columns), due)
         picked = columns_of(batch, len(rows), 64, LONGEST)
+        if pads is not None:  # the first column that is no padding, and the last that is
+            picked[..., 0], picked[..., 1] = np.array(pads)[:, None], np.maximum(np.array(pads) - 1, 0)[:, None]
+        of_selection = mask.sees if pads is None else mask.picked
         due = seen(first, rows, picked, pads)
-        check_mask(judge, "mask of a selection", mask.sees(rows, mx.array(picked.astype(np.uint32))), due)
+        check_mask(judge, "mask of a selection", of_selection(rows, mx.array(picked.astype(np.uint32))), due)
     for chosen in (64, CHUNK):  # the query in this place sees as many keys as it picks
         few = CausalMask(0, 2 * CHUNK)
         for rows in (range(chosen - 1, chosen), range(chosen - 2, chosen), range(chosen, chosen + 9)):

@@ -111,8 +111,8 @@ def test_modules(judge, gate, packing):
     heads = made(MultiLinear(64, 4, 128), normal(64, 4, 128))
     weight = meant(heads)
     turned = [part.swapaxes(-1, -2) for part in weight]
-    for tokens in (1, 60):
-        x, back = normal(2, 64, tokens, 128), normal(2, 64, tokens, 4)
+    for rows, tokens in ((16, 1), (2, 60)):
+        x, back = normal(rows, 64, tokens, 128), normal(rows, 64, tokens, 4)
         fits(judge, f"heads ({kind})", share(run(heads, x), x, *weight))
         fits(judge, f"heads, the other way ({kind})", share(run(heads, back, transpose=False), back, *turned))
 
@@ -135,6 +135,12 @@ def test_modules(judge, gate, packing):
     one = made(SwitchLinear(2, 2048, 128), normal(2, 2048, 128))  # as many rows as an expert of GLM-5.2 has
     x, chosen = normal(2, 1, 128), np.array([1, 0], dtype=np.int32)
     fits(judge, f"experts of 2048 rows ({kind})", routed(run(one, x, mx.array(chosen)), x, chosen, *meant(one)))
+    for stack in (heads, experts, one) if packing is not None else ():
+        plain = mx.array(normal(*stack.dequantized().weight.shape))
+        due = mx.quantize(plain, **packed_as(packing))
+        ours = (stack.weight, stack.scales, stack.get("biases"))
+        are_equal = all(mx.array_equal(a, b).item() for a, b in zip(ours, due, strict=False))
+        judge.holds("packed", kind, are_equal, "a stack is packed as `mx.quantize` packs it, bit for bit")
 
 
 # -- a model of them
