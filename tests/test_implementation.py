@@ -8,6 +8,7 @@ import mlx_lm.models.deepseek_v32
 import numpy as np
 import pytest
 
+from verify import stages
 from verify import test_implementation_cache as on_caches
 from verify import test_implementation_kv_bits as on_kv_bits
 from verify import theirs as on_trial
@@ -122,7 +123,7 @@ def test_a_fault_is_named_where_it_is(trial, tmp_path, fault):
     faults, _ = judged(trial("glm-5.1-interleaved", patched(tmp_path, change)))
     assert faults
     assert min(faults).startswith(due), faults
-    assert len({on_trial.kind_of(fault.split(":")[0]) for fault in faults}) == 1, faults
+    assert len({stages.kind_of(fault.split(":")[0]) for fault in faults}) == 1, faults
 
 
 def test_code_that_is_cut_otherwise_is_no_fault(trial, tmp_path):

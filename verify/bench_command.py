@@ -11,14 +11,14 @@ from pathlib import Path
 from glm_dsa import ModelArgs
 from glm_dsa.output import show
 
-from . import exits, oracles
+from . import FOLDER, exits, oracles
 from .progress import line
 from .saved import whole
 
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
-KEPT = Path(__file__).parent / "bench" / "measured.json"
+KEPT = FOLDER / "bench" / "measured.json"
 ON_PAPER = {"config", "context", "bits", "kv_bits", "memory", "bandwidth", "rate"}
-GLM_5_2 = Path(__file__).parent / "configs" / "glm-5.2.json"
+GLM_5_2 = FOLDER / "configs" / "glm-5.2.json"
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import numpy as np
 
 from glm_dsa import ModelArgs, layouts, weights
 from glm_dsa.checkpoint import INDEX, assemble, check_values
-from glm_dsa.errors import GlmDsaError
 from glm_dsa.keys import read_json
 from reference import checkpoints, corpus, hf
 from reference.capture import capture
-from reference.card import MEASURED
 from reference.equations import Conventions, Equations, causal
-from reference.measure import digests
+from reference.kept import TRAINED, check_kept, probes
 from reference.stored import weights_of
 
 from . import stages, tolerances
@@ -29,7 +27,6 @@ from .choices import Decision, of_stage
 from .conventions import conventions_of
 
 Array = np.ndarray
-TRAINED = Path(checkpoints.__file__).parent / "trained"
 HALF_SPLIT_CLAIMS = (
     "the references agree",
     "indexer scores and selections",
@@ -144,37 +141,6 @@ def trained_specs() -> list[Spec]:
         )
         for f in folders
     ]
-
-
-@cache
-def check_kept(folder: Path) -> None:
-    """Raises ValueError where a kept checkpoint is not what its card was written for."""
-    try:
-        due, found = read_json(folder / MEASURED)["sha256"], digests(folder)
-        wrong = [file for file in {**due, **found} if due.get(file) != found.get(file)]
-    except (OSError, KeyError, TypeError, GlmDsaError) as error:
-        raise ValueError(f"{folder}: not as this repository keeps it ({error}); check it out again") from None
-    if wrong:
-        raise ValueError(
-            f"{folder / wrong[0]}: not the file of the model card (SHA-256), or not there; check it out again"
-        )
-
-
-@cache
-def probes() -> dict[str, Any]:
-    """Texts, and needles ({prompt, value}), for the trained checkpoints. Raises ValueError."""
-    file = TRAINED / "probes.json"
-    found = read_json(file)
-    texts, needles = found.get("texts"), found.get("needles", [])
-    if not _all_of(texts, str) or not _all_of(needles, dict) or any(set(n) != {"prompt", "value"} for n in needles):
-        raise ValueError(f"{file}: not as this repository keeps it; check it out again")
-    if not _all_of([text for needle in needles for text in needle.values()], str):
-        raise ValueError(f"{file}: needles of texts are due; check it out again")
-    return found
-
-
-def _all_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(v, kind) and v for v in values)
 
 
 def group_size(args: ModelArgs) -> int:

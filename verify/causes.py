@@ -21,8 +21,9 @@ from .candidate import to_numpy
 from .choices import Decision, biased_scores, of_keys
 from .findings import Fault
 from .implementation import Failed, others_code
+from .stages import INDEXER, kind_of
 from .taps import paths_of
-from .theirs import INDEXER, ModuleReference, Theirs, kind_of
+from .theirs import ModuleReference, Theirs
 
 Array = np.ndarray
 OTHER_LAYOUT = {"interleaved": "half-split", "half-split": "interleaved"}

@@ -77,3 +77,19 @@ def kl_by_position(ours: Array, ref: Array) -> Array:
 def _log_softmax(x: Array) -> Array:
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def relative(ours: Array, ref: Array) -> float:
+    ours, ref = ours.astype(np.float64), ref.astype(np.float64)
+    return float(np.linalg.norm(ours - ref) / (np.linalg.norm(ref) or 1.0))
+
+
+def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) -> float | None:
+    """The share of ref's choices [S, K] that ours makes too; choices of keys that are not `allowed` [S, T] left out."""
+    if ours is None or ref is None:
+        return None
+    size = int(max(ours.max(), ref.max())) + 1
+    mine, theirs = as_sets(ours, size), as_sets(ref, size)
+    if allowed is not None:
+        theirs = theirs & allowed[:, :size]
+    return float((mine & theirs).sum() / theirs.sum())

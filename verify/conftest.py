@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
             torch.set_num_threads(os.cpu_count() or 1)
     if asked.implementation is not None:
         out.header["implementation"] = asked.implementation.text
-    config.stash[REPORT], config.stash[ASKED] = out, asked
+    config.stash[REPORT], config.stash[ASKED], config.stash[BUILT] = out, asked, Built()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -112,8 +113,15 @@ def gate(request: pytest.FixtureRequest) -> report.Report:
     return request.config.stash[REPORT]
 
 
-_built: dict[str, cases.Case] = {}
-_theirs: dict[str, theirs.Theirs] = {}
+@dataclass
+class Built:
+    """What a run has built so far, by the names of its cases: what one test made, the next ones use."""
+
+    cases: dict[str, cases.Case] = field(default_factory=dict)
+    theirs: dict[str, theirs.Theirs] = field(default_factory=dict)
+
+
+BUILT = pytest.StashKey[Built]()
 
 
 @pytest.fixture(name=theirs.FIXTURE)
@@ -121,16 +129,17 @@ def on_trial(request: pytest.FixtureRequest, case: cases.Case) -> theirs.Theirs:
     """The implementation on a case; what one test finds wrong with it, the next ones know."""
     implementation = request.config.stash[ASKED].implementation
     assert implementation is not None
-    return _theirs.setdefault(case.name, theirs.Theirs(implementation, case))
+    return request.config.stash[BUILT].theirs.setdefault(case.name, theirs.Theirs(implementation, case))
 
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cases.Case:
     spec: cases.Spec = request.param
-    if spec.name not in _built:
+    built = request.config.stash[BUILT].cases
+    if spec.name not in built:
         scratch = tmp_path_factory.getbasetemp() / "checkpoints"
-        _built[spec.name] = cases.Case(spec, scratch, request.config.getoption("--seed"))
-    return _built[spec.name]
+        built[spec.name] = cases.Case(spec, scratch, request.config.getoption("--seed"))
+    return built[spec.name]
 
 
 @pytest.fixture(scope="session")

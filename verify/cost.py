@@ -41,22 +41,6 @@ class LayerCost:
         return "; ".join([*parts, f"hidden so far {self.hidden:.2%}"])
 
 
-def relative(ours: Array, ref: Array) -> float:
-    ours, ref = ours.astype(np.float64), ref.astype(np.float64)
-    return float(np.linalg.norm(ours - ref) / (np.linalg.norm(ref) or 1.0))
-
-
-def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) -> float | None:
-    """The share of ref's choices [S, K] that ours makes too; choices of keys that are not `allowed` [S, T] left out."""
-    if ours is None or ref is None:
-        return None
-    size = int(max(ours.max(), ref.max())) + 1
-    mine, theirs = compare.as_sets(ours, size), compare.as_sets(ref, size)
-    if allowed is not None:
-        theirs = theirs & allowed[:, :size]
-    return float((mine & theirs).sum() / theirs.sum())
-
-
 def of_layer(
     layer: int,
     release: dict[str, Array],
@@ -74,18 +58,18 @@ def of_layer(
     selection = lost = routing = None
     if is_sparse and chosen in release:
         mine, theirs = release[chosen][0], original[chosen][0]
-        selection = same(mine, theirs, np.tril(np.ones((length, length), bool)))
+        selection = compare.same(mine, theirs, np.tril(np.ones((length, length), bool)))
         if attended is not None:
             lost = float(np.where(compare.as_sets(mine, length), 0, attended).sum() / attended.sum())
     if experts in release:
         mine = release[experts][0]
-        routing = same(mine if numbering is None else numbering.own[mine.astype(np.int64)], original[experts][0])
+        routing = compare.same(mine if numbering is None else numbering.own[mine.astype(np.int64)], original[experts][0])
     dropped: tuple[float, float] | tuple[None, None] = (None, None)
     if numbering is not None and numbering.dropped.size and experts in original:
         dropped = of_dropped(original[experts][0], original[prefix + stages.ROUTING_WEIGHTS][0], numbering)
     return LayerCost(
-        relative(release[attention][0], original[attention][0]), relative(release[mlp][0], original[mlp][0]),
-        selection, lost, routing, relative(release[output][0], original[output][1]), *dropped,
+        compare.relative(release[attention][0], original[attention][0]), compare.relative(release[mlp][0], original[mlp][0]),
+        selection, lost, routing, compare.relative(release[output][0], original[output][1]), *dropped,
     )  # fmt: skip
 
 

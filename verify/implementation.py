@@ -22,7 +22,7 @@ import pytest
 
 from glm_dsa.errors import printable
 
-from . import stages
+from . import FOLDER, stages
 
 FILES_PACKAGE = "mlx_lm.models"  # what a file's relative imports are relative to, as if it lay in mlx-lm
 MISSING = re.compile(r"Missing \d+ parameters?: *\n?(.*)", re.DOTALL)
@@ -133,7 +133,7 @@ def others_code() -> Iterator[None]:
 def told(error: BaseException) -> str:
     """Type, message and place of an error: one line."""
     message = " ".join(str(error).split())
-    passed_by = (Path(__file__).parent, Path(mx.__file__).parent)  # and whatever lies in folders inside them
+    passed_by = (FOLDER, Path(mx.__file__).parent)  # and whatever lies in folders inside them
     every = traceback.extract_tb(error.__traceback__)
     frames = [
         f for f in every

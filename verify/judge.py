@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from . import compare, stages
-from .cases import Reference
 from .choices import Decision, scatter
+from .reference import Reference
 from .report import AGREES, FAULT, Comparison, Report
 from .tolerances import Bound
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import report
+from . import ROOT, report
 from .exits import NotJudged
 from .table import Judged
-
-ROOT = Path(__file__).parents[1]
 
 
 class Failed(NotJudged):

@@ -7,61 +7,22 @@ outcome of those tests alone that run what it changes, so only they are repeated
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
-import pkgutil
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 
-import glm_dsa
-
-from . import exits, faults, seeding, stages
+from . import exits, faults, stages
 from .cases import Case
+from .coverage import recorded
 from .faults import Fault
 from .report import FAULT, Report
-
-RAN = "_functions_that_ran"  # the name under which a definition's module holds them
-
-
-def modules() -> dict[str, Any]:
-    """The definition's modules by name; not those that only others import (mlx-lm's hooks, the command line)."""
-    names = (info.name for info in pkgutil.iter_modules(glm_dsa.__path__))
-    return {name: importlib.import_module(f"glm_dsa.{name}") for name in names if name not in ("__main__", "mlx_lm")}
-
-
-@cache
-def functions() -> dict[str, FunctionType]:
-    """Every function of the definition: {"indexer.Indexer.score": function}."""
-    found: dict[str, FunctionType] = {}
-    for name, module in modules().items():
-        found |= {f"{name}.{label}": function for label, function in seeding.functions_of(module)}
-    return found
-
-
-@contextmanager
-def recorded() -> Iterator[set[str]]:
-    """The names of the definition's functions that run inside the block."""
-    ran: set[str] = set()
-    codes: dict[FunctionType, CodeType] = {}
-    for name, function in functions().items():
-        tree = ast.parse(seeding.source_of(function))
-        note = ast.parse(f"{RAN}.add({name!r})").body
-        tree.body[0].body[:0] = note  # type: ignore[attr-defined]
-        codes[function] = seeding.compiled(tree, function)
-        function.__globals__[RAN] = ran
-    with seeding.swapped(codes):
-        yield ran
 
 
 def is_named(fault: Fault, claim: str, stage: str) -> bool:
@@ -78,6 +39,10 @@ class Court:
 
         self.config, self.gate = config, conftest
         self.seconds: dict[pytest.Item, float] = {}
+
+    @property
+    def built(self) -> dict[str, Case]:
+        return self.config.stash[self.gate.BUILT].cases
 
     def say(self, line: str) -> None:
         writer = self.config.get_terminal_writer()
@@ -99,7 +64,7 @@ class Court:
                 if any(report.failed for report in self.run(item)):
                     pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=exits.NOT_JUDGED)
                 reached[item], self.seconds[item] = set(ran), time.time() - started
-                case = self.gate._built.get(self.gate.name_of(item))
+                case = self.built.get(self.gate.name_of(item))
                 if case is not None:
                     reached[item] |= built.get(case.name) or built.setdefault(case.name, self.building(case, ran))
         return reached
@@ -120,7 +85,7 @@ class Court:
 
     def forget_models(self) -> None:
         """A model that was built before keeps what its constructor did."""
-        for case in self.gate._built.values():
+        for case in self.built.values():
             case.__dict__.pop("ours", None)
 
 

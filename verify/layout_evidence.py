@@ -20,11 +20,12 @@ from glm_dsa.errors import printable
 from reference import layout
 from reference.stored import InFloat32, read_tensors
 
+from . import FOLDER
 from .conventions import conventions_of
 from .tokenizer import tokenizer_of
 
 Array = np.ndarray
-TEXTS = Path(__file__).parent / "texts.json"
+TEXTS = FOLDER / "texts.json"
 LAYERS, PIECES = 3, 6
 TIMES, FEWEST = 4, 64  # a text's tokens: so many times index_topk; but no fewer
 SCORES = 1 << 30  # bytes of T x T arrays, of which three a head are alive at once

@@ -9,7 +9,8 @@ from . import causes
 from .findings import Collector
 from .implementation import Failed
 from .report import Report
-from .theirs import Theirs, kind_of
+from .stages import kind_of
+from .theirs import Theirs
 from .watch import BOUNDARIES, Watch
 
 NO_SUBJECT = ("rotary_emb", "act_fn")  # of HF's modules: what they do is seen in others

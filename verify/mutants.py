@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import Any
 
 from . import seeding, size_mutants
-from .judging import functions, modules
+from .coverage import functions, modules
 
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,

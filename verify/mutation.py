@@ -24,10 +24,11 @@ from typing import Any
 
 import pytest
 
-from .judging import Court, functions
+from . import ROOT
+from .coverage import functions
+from .judging import Court
 from .mutants import Mutant, applied, mutants, reason
 
-ROOT = Path(__file__).parents[1]
 BEGUN, SURVIVED = "begun", "survived"
 PATIENCE = 60  # seconds for one test; a mutant that hangs is noticed too
 BUDGET = 60  # seconds for one mutant, by what its tests took last

@@ -16,21 +16,17 @@ from glm_dsa.errors import CheckpointError, printable
 from reference.layers import Layers
 from reference.stored import read_tensors
 
-from . import audit, companions, config_keys, pruning, report, tolerances
+from . import ROOT, audit, companions, config_keys, pruning, report, tolerances
 from . import prompt as prompts
 from .cases import check_vocabulary
 from .conventions import conventions_in
 from .exits import NotJudged
+from .lengths import checked_length, default_length, nbytes_of_scores
 from .merging import Finding, Findings
 from .prompt import Prompt
-from .release import Release
+from .release import SHAPES, Release
 
 Array = np.ndarray
-SHAPES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
-    "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
-    "index_n_heads", "index_head_dim", "indexer_types", "mlp_layer_types", "n_shared_experts", "attention_bias",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class OnTrial:
             passage = prompts.of_file(headers.folder or Path(), prompt, tokens, args.vocab_size)
         else:
             rows = 2 if original is not None else 1
-            length = default_length(args, rows) if tokens is None else _checked_length(args, rows, tokens)
+            length = default_length(args, rows) if tokens is None else checked_length(args, rows, tokens)
             check_vocabulary(headers.origin, args)
             folders = [r.folder for r in (headers, original) if r is not None and r.folder is not None]
             passage = prompts.of_kept_texts(folders, length, args.vocab_size, seed)
@@ -91,7 +87,7 @@ class OnTrial:
         numberings: pruning.Numberings = {}
         if original is not None and original.folder is not None and not refused:
             numberings = pruning.numberings(read_tensors(headers.folder or ""), read_tensors(original.folder), chosen)
-        _checked_length(args, 1 if original is None else 2, passage.tokens.shape[1])
+        checked_length(args, 1 if original is None else 2, passage.tokens.shape[1])
         return cls(headers, overrides, passage, chosen, original, limits or {}, refused, is_half, numberings)
 
     @property
@@ -157,7 +153,7 @@ class OnTrial:
     def memory(self) -> str:
         """What it takes to run this, in a line."""
         whole, largest = (memory.gib(n) for n in (sum(self.nbytes().values()), max(self.nbytes().values())))
-        scores = memory.gib(_scores(self.args, 1 if self.original is None else 2, self.tokens.shape[1]))
+        scores = memory.gib(nbytes_of_scores(self.args, 1 if self.original is None else 2, self.tokens.shape[1]))
         return printable(
             f"{self.name}: layers of {whole} as stored, read one at a time, experts in chunks; the largest has {largest}, the "
             f"oracles' attention to {self.tokens.shape[1]} tokens takes {scores} of this machine's {memory.gib(memory.physical())}"
@@ -165,16 +161,21 @@ class OnTrial:
 
     def identity(self, seed: int) -> dict[str, Any]:
         """All that the verdict depends on: what an interrupted run must agree in with the one that goes on."""
-        code = hashlib.sha256()
-        for package in ("glm_dsa", "reference", "verify"):
-            for file in sorted((Path(__file__).parent.parent / package).glob("*.py")):
-                code.update(file.read_bytes())
         return {
             "device": str(mx.default_device()), "release": _digest(self.headers), "seed": seed,
             "original": None if self.original is None else _digest(self.original),
             "tokens": self.tokens.tolist(), "layers": self.layers, "overrides": self.overrides,
-            "limits": dict(self.limits), "is_half": self.is_half, "code": code.hexdigest(), "versions": report.versions(),
+            "limits": dict(self.limits), "is_half": self.is_half, "code": digest_of_code(), "versions": report.versions(),
         }  # fmt: skip
+
+
+def digest_of_code(root: Path = ROOT) -> str:
+    """Of every Python file that a verdict depends on, and of where it lies."""
+    digest = hashlib.sha256()
+    for package in ("glm_dsa", "reference", "verify"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _check_half(headers: Release, args: ModelArgs) -> None:
@@ -261,35 +262,6 @@ def _has_more_experts(headers: Release, args: ModelArgs) -> bool:
     """Whether the MTP layer's router has more rows than config.json has experts."""
     router = headers.tensors.get(f"model.layers.{args.num_hidden_layers}.{pruning.ROUTER}")
     return router is not None and router.shape[0] > args.n_routed_experts
-
-
-def default_length(args: ModelArgs, rows: int) -> int:
-    """Four times index_topk, or what half of this machine's memory holds of the oracles' attention scores.
-
-    HF and the equations hold [H, S, T] whole, three times over in float32 and in float64.
-    """
-    wanted, most = max(80, 4 * args.index_topk), _longest_prompt(args, rows, 0.5)
-    if most <= args.index_topk:
-        raise ValueError(
-            f"index_topk = {args.index_topk}: this machine's memory holds the oracles' attention to {most} tokens; add "
-            "--index-topk 64, say, for a look at selections, or --tokens N for one without"
-        )
-    return min(wanted, most)
-
-
-def _longest_prompt(args: ModelArgs, rows: int, share: float) -> int:
-    return int((memory.physical() * share / _scores(args, rows, 1)) ** 0.5)
-
-
-def _scores(args: ModelArgs, rows: int, tokens: int) -> int:
-    """Bytes of [H, S, T], three times over, in float32 for each of HF's rows and in float64."""
-    return args.num_attention_heads * (12 * rows + 24) * tokens**2
-
-
-def _checked_length(args: ModelArgs, rows: int, tokens: int) -> int:
-    if tokens > (most := _longest_prompt(args, rows, 0.9)):
-        raise ValueError(f"--tokens {tokens}: this machine's memory holds the oracles' attention to {most} tokens")
-    return tokens
 
 
 def _digest(headers: Release) -> str:

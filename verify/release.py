@@ -18,6 +18,11 @@ from glm_dsa.keys import read_json
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
 CONFIG = "config.json"
+SHAPES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",
+    "index_n_heads", "index_head_dim", "indexer_types", "mlp_layer_types", "n_shared_experts", "attention_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

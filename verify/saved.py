@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Another name to write to: under its own the file is there as a whole, or as it was. Raises OSError."""
-    file = file.resolve()  # a link stays one
-    if file.exists() and not file.is_file():
-        raise FileExistsError(f"{file}: is there, and no file that could be replaced")
-    part = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")  # numpy adds what is missing of a suffix
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+from .files import whole
 
 
 class Saved:

@@ -101,3 +101,23 @@ def layers_of(stages: Iterable[str]) -> str:
     """What to say of stages inside layers: "layers 0-4"; nothing of others."""
     layers = {layer for stage in stages if (layer := layer_of(f"{stage}.")) is not None}
     return f"layer{'s' if len(layers) > 1 else ''} {compact(layers)}" if layers else ""
+
+MODULE_OUTPUTS = {  # a module's output -> the stage that it is
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "self_attn.q_a_layernorm": "self_attn.q_latent",
+    "self_attn.kv_a_layernorm": "self_attn.kv_latent",
+    "self_attn.o_proj": "self_attn.output",
+    "self_attn": "self_attn.output",
+    "mlp.shared_experts": "mlp.shared_experts",
+    "mlp": "mlp_output",
+    "": "output",
+    "norm": "norm",
+    "lm_head": "logits",
+}
+INDEXER, ROUTER, EXPERTS = "self_attn.indexer", "mlp.gate", "mlp.experts"  # modules of more outputs than one
+
+
+def kind_of(path: str) -> str:
+    """`layers.3.self_attn.o_proj` -> `self_attn.o_proj`; a layer itself -> ""."""
+    return kind(path + "." if path.count(".") == 1 else path).rstrip(".")

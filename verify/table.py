@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import faults
+from . import FOLDER, ROOT, faults
 from .judging import is_named
 from .rules import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, PUBLISHED_TOPK, RULES, SETTINGS, TEXT
 
-KEPT = Path(__file__).parent / "judged.json"
-README = KEPT.parents[1] / "README.md"
+KEPT = FOLDER / "judged.json"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- judged -->\n", "<!-- end of judged -->"
 
 

@@ -13,7 +13,8 @@ from verify.findings import Collector
 from verify.implementation import Failed
 from verify.modules import judged_before
 from verify.report import MEASURED, Comparison
-from verify.theirs import Theirs, add_name, kind_of
+from verify.stages import kind_of
+from verify.theirs import Theirs, add_name
 from verify.watch import Watch
 
 CLAIM = "implementation: logits and caches"

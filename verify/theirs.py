@@ -15,35 +15,15 @@ from reference.modules import outputs, path_of
 from . import compare, stages, tolerances
 from .cases import Case, Reference, Spec, default_specs
 from .implementation import Failed, Implementation
+from .stages import EXPERTS, INDEXER, MODULE_OUTPUTS, ROUTER, kind_of
 
 Array = np.ndarray
 
-STAGES = {  # a module's output -> the stage that it is
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "self_attn.q_a_layernorm": "self_attn.q_latent",
-    "self_attn.kv_a_layernorm": "self_attn.kv_latent",
-    "self_attn.o_proj": "self_attn.output",
-    "self_attn": "self_attn.output",
-    "mlp.shared_experts": "mlp.shared_experts",
-    "mlp": "mlp_output",
-    "": "output",
-    "norm": "norm",
-    "lm_head": "logits",
-}
 FIXTURE = "theirs"
 NOT_VERIFIED = {  # of any implementation
     "glm_dsa, this project's own definition": "left out: --implementation judges somebody's code in its place",
     "MTP, quantized weights, batches, prompts of more than 100 tokens": "of an implementation, nothing here looks at them",
 }
-INDEXER, ROUTER, EXPERTS = "self_attn.indexer", "mlp.gate", "mlp.experts"
-
-
-def kind_of(path: str) -> str:
-    """`layers.3.self_attn.o_proj` -> `self_attn.o_proj`; a layer itself -> ""."""
-    return stages.kind(path + "." if path.count(".") == 1 else path).rstrip(".")
-
-
 def specs() -> list[Spec]:
     """What an implementation is given: the gate's own checkpoints, each with a config.json that says what is in force.
 
@@ -110,9 +90,9 @@ class ModuleReference:
         norm = self.hf[path].shape[-1] if kind.endswith("norm") and not kind.endswith("k_norm") else 0
         longest = max(self.case.longest, self.length)
         explained = tolerances.EXPLAINED
-        if kind in STAGES and self.errors[path] > explained:
+        if kind in MODULE_OUTPUTS and self.errors[path] > explained:
             prefix = f"layers.{stages.layer_of(path + '.')}." if path.startswith("layers.") else ""
-            explained = self.reference.explained(prefix + STAGES[kind], self.errors[path], local=True)
+            explained = self.reference.explained(prefix + MODULE_OUTPUTS[kind], self.errors[path], local=True)
         return tolerances.bound(self.errors[path], self.hf[path], longest, norm=norm, explained=explained)
 
 

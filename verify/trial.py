@@ -210,7 +210,7 @@ class Trial:
         for stage, only in (("self_attn.indexer.topk", allowed), (stages.ROUTING, None)):
             ours, hf = ran.ours.get(f"layers.{index}.{stage}"), ran.hf.get(f"layers.{index}.{stage}")
             wanted = ours is not None and hf is not None and (only is None or self.run.is_sparse)
-            shares.append(cost.same(ours[1], hf[0], only) if wanted else None)  # type: ignore[index]
+            shares.append(compare.same(ours[1], hf[0], only) if wanted else None)  # type: ignore[index]
         return Drift(error, *shares)
 
     def logits(self) -> tuple[LayerReference, dict[str, Array], Distributions, cost.Cost | None]:

@@ -20,8 +20,9 @@ from .candidate import to_numpy
 from .choices import scatter
 from .findings import Collector, Fault
 from .implementation import others_code
+from .stages import INDEXER, ROUTER, kind_of
 from .taps import paths_of, tapped
-from .theirs import INDEXER, ROUTER, ModuleReference, Theirs, kind_of
+from .theirs import ModuleReference, Theirs
 
 Array = np.ndarray
 # Where their code meets the rest of the model: what lies inside may be cut otherwise than HF's is.

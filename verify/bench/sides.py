@@ -25,8 +25,10 @@ from glm_dsa.rope import RotaryEmbedding
 from glm_dsa.store import Columns, KvQuantization
 from reference.hf import cache_keyword
 
-EIGHTH = Path(__file__).parent / "eighth.json"
-TRUE = Path(__file__).parents[1] / "configs" / "glm-5.2.json"
+from .. import FOLDER
+
+EIGHTH = FOLDER / "bench" / "eighth.json"
+TRUE = FOLDER / "configs" / "glm-5.2.json"
 
 
 def read(file: Path) -> dict[str, Any]:

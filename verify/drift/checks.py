@@ -13,7 +13,7 @@ from glm_dsa.errors import printable
 from reference.stored import read_tensors
 
 from .. import pruning, stages
-from ..on_trial import SHAPES
+from ..release import SHAPES
 from .sides import Side
 
 

@@ -14,7 +14,7 @@ from glm_dsa import ModelArgs
 from glm_dsa.errors import printable
 
 from ..cases import TRAINED, check_kept, probes
-from ..on_trial import default_length
+from ..lengths import default_length
 from ..tokenizer import tokenizer_of
 from .sides import Side
 

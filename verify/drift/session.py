@@ -403,10 +403,10 @@ def _layers(args: Any) -> list[dict[str, Any]]:
 
 def _relative(ours: Array | None, ref: Array | None) -> float:
     assert ref is not None
-    return np.inf if ours is None else cost.relative(ours, ref)
+    return np.inf if ours is None else compare.relative(ours, ref)
 
 
 def _same(ours: Array | None, ref: Array | None, allowed: Array | None, sparse: bool) -> float | None:
     if allowed is not None and not sparse:
         return None
-    return None if ours is None or ref is None else cost.same(ours, ref, allowed)
+    return None if ours is None or ref is None else compare.same(ours, ref, allowed)

@@ -12,24 +12,15 @@ from ..calls import aligned, arrays, call_model, first, with_input
 from ..candidate import to_numpy
 from ..choices import scatter
 from ..implementation import Implementation, others_code
+from ..stages import INDEXER, MODULE_OUTPUTS, ROUTER, kind_of
 from ..taps import paths_of, tapped
-from ..theirs import INDEXER, ROUTER, kind_of
 from .recording import Hearing
 from .runners import MX, Runner, let_go, same_sets
 from .sides import Side
 
 Array = np.ndarray
-STAGES = {  # what a module gives -> the stage that it is
-    "input_layernorm": "input_layernorm",
-    "self_attn.q_a_layernorm": "self_attn.q_latent",
-    "self_attn.kv_a_layernorm": "self_attn.kv_latent",
-    "self_attn": "self_attn.output",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "mlp.shared_experts": "mlp.shared_experts",
-    "mlp": "mlp_output",
-    "": "output",
-    "norm": "norm",
-}
+# not o_proj: what it is given is noted, as heads
+STAGES = {kind: stage for kind, stage in MODULE_OUTPUTS.items() if kind not in ("self_attn.o_proj", "lm_head")}
 HEADS = "self_attn.o_proj"
 
 
