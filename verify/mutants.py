@@ -136,6 +136,7 @@ BLOCK, AXIS, EMPTY = (
 COST, TILE = "a form's cost, or a tile's size: results do not depend on it", "no tile, and no block, is so large"
 HEADS, FORM = "the heads' axis, or one entry for all of them", "at so many queries, or keys, another form is cheaper"
 REFUSED = "what is refused, not what is computed"
+LONG = "no call has so many tokens"
 SEEN = "what the first query may see, the last may too"
 ROWS_9, CALL, CONTEXT, ID = (
     f"wrong from {what} on" for what in ("rows of 9", "tokens of 1,500", "tokens of 150,000", "a value of 100,000")
@@ -160,7 +161,12 @@ OF_SIZES = {
     **{(f"linear.{name}.__call__", f"x: {CALL}"): HEADS
        for name in ("QuantizedMultiLinear", "MultiLinear", "QuantizedSwitchLinear", "SwitchLinear")},
     ("mask.CausalMask.picked", f"columns: {CALL}"): SEEN, ("mask.CausalMask.picked", f"columns: {CONTEXT}"): SEEN,
-    ("model.Backbone.rotation_and_mask", "length: wrong from a value of 150,000 on"): "no call is so long",
+    **{(where, f"{name}: wrong from a value of 150,000 on"): LONG
+       for where, name in (("model.Backbone.rotation_and_mask", "length"), ("model.positions", "length"))},
+    ("moe.Router.choose", f"scores: {CONTEXT}"): LONG, ("store.Columns.take", f"columns: {CONTEXT}"): LONG,
+    ("store.Columns.rows", f"indices: {CALL}"): "no batch has so many rows",
+    ("store.Columns.rows", f"indices: {ID}"): "no batch has so many rows",
+    ("mtp.MtpLayer.step", f"reuse: {CALL}"): "one query's, of each row",
     ("cache.LayerCache._check_fits", f"new: {ROWS_9}"): REFUSED, ("cache.LayerCache._check_fits", f"new: {CALL}"): REFUSED,
     ("cache.check_in_step", "rows: wrong from a value of 9 on"): REFUSED,
     ("cache.check_in_step", "tokens: wrong from a value of 1,500 on"): REFUSED, ("cache.check_in_step", f"tokens: {ID}"): REFUSED,

@@ -16,7 +16,7 @@ from glm_dsa.cache import Widths, check_caches, check_in_step
 from glm_dsa.mask import CausalMask
 from glm_dsa.model import positions
 from glm_dsa.mtp import last_selection
-from glm_dsa.store import BITS, GROUP_SIZES
+from glm_dsa.store import BITS, GROUP_SIZES, LatentStore
 from verify.candidate import to_numpy
 
 CLAIM = "sizes in use"
@@ -159,6 +159,17 @@ def test_positions_of_what_comes_next(judge, gate):
     every = last_selection(None, batch)
     exact(judge, "every key", every, np.broadcast_to(np.arange(LONGEST), (2, 1, LONGEST)))
     gate.ran(context=every.shape[-1], batch=every.shape[0])
+    picked = columns_of(ROWS, CHUNK, 16, LONGEST)
+    exact(judge, "the last query's keys", last_selection(mx.array(picked), batch), picked[:, -1:])
+
+
+def test_what_no_cache_keeps(judge):
+    """Latents of one call alone; and what packing makes of them."""
+    for rows, tokens in ((ROWS, CHUNK), (1, LONGEST)):
+        values = drawn(rows, tokens, PACKABLE)[0]
+        exact(judge, "latents (no cache)", LatentStore.of(mx.array(values)).read(), values)
+        due = np.stack([rounded(row) for row in values])
+        exact(judge, "latents (rounded)", INT8.rounded(mx.array(values)), due)
 
 
 def test_caches_that_are_out_of_step(judge):
@@ -196,7 +207,7 @@ def test_gathering(judge, gate, rows):
     parts = drawn(rows, LONGEST)
     cache = filled(parts)
     for what in ("with columns in reserve", "without"):
-        for queries, chosen in ((1, CHUNK), (64, 64)):
+        for queries, chosen in ((1, CHUNK), (64, 64), (CHUNK, 16))[: 3 if rows == 1 else 2]:
             columns = columns_of(rows, queries, chosen, LONGEST)
             due = np.take_along_axis(parts[0][:, None], columns[..., None], axis=2)
             taken = cache.latents.take(mx.array(columns.astype(np.uint32)))
@@ -215,11 +226,12 @@ def test_gathering_what_is_packed(judge, gate, rows):
     state[8:11] = map(mx.array, (words, scales, biases))
     state[11] = mx.zeros((rows, LONGEST, 1))
     cache = LayerCache.from_state(state)
-    columns = columns_of(rows, 1, CHUNK, LONGEST)
-    picked = [np.take_along_axis(part[:, None], columns[..., None], axis=2) for part in (words, scales, biases)]
-    due = to_numpy(mx.dequantize(*map(mx.array, picked), group_size=32, bits=2))
-    exact(judge, f"gather ({rows} rows, packed)", cache.latents.take(mx.array(columns.astype(np.uint32))), due)
-    gate.ran(selected=columns.shape[-1], batch=words.shape[0], context=cache.length)
+    for queries, chosen in ((1, CHUNK), (CHUNK, 16))[: 2 if rows == 1 else 1]:
+        columns = columns_of(rows, queries, chosen, LONGEST)
+        picked = [np.take_along_axis(part[:, None], columns[..., None], axis=2) for part in (words, scales, biases)]
+        due = to_numpy(mx.dequantize(*map(mx.array, picked), group_size=32, bits=2))
+        exact(judge, f"gather ({rows} rows, packed)", cache.latents.take(mx.array(columns.astype(np.uint32))), due)
+        gate.ran(selected=columns.shape[-1], batch=words.shape[0], context=cache.length)
 
 
 # -- rewinding
@@ -361,8 +373,9 @@ UNEQUAL = [1, 2, 7, 255, 256, 257, 300, 511, 513, 1000, 1024, 2047, 2048, 2049, 
 
 @pytest.mark.parametrize(("lengths", "start"), [
     (UNEQUAL, None), (UNEQUAL, 0), (UNEQUAL, 300), ([LONGEST, 65_537], None), ([LONGEST, 180_000], 150_001),
-    ([LONGEST - 1000 * i for i in range(ROWS)], None),
-], ids=["to 4k", "to 4k, packed", "to 4k, packed from 300 on", "200k", "200k, packed from 150k on", "16 of 200k"])  # fmt: skip
+    ([LONGEST, 200], 300), ([LONGEST - 1000 * i for i in range(ROWS)], None),
+], ids=["to 4k", "to 4k, packed", "to 4k, packed from 300 on", "200k", "200k, packed from 150k on",
+        "200k and one that is not packed", "16 of 200k"])  # fmt: skip
 def test_batches(judge, gate, lengths, start):
     """Rows merged, run on, filtered and in another order, extended, and taken out again are what they were alone."""
     quantization = None if start is None else KvQuantization(8, 32, start)
