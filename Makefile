@@ -25,7 +25,7 @@ test: $(READY)
 
 versions: $(TRIED:%=$(UNDER)/%/.ready)
 	for version in $(TRIED); do echo "transformers $$version"; \
-	$(UNDER)/$$version/bin/python -m pytest verify/test_references.py -q $(ARGS) || exit; done
+	$(UNDER)/$$version/bin/python -m pytest verify/claims/test_references.py -q $(ARGS) || exit; done
 
 judge: $(READY)
 	$(BIN)/python -m verify judge $(ARGS)
@@ -36,10 +36,10 @@ diagnose: $(READY)
 full: $(READY)
 	$(BIN)/python -m verify judge --random 60 --keep
 	$(BIN)/python -m tests.carried --drift
-	$(BIN)/python -m pytest verify/test_long.py --long
+	$(BIN)/python -m pytest verify/claims/test_long.py --long
 
 mutate: $(READY)
-	$(BIN)/python -m verify.mutation $(ARGS)
+	$(BIN)/python -m verify.selftest.mutation $(ARGS)
 
 train: $(READY)
 	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out training/$(LAYOUT) $(ARGS)

@@ -9,7 +9,7 @@ with warnings.catch_warnings():  # a library's own deprecations at import are no
     warnings.simplefilter("ignore")
     with contextlib.suppress(
         Exception, SystemExit
-    ):  # verify/conftest.py says so; tests that need neither run all the same
+    ):  # verify/gate/plugin.py says so; tests that need neither run all the same
         import torch
         import transformers  # noqa: F401
 

@@ -24,7 +24,7 @@ from .output import show
 MLX_LM = (
     "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
 )  # fmt: skip
-UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/exits.py)
+UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/core/exits.py)
 REFUSED = {
     "awq": "it does not know this architecture",
     "gptq": "it fails on modules that a short text does not reach, and would pack the indexer and skip the experts",

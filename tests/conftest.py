@@ -13,7 +13,7 @@ import mlx_lm.models.cache
 import pytest
 
 import glm_dsa.mlx_lm
-from verify import options
+from verify.gate import options
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from verify import stages
+from verify.core import stages
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -311,7 +311,7 @@ if __name__ == "__main__":  # writes the pages that the tests read, to be looked
     import sys
     from pathlib import Path
 
-    from verify.drift.page import render
+    from verify.drift.html import render
 
     made = {"large": report(78, 512), "small": report(), "hostile": hostile()}
     made["agrees"] = report(8, 64, diverges=False, full=False)

@@ -23,8 +23,12 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.stored import read_tensors
 from tests.builds import write_headers
-from verify import audit, merging, options, release, test_release
 from verify.__main__ import main
+from verify.audit import audit
+from verify.claims import test_release
+from verify.core import findings as merging
+from verify.engines import headers
+from verify.gate import options
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "verify" / "configs"
@@ -83,7 +87,7 @@ def folder(source, tmp_path):
 
 
 def findings(folder, severity=audit.FAULT, strict=False):
-    found = audit.audit(release.headers_of(str(folder)), strict=strict)
+    found = audit.audit(headers.headers_of(str(folder)), strict=strict)
     return [f.what for f in found.findings if f.severity == severity]
 
 
@@ -103,7 +107,7 @@ def remove(folder, part):
 
 def test_a_sound_release_has_no_findings(source):
     """But a note, that no tokenizer lies beside it."""
-    found = audit.audit(release.headers_of(str(source)))
+    found = audit.audit(headers.headers_of(str(source)))
     assert [f.severity for f in found.findings] == [audit.NOTE]
     assert found.layout == "HF"
     assert found.mtp == "present"
@@ -234,7 +238,7 @@ def test_no_input_makes_more_than_sixty_lines(hostile, source, tmp_path):
     specs = {s.name: ("BF16", list(s.shape)) for s in weights.inventory(ModelArgs.from_dict(config))}
     changed = specs | hostile(specs)
     folder = write_headers(tmp_path / "h", config, ((n, d, s, 2 * math.prod(s)) for n, (d, s) in changed.items()))
-    found = audit.audit(release.headers_of(str(folder)), recipe.load("glm-5.2-3.5bit"))
+    found = audit.audit(headers.headers_of(str(folder)), recipe.load("glm-5.2-3.5bit"))
     out = audit.render(found)
     assert out.count("\n") < audit.LINES
     assert max(map(len, out.split("\n"))) < LONGEST + 100

@@ -16,52 +16,52 @@ from glm_dsa.indexer import Indexer, ranks
 from glm_dsa.mask import CausalMask
 from glm_dsa.moe import MixtureOfExperts
 from reference import checkpoints
-from verify import bench_command
-from verify.bench import counting, course, floor, sides, told
-from verify.bench.counting import Sizes
-from verify.bench.course import Bench, Course, alike
-from verify.bench.figures import draw
-from verify.bench.paper import Machine, paper
-from verify.candidate import in_tiles_of
+from verify.bench import command as bench_command
+from verify.bench import contenders, floor, flops, suite, tables
+from verify.bench.flops import Sizes
+from verify.bench.plots import draw
+from verify.bench.roofline import Machine, paper
+from verify.bench.suite import Bench, Course, alike
+from verify.engines.definition import in_tiles_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ARGS = ModelArgs.from_dict(checkpoints.glm_5_2())
-EIGHTH = ModelArgs.from_dict(sides.read(sides.EIGHTH))
+EIGHTH = ModelArgs.from_dict(contenders.read(contenders.EIGHTH))
 
 
 @pytest.mark.parametrize("form", [EXPANDED, ABSORBED, GATHERED])
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_is_counted_on_paper_is_what_runs(monkeypatch, form, shared):
     monkeypatch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_: form)
-    side = sides.Ours(ARGS, shared=shared)
-    side.fill(sides.Filled(ARGS, 60, 5))
+    side = contenders.Ours(ARGS, shared=shared)
+    side.fill(contenders.Filled(ARGS, 60, 5))
     sizes, total = Sizes(), 65
-    due = counting.projections(ARGS, 5, sizes, absorbed=form != EXPANDED)
-    due += counting.attention(ARGS, form, 5, total, sizes)
+    due = flops.projections(ARGS, 5, sizes, absorbed=form != EXPANDED)
+    due += flops.attention(ARGS, form, 5, total, sizes)
     if not shared:
-        due += counting.indexer(ARGS, 5, total, sizes)
-    assert counting.counted(side.once) == due.multiplications
+        due += flops.indexer(ARGS, 5, total, sizes)
+    assert flops.counted(side.once) == due.multiplications
 
 
 def test_within_index_topk_the_indexer_only_writes_its_key():
-    side = sides.Ours(ARGS)
-    side.fill(sides.Filled(ARGS, 8, 3))
+    side = contenders.Ours(ARGS)
+    side.fill(contenders.Filled(ARGS, 8, 3))
     form = side.block.cheapest_form(3, 11, None)
-    due = counting.projections(ARGS, 3, Sizes(), absorbed=form != EXPANDED) + counting.indexer(ARGS, 3, 11, Sizes())
-    due += counting.attention(ARGS, form, 3, 11, Sizes())
-    assert counting.counted(side.once) == due.multiplications
+    due = flops.projections(ARGS, 3, Sizes(), absorbed=form != EXPANDED) + flops.indexer(ARGS, 3, 11, Sizes())
+    due += flops.attention(ARGS, form, 3, 11, Sizes())
+    assert flops.counted(side.once) == due.multiplications
 
 
 def test_the_experts_are_counted():
     experts, x = MixtureOfExperts(ARGS), mx.random.normal((1, 3, ARGS.hidden_size))
     layer = next(i for i in range(ARGS.num_hidden_layers) if ARGS.is_sparse(i))
-    due = counting.feed_forward(ARGS, layer, 3, Sizes())
-    assert counting.counted(experts, x) == due.multiplications
+    due = flops.feed_forward(ARGS, layer, 3, Sizes())
+    assert flops.counted(experts, x) == due.multiplications
 
 
 def test_the_weights_on_paper_are_those_of_the_model():
     """GLM-5.2: 743 billion without MTP."""
-    args = ModelArgs.from_dict(sides.read(sides.TRUE))
+    args = ModelArgs.from_dict(contenders.read(contenders.TRUE))
     found = paper(args, 1 << 20, 8.0, 16, 2048, Machine())
     assert found.weights == pytest.approx(743.38e9, rel=1e-4)
     assert found.latents == 78 * 2**20 * 576 * 2
@@ -104,8 +104,8 @@ def test_tiles_are_as_large_as_they_may_be(monkeypatch):
 
 
 def test_nothing_of_the_contexts_size_is_made_on_shared_layers_in_decode():
-    side, context = sides.Ours(EIGHTH, shared=True), 65536
-    side.fill(sides.Filled(EIGHTH, context, 1))
+    side, context = contenders.Ours(EIGHTH, shared=True), 65536
+    side.fill(contenders.Filled(EIGHTH, context, 1))
     assert measured(side.once) < context * 4 * 8  # less than a score for each key and head
     assert measured(side.once) < 2048 * 72 * 4 * 4
 
@@ -190,7 +190,7 @@ def test_keys_that_no_query_sees_yet_are_not_scored(monkeypatch):
 @pytest.mark.parametrize("length", [1, 9])
 def test_forms_agree_where_they_change_places(monkeypatch, length):
     """One token below and above each switch-over, all forms say the same."""
-    side = sides.Ours(ARGS)
+    side = contenders.Ours(ARGS)
     forms, outputs = [], []
     for context in range(17, 120):
         forms.append(side.block.cheapest_form(length, context + length, ARGS.index_topk))
@@ -200,16 +200,16 @@ def test_forms_agree_where_they_change_places(monkeypatch, length):
         for form in (EXPANDED, ABSORBED, GATHERED):
             with monkeypatch.context() as patch:
                 patch.setattr(MultiHeadLatentAttention, "cheapest_form", lambda *_, form=form: form)
-                side.fill(sides.Filled(ARGS, context, length))
+                side.fill(contenders.Filled(ARGS, context, length))
                 outputs.append(np.array(side.run()))
         for other in outputs[1:]:
             assert np.abs(other - outputs[0]).max() < 1e-5 * np.abs(outputs[0]).max() + 1e-6
 
 
 def test_decode_is_gathered_beyond_the_switch_over():
-    side = sides.Ours(ARGS)
+    side = contenders.Ours(ARGS)
     assert side.block.cheapest_form(1, 100_000, ARGS.index_topk) == GATHERED
-    assert sides.Ours(EIGHTH).block.cheapest_form(128, 65536, 2048) == GATHERED
+    assert contenders.Ours(EIGHTH).block.cheapest_form(128, 65536, 2048) == GATHERED
 
 
 # -- the bench
@@ -218,7 +218,7 @@ def test_decode_is_gathered_beyond_the_switch_over():
 @pytest.fixture(scope="module")
 def found():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(course, "LEAST", 0.0)
+        patch.setattr(suite, "LEAST", 0.0)
         patch.setattr(floor, "ROUNDS", 1)
         return Course([512, 2304], chunk=4, rounds=1, batches=(1, 2), hf_up_to=512, true_context=None).run()
 
@@ -230,7 +230,7 @@ def test_a_run_measures_all_sides_and_its_record_says_the_same(found, tmp_path):
     assert all(len(timed.seconds) >= 1 and timed.median > 0 for case in found.cases for timed in case.sides.values())
     assert {p.part for p in found.parts} == {"indexer", "attention", "projections", "feed-forward", "head"}
     again = Bench.of_dict(json.loads(json.dumps(found.as_dict())))
-    assert list(told.summary(again)) == list(told.summary(found))
+    assert list(tables.summary(again)) == list(tables.summary(found))
     files = draw(found, tmp_path)
     assert [f.name for f in files] == [
         f"{kind}-{what}.svg" for kind in ("prefill", "decode") for what in ("rate", "memory", "parts")
@@ -240,10 +240,10 @@ def test_a_run_measures_all_sides_and_its_record_says_the_same(found, tmp_path):
 
 
 def test_sides_that_compute_something_else_are_not_compared():
-    ours = sides.Ours(ARGS)
-    other = sides.Ours(ARGS)
+    ours = contenders.Ours(ARGS)
+    other = contenders.Ours(ARGS)
     other.block.o_proj.weight = other.block.o_proj.weight * 1.01
-    filled = sides.Filled(ARGS, 40, 3)
+    filled = contenders.Filled(ARGS, 40, 3)
     ours.fill(filled)
     other.fill(filled)
     with pytest.raises(ValueError, match="do not compute the same"):
@@ -261,7 +261,7 @@ def test_sides_that_compute_something_else_are_not_compared():
         (["--paper", "--kv-bits", "4"], "16 or 8 is due"),
         (["--paper", "--bits", "-1"], "--bits -1: a number above 0"),
         (["--paper", "--config", "/no/such"], "No such file"),
-        (["--paper", "--config", str(sides.TRUE.with_name("glm-4.7-flash.json"))], "has no indexer"),
+        (["--paper", "--config", str(contenders.TRUE.with_name("glm-4.7-flash.json"))], "has no indexer"),
         (["--paper", "--memory", "inf"], "--memory inf: a number above 0, and below 1e6"),
         (["--paper", "--kept"], "--kept: --paper does not go with it"),
         (["--kept", "--rounds", "9"], "--kept: --rounds does not go with it"),
@@ -310,7 +310,7 @@ def test_a_config_nested_too_deep_is_one_line(capsys, tmp_path):
 def test_the_readmes_table_is_that_of_the_record(capsys):
     record = Bench.of_dict(json.loads(bench_command.KEPT.read_text()))
     written = re.search(r"<!-- bench -->\n(.*?)\n<!-- end of bench -->", README, re.DOTALL)
-    assert written[1] == told.readme_table(record)
+    assert written[1] == tables.readme_table(record)
     assert verify.__main__.main(["bench", "--kept"]) == int(not all(t.met for t in record.targets))
     assert "target" in capsys.readouterr().out
 
@@ -322,7 +322,7 @@ def test_the_readmes_commands_run(capsys, tmp_path, monkeypatch):
         verify.__main__.main(["bench", "--help"])
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--keep"}
     assert set(re.findall(r"--[a-z][a-z-]+", " ".join(lines))) == options
-    (tmp_path / "F").write_text(sides.TRUE.read_text())
+    (tmp_path / "F").write_text(contenders.TRUE.read_text())
     monkeypatch.chdir(tmp_path)
     on_paper = [line for line in lines if "--paper" in line]
     assert len(on_paper) == 2

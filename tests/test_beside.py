@@ -7,12 +7,13 @@ import shutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from verify import audit, companions, config_keys, cost, foreign_code, template
-from verify import prompt as prompts
-from verify.cases import TRAINED
-from verify.layout_evidence import kept_texts
-from verify.merging import FAULT, NOTE, WARNING, Findings
-from verify.release import Release, headers_of
+from reference.kept import TRAINED
+from verify.audit import audit, companions, config_keys, foreign_code, template
+from verify.core.findings import FAULT, NOTE, WARNING, Findings
+from verify.engines.headers import Release, headers_of
+from verify.engines.layout_evidence import kept_texts
+from verify.release import cost
+from verify.release import prompt as prompts
 
 KEPT = TRAINED / "interleaved"
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|sep|>"]

@@ -6,7 +6,7 @@ from tests.carried import IN_HF, IN_STOCK, NOT_CARRIED, write_stock
 from tests.carried.compared import CLEAR, TOLERANCE, Trial
 from tests.carried.in_hf import Edit, patched, places
 from verify.faults import CATALOGUE
-from verify.seeding import unwrapped
+from verify.faults.edits import unwrapped
 
 SAMPLE = list(IN_HF)[::9]  # `python -m tests.carried` tries all of them
 

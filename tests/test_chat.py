@@ -9,8 +9,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from glm_dsa.checkpoint import Stored
 from reference import checkpoints
-from verify import audit, chat, release, template
-from verify.merging import FAULT, NOTE, WARNING, Findings
+from verify.audit import audit, chat, template
+from verify.core.findings import FAULT, NOTE, WARNING, Findings
+from verify.engines import headers as release
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 ROWS = 320

@@ -5,8 +5,9 @@ import pytest
 from reference import checkpoints
 from reference.stored import read_tensors, weights_of
 from tests.test_sensitivity import caught, check_of, layers
-from verify import cases, faults, test_cache
-from verify.judge import Judge
+from verify import cases, faults
+from verify.claims import test_cache
+from verify.core.checker import Judge
 
 
 @pytest.fixture(scope="module")

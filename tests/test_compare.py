@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from verify import compare, stages, tolerances
-from verify.choices import Decision, of_keys
+from verify.core import bounds, compare, stages
+from verify.core.choices import Decision, of_keys
 
 INF = np.inf
 
@@ -121,25 +121,25 @@ def test_distributions():
 
 def test_bounds_are_derived():
     ref = np.array([1.0, -1.0, 2.0])
-    bound = tolerances.bound(1e-6, ref, 16)
+    bound = bounds.bound(1e-6, ref, 16)
     assert bound.value == 4 * 1e-6 * bound.ratio
     assert "reference's own error 1.00e-06" in bound.derivation
-    assert tolerances.bound(0.0, ref, 16).value == pytest.approx(4 * 2.0**-24 * 2 / np.sqrt(2) * bound.ratio)
-    assert all(1 <= tolerances.primitive_ratio(n) <= 8 for n in (16, 64, 1024, 6144))
+    assert bounds.bound(0.0, ref, 16).value == pytest.approx(4 * 2.0**-24 * 2 / np.sqrt(2) * bound.ratio)
+    assert all(1 <= bounds.primitive_ratio(n) <= 8 for n in (16, 64, 1024, 6144))
 
 
 def test_references_that_disagree_make_no_bound():
     """A bound from an error that float32 does not explain would pass anything."""
     for error in (1e-3, float("inf"), float("nan")):
-        with pytest.raises(tolerances.ReferencesDisagree, match="where float32 explains"):
-            tolerances.bound(error, np.ones(3), 16)
+        with pytest.raises(bounds.ReferencesDisagree, match="where float32 explains"):
+            bounds.bound(error, np.ones(3), 16)
 
 
 def test_no_environment_variable_loosens_a_bound(monkeypatch):
-    before = tolerances.bound(1e-6, np.ones(3), 64)
+    before = bounds.bound(1e-6, np.ones(3), 64)
     for name in ("GLM_DSA_TOLERANCE", "TOLERANCE_SCALE", "CI"):
         monkeypatch.setenv(name, "1000")
-    assert tolerances.bound(1e-6, np.ones(3), 64) == before
+    assert bounds.bound(1e-6, np.ones(3), 64) == before
 
 
 def test_stages_are_ordered_as_computed():

@@ -11,10 +11,10 @@ import pytest
 from glm_dsa import ModelArgs
 from reference import checkpoints
 from reference.equations import Conventions
-from verify.conventions import conventions_in, conventions_of
-from verify.on_trial import OnTrial
-from verify.release import headers_of
-from verify.trial import Trial
+from verify.engines.conventions import conventions_in, conventions_of
+from verify.engines.headers import headers_of
+from verify.release.request import OnTrial
+from verify.release.run import Trial
 
 VALUES = {
     "indexer_rope_traditional": (None, True, False),

@@ -15,12 +15,13 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints
 from reference.packed import Packing, dequantize
 from reference.stored import read_tensors
-from verify import audit, damage
-from verify.damage import Weighing
-from verify.gaps import gap
-from verify.hands import Weights
-from verify.release import headers_of
-from verify.rounding import Form
+from verify.audit import audit
+from verify.engines.headers import headers_of
+from verify.release import weights
+from verify.release.gaps import gap
+from verify.release.lockstep import Weights
+from verify.release.rounding import Form
+from verify.release.weights import Weighing
 
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
 FORMATS = [("affine", b, 64) for b in (2, 3, 4, 5, 6, 8)] + [("affine", 4, 32), ("affine", 4, 128)]
@@ -290,7 +291,7 @@ def test_places_in_embedding_and_head_are_whole_matrices(release, original, tmp_
         w[[70, 300], 0] *= 4
         tensors["lm_head.scales"] = mx.array(w).astype(mx.bfloat16)
 
-    monkeypatch.setattr(damage, "ROWS", 64)
+    monkeypatch.setattr(weights, "ROWS", 64)
     (found,) = found_in(damaged(release, tmp_path / "d", change), original)
     assert re.search(r"lm_head: 2 of 320 groups .* \(at \[(70|300), 0\]\)", found), found
 

@@ -13,14 +13,14 @@ import glm_dsa
 from glm_dsa import ModelArgs
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from reference.kept import TRAINED
 from reference.packed import Packing
 from reference.stored import read_tensors
 from tests.test_damage import experts_of
-from verify.cases import TRAINED
-from verify.damage import Weighing
-from verify.gaps import gap
-from verify.release import headers_of
-from verify.rounding import Form
+from verify.engines.headers import headers_of
+from verify.release.gaps import gap
+from verify.release.rounding import Form
+from verify.release.weights import Weighing
 
 KEPT = {"interleaved": TRAINED / "interleaved", "half-split": TRAINED / "half-split"}
 PACKINGS = [

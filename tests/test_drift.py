@@ -10,17 +10,19 @@ import pytest
 import verify.__main__
 from glm_dsa.errors import CacheError, GlmDsaError
 from reference import checkpoints
+from reference.kept import TRAINED, probes
 from reference.stored import read_tensors
 from tests.carried import write_stock
 from tests.carried.compared import Trial
 from tests.carried.diagnosed import HF, STOCK, diagnose
-from verify import drift, faults, stages
-from verify.cases import TRAINED, probes
-from verify.drift import comparing, runners, sides
+from verify import drift, faults
+from verify.core import stages
+from verify.core.report import AGREES, FAULT
+from verify.drift import stagewise
 from verify.drift.checks import same_weights
-from verify.drift.comparing import Compared, component, roots
-from verify.drift.recording import Hearing, Recording, is_given
-from verify.report import AGREES, FAULT
+from verify.drift.stagewise import Compared, component, roots
+from verify.engines import runner, spec
+from verify.engines.recording import Hearing, Recording, is_given
 
 TOKENS = np.random.default_rng(3).integers(3, 160, 60).tolist()
 STOCK_CODE = "mlx_lm.models.glm_moe_dsa"
@@ -143,7 +145,7 @@ def test_weights_are_the_same_or_not(sharing, tmp_path):
 def recorded(side, given=None, folder=None):
     into = Recording(folder)
     hearing = Hearing(into, given, lambda stage: given is not None and is_given(stage, True))
-    runners.runner_of(side).run(np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
+    runner.runner_of(side).run(np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
     return into
 
 
@@ -157,14 +159,14 @@ def test_every_way_of_running_gives_hfs_stages(plain, sharing, monkeypatch, tmp_
     reference = recorded(side.on("hf"))
     truth = recorded(side.on("equations"), reference)
     if large:
-        monkeypatch.setattr(sides, "SMALL", 0)
-        monkeypatch.setattr(runners, "CHUNK", 5 * 64 * 32 * 12)
-        monkeypatch.setattr(runners, "HEAD_ROWS", 50)
+        monkeypatch.setattr(spec, "SMALL", 0)
+        monkeypatch.setattr(runner, "CHUNK", 5 * 64 * 32 * 12)
+        monkeypatch.setattr(runner, "HEAD_ROWS", 50)
     seen = recorded(side, reference, tmp_path / "recorded" if large else None)
     if is_ours:
         assert {s for s in seen if seen[s] is not None} == {s for s in reference if reference[s] is not None}
-    yard = comparing.Yardstick(side.args, read_tensors(side.folder), reference, truth, False)
-    found = list(comparing.compared("local", seen, reference, yard))
+    yard = stagewise.Yardstick(side.args, read_tensors(side.folder), reference, truth, False)
+    found = list(stagewise.compared("local", seen, reference, yard))
     assert len(found) > 30
     assert {c.verdict for c in found} == {AGREES}
 

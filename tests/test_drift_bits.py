@@ -16,12 +16,15 @@ from glm_dsa import recipe as recipes
 from glm_dsa.components import Component
 from glm_dsa.model import parameters_of
 from reference import corpus
-from verify import audit, compare, drift, release
-from verify.cases import TRAINED, probes
+from reference.kept import TRAINED, probes
+from verify import drift
+from verify.audit import audit
+from verify.core import compare
+from verify.drift.bit_allocation import recipe
 from verify.drift.build import Build
 from verify.drift.checks import same_weights
-from verify.drift.recipe import recipe
 from verify.drift.session import Session
+from verify.engines import headers
 
 ORIGINAL = TRAINED / "interleaved"
 LENGTH = 96
@@ -115,7 +118,7 @@ def test_the_recipe_keeps_its_budget_and_beats_uniform_bits_of_its_size(found, b
     assert sizes[0] <= sizes[1]
     weights = sum(a.size for a in parameters_of(original).values())
     assert (sizes[0], weights) == (every.nbytes, every.parameters)
-    audited = audit.audit(release.headers_of(str(tmp_path / "better")), recipes.load(tmp_path / "recipe.toml"))
+    audited = audit.audit(headers.headers_of(str(tmp_path / "better")), recipes.load(tmp_path / "recipe.toml"))
     assert not any("recipe" in f.what for f in audited.findings)
     better, uniform = (glm_dsa.load(folder) for folder in (tmp_path / "better", build))
     kls = []

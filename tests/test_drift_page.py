@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.synthetic_report import HOSTILE, hostile, report
-from verify.drift import page
+from verify.drift import html as page
 
 VOID = {"meta", "link", "br", "wbr", "hr", "img", "input"}
 ATTRIBUTES = {

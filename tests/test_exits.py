@@ -17,11 +17,14 @@ import torch
 import glm_dsa.__main__
 import verify.__main__
 from reference import checkpoints, hf, versions
-from verify import drift_command, exits, judge_command, oracles
+from verify.core import exits
+from verify.core.bounds import ReferencesDisagree
+from verify.core.report import FAULT, MEASURED, NOT_JUDGED, Comparison, Report
+from verify.drift import command as drift_command
 from verify.drift.result import Drift
-from verify.implementation import Failed
-from verify.report import FAULT, MEASURED, NOT_JUDGED, Comparison, Report
-from verify.tolerances import ReferencesDisagree
+from verify.engines import oracles
+from verify.engines.third_party import Failed
+from verify.selftest import command as judge_command
 
 ROOT = Path(__file__).parents[1]
 RAISES = "raise RuntimeError('built for another torch')\n"
@@ -56,7 +59,7 @@ def test_what_the_candidate_raises_is_a_fault(package):
 
 
 @pytest.mark.parametrize(
-    "package", ["transformers.models.x", "torch.nn.modules.linear", "reference.equations", "verify.compare"]
+    "package", ["transformers.models.x", "torch.nn.modules.linear", "reference.equations", "verify.core.compare"]
 )
 def test_what_an_oracle_or_the_gate_raises_is_none(package):
     error = raised_in(package, KeyError("x"))
@@ -68,13 +71,13 @@ def test_what_an_oracle_or_the_gate_raises_is_none(package):
 
 def test_what_the_gate_says_is_a_fault():
     """A comparison that failed, somebody's code that failed, a refusal that a test waited for, mlx's C++ without frames."""
-    assert oracles.is_fault(raised_in("verify.judge", pytest.fail.Exception("differs")))
-    assert oracles.is_fault(raised_in("verify.modules", Failed("does not load")))
-    assert oracles.is_fault(raised_in("verify.test_weights", AssertionError("not refused")))
+    assert oracles.is_fault(raised_in("verify.core.checker", pytest.fail.Exception("differs")))
+    assert oracles.is_fault(raised_in("verify.implementation.judge", Failed("does not load")))
+    assert oracles.is_fault(raised_in("verify.claims.test_weights", AssertionError("not refused")))
     assert not oracles.is_fault(raised_in("verify.cases", AssertionError()))
     with pytest.raises(ValueError, match="reshape") as caught:
         mx.zeros(3).reshape(2)
-    assert oracles.is_fault(raised_in("verify.candidate", type(caught.value)(str(caught.value))))
+    assert oracles.is_fault(raised_in("verify.engines.definition", type(caught.value)(str(caught.value))))
 
 
 def test_no_machine_and_no_disagreement_is_a_fault():
@@ -190,7 +193,7 @@ def test_the_versions_that_are_allowed_are_those_that_were_tried():
 def test_make_versions_asks_the_references_under_both():
     said = subprocess.run(["make", "-n", "versions"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"for version in {versions.OLDEST} {versions.NEWEST};" in said
-    assert "/bin/python -m pytest verify/test_references.py" in said
+    assert "/bin/python -m pytest verify/claims/test_references.py" in said
 
 
 def test_versions_are_compared_by_their_numbers():
@@ -264,7 +267,7 @@ def forward(self, *args, **kwargs):
     logits, weights, experts = before(self, *args, **kwargs)
     return logits, weights * 1.01, experts
 """
-ONE = ["verify/test_references.py", "-q", "-p", "no:cacheprovider", "-k"]
+ONE = ["verify/claims/test_references.py", "-q", "-p", "no:cacheprovider", "-k"]
 
 
 def references_with(tmp_path, body):
@@ -318,8 +321,8 @@ def test_what_a_release_lacks_is_its_fault_and_what_cannot_be_read_is_not(tmp_pa
 def test_a_command_that_breaks_gives_no_verdict(monkeypatch, capsys):
     for error, status, said in (
         (raised_in("transformers.x", ValueError("odd")), exits.NOT_JUDGED, "verify: not judged: transformers raised"),
-        (raised_in("verify.audit", ValueError("--x: odd")), exits.UNREADABLE, "verify: --x: odd"),
-        (raised_in("verify.audit", TypeError("odd")), exits.NOT_JUDGED, "verify: not judged: the gate itself raised"),
+        (raised_in("verify.audit.audit", ValueError("--x: odd")), exits.UNREADABLE, "verify: --x: odd"),
+        (raised_in("verify.audit.audit", TypeError("odd")), exits.NOT_JUDGED, "verify: not judged: the gate itself raised"),
         (exits.NotJudged("no oracle"), exits.NOT_JUDGED, "verify: not judged: no oracle"),
     ):
 

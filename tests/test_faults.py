@@ -11,8 +11,12 @@ import pytest
 import glm_dsa
 from glm_dsa import indexer
 from verify import __main__ as command
-from verify import conftest as gate
-from verify import faults, judging, options, seeding, stages, table
+from verify import faults
+from verify.core import stages
+from verify.faults import edits
+from verify.gate import options
+from verify.gate import plugin as gate
+from verify.selftest import judging, scorecard
 
 ROOT = Path(__file__).parents[1]
 IN_FIELD = [
@@ -68,10 +72,10 @@ def test_the_catalogue_holds_what_was_seen_in_the_field_and_more():
 def test_a_fault_says_where_it_is_met_and_can_be_seeded(fault):
     assert (fault.claim in gate.all_claims()) == bool(fault.stage)
     assert fault.stage or fault.equivalent
-    codes = {edit.where: seeding.find(edit.where).__code__ for edit in fault.edits}
+    codes = {edit.where: edits.find(edit.where).__code__ for edit in fault.edits}
     with faults.seeded(fault.name):
-        assert all(seeding.find(where).__code__ is not code for where, code in codes.items())
-    assert all(seeding.find(where).__code__ is code for where, code in codes.items())
+        assert all(edits.find(where).__code__ is not code for where, code in codes.items())
+    assert all(edits.find(where).__code__ is code for where, code in codes.items())
 
 
 def test_a_seed_is_undone_when_what_runs_under_it_fails():
@@ -89,20 +93,20 @@ def test_two_faults_at_once_even_in_one_function():
 
 
 def test_a_setter_can_be_found():
-    assert seeding.find("cache.LayerCache.state.fset").__name__ == "state"
-    assert seeding.find("cache.LayerCache.state.fset") is not seeding.find("cache.LayerCache.state")
+    assert edits.find("cache.LayerCache.state.fset").__name__ == "state"
+    assert edits.find("cache.LayerCache.state.fset") is not edits.find("cache.LayerCache.state")
 
 
 def test_a_change_of_nothing_that_runs_is_refused():
-    edit = seeding.Edit("cache.LayerCache.to_quantized", "bits: int = 8", "bits: int = 4")
-    with pytest.raises(LookupError, match="outside of what runs"), seeding.edited([edit]):
+    edit = edits.Edit("cache.LayerCache.to_quantized", "bits: int = 8", "bits: int = 4")
+    with pytest.raises(LookupError, match="outside of what runs"), edits.edited([edit]):
         pass
 
 
 @pytest.mark.parametrize("due", ["there is no such text", "axis=-1"])
 def test_words_that_do_not_stand_there_once_are_refused(due):
-    edit = seeding.Edit("indexer.Indexer._rotate_first", due, "")
-    with pytest.raises(LookupError, match="once is due"), seeding.edited([edit]):
+    edit = edits.Edit("indexer.Indexer._rotate_first", due, "")
+    with pytest.raises(LookupError, match="once is due"), edits.edited([edit]):
         pass
 
 
@@ -150,10 +154,10 @@ def test_the_catalogue_is_listed(capsys):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"faults": {"faults": {"x": 1}}, "rules": {}, "random": {}}'])
 def test_a_record_that_is_none(tmp_path, text):
     with pytest.raises(ValueError, match="No such file or directory; python -m verify judge --keep writes it"):
-        table.Judged.read(tmp_path / "none.json")
+        scorecard.Judged.read(tmp_path / "none.json")
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(ValueError, match=r"odd.json: no record of a judge"):
-        table.Judged.read(tmp_path / "odd.json")
+        scorecard.Judged.read(tmp_path / "odd.json")
 
 
 def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
@@ -161,10 +165,10 @@ def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
     names = "experts-gelu,router-softmax"
     chosen = ["-k", "router or embedding", "-p", "no:cacheprovider"]
     arguments = [
-        "verify/test_router.py",
+        "verify/claims/test_router.py",
         "-q",
         "-p",
-        "verify.judging",
+        "verify.selftest.judging",
         "--judge-out",
         str(tmp_path / "out"),
         "--judge-faults",
@@ -192,7 +196,7 @@ def test_bad_options(given):
 
 
 def test_a_seeded_gate_fails_and_says_what_was_seeded():
-    arguments = ["verify/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "test_rotation and 2047"]
+    arguments = ["verify/claims/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "test_rotation and 2047"]
     out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 1
     assert "the definition as it is: seeded with rope-backwards: turns by minus the angle" in out.stdout
@@ -204,7 +208,7 @@ def test_a_seeded_gate_fails_and_says_what_was_seeded():
 
 @pytest.fixture(scope="module")
 def kept():
-    return table.Judged.read()
+    return scorecard.Judged.read()
 
 
 def test_every_fault_was_judged_and_named(kept):
@@ -231,7 +235,7 @@ def test_a_judge_that_is_not_content_says_why(kept):
     record = {**kept.record, "faults": {**kept.record["faults"], "faults": dict(kept.found)}}
     record["faults"]["faults"]["indexer-eps"] = {"tests": 3}
     record["random"] = {**kept.random, "false_alarms": ["random-3, logits: error 3"]}
-    problems = table.Judged(record).problems()
+    problems = scorecard.Judged(record).problems()
     assert "indexer-eps: not caught; declared: self_attn.indexer.k [indexer scores and selections]" in problems
     assert "false alarms: random-3, logits: error 3" in problems
     assert stages.kind("layers.0.output") == "output"

@@ -15,9 +15,10 @@ from glm_dsa.errors import CheckpointError, FormatError
 from glm_dsa.model import parameters_of
 from reference import checkpoints
 from tests.builds import write_headers
-from verify import audit, release
 from verify.__main__ import main
-from verify.options import Asked
+from verify.audit import audit
+from verify.engines import headers as release
+from verify.gate.options import Asked
 
 CONFIG = checkpoints.packable(num_hidden_layers=2, first_k_dense_replace=1)
 SIZES = {"BF16": 2, "F32": 4, "F16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "I64": 8}

@@ -34,15 +34,15 @@ from glm_dsa import ModelArgs, checkpoint, weights
 from glm_dsa.errors import LONGEST, GlmDsaError
 from glm_dsa.keys import BYTES_A_PART, LARGEST_CONFIG, LARGEST_JSON
 from glm_dsa.model import parameters_of
-from reference import checkpoints
+from reference import checkpoints, kept
 from reference.stored import read_tensors
-from verify import audit, cases
-from verify.exits import NotJudged
-from verify.on_trial import OnTrial
-from verify.options import Asked
-from verify.release import headers_of
-from verify.report import Comparison, Report
-from verify.saved import Saved
+from verify.audit import audit
+from verify.core.exits import NotJudged
+from verify.core.report import Comparison, Report
+from verify.engines.headers import headers_of
+from verify.gate.options import Asked
+from verify.release.request import OnTrial
+from verify.release.resume import Saved
 
 ROOT = Path(__file__).parents[1]
 CONFIG, INDEX = "config.json", checkpoints.INDEX
@@ -837,26 +837,26 @@ def test_report_folders(tmp_path, there):
 
 
 def test_kept_checkpoints(tmp_path, monkeypatch):
-    kept = Path(shutil.copytree(cases.TRAINED / "interleaved", tmp_path / "interleaved"))
-    measured = json.loads((kept / "measured.json").read_text())
-    monkeypatch.setattr(cases, "TRAINED", tmp_path)
+    folder = Path(shutil.copytree(kept.TRAINED / "interleaved", tmp_path / "interleaved"))
+    measured = json.loads((folder / "measured.json").read_text())
+    monkeypatch.setattr(kept, "TRAINED", tmp_path)
     texts = json.loads((ROOT / "reference" / "trained" / "probes.json").read_text())
 
     def check(changed):
-        (kept / "measured.json").write_bytes(changed)
-        cases.check_kept.cache_clear()
+        (folder / "measured.json").write_bytes(changed)
+        kept.check_kept.cache_clear()
         with bounded(tmp_path):
-            _, refusal = outcome(lambda: cases.check_kept(kept), ValueError)
+            _, refusal = outcome(lambda: kept.check_kept(folder), ValueError)
         if refusal is None:
             assert json.loads(changed)["sha256"] == measured["sha256"]
         else:
-            assert str(kept) in refusal
+            assert str(folder) in refusal
 
     def check_probes(changed):
         (tmp_path / "probes.json").write_bytes(changed)
-        cases.probes.cache_clear()
+        kept.probes.cache_clear()
         with bounded(tmp_path):
-            found, refusal = outcome(cases.probes, ValueError)
+            found, refusal = outcome(kept.probes, ValueError)
         if refusal is None:
             assert found["texts"]
             assert all(isinstance(text, str) and text for text in found["texts"])
@@ -868,8 +868,8 @@ def test_kept_checkpoints(tmp_path, monkeypatch):
     each(st.binary(max_size=50) | edited(only) | edited(measured), RAW["kept"], check)
     few = {"texts": texts["texts"][:2], "needles": texts["needles"][:2]}
     each(st.binary(max_size=50) | edited(few), RAW["kept"], check_probes)
-    cases.check_kept.cache_clear()
-    cases.probes.cache_clear()
+    kept.check_kept.cache_clear()
+    kept.probes.cache_clear()
 
 
 def test_prompts_and_tokenizers(layouts, tmp_path, given):

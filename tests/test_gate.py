@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from reference import checkpoints
-from verify import cases, options
-from verify import conftest as gate
-from verify.report import AGREES, FAULT, Comparison, Report
+from reference import checkpoints, kept
+from verify import cases
+from verify.core.report import AGREES, FAULT, Comparison, Report
+from verify.gate import options
+from verify.gate import plugin as gate
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,8 +79,8 @@ def test_an_earlier_report_does_not_stay(tmp_path):
 
 def test_a_single_test_is_a_part():
     status, out = run(
-        "verify/test_rope.py::test_frequencies[64-linear]",
-        "verify/test_layers.py",
+        "verify/claims/test_rope.py::test_frequencies[64-linear]",
+        "verify/claims/test_layers.py",
         "--layers",
         "77",
         "-k",
@@ -107,8 +108,8 @@ def test_bad_options_are_one_line():
 
 def test_what_a_file_judges(given):
     """A file that is named is collected, whatever the options: it must say itself that it has nothing to judge."""
-    release, others = Path(gate.__file__).parent / "test_release.py", Path(gate.__file__).parent / "test_rope.py"
-    theirs = Path(gate.__file__).parent / "test_implementation_cache.py"
+    release, others = gate.CLAIMS / "test_release.py", gate.CLAIMS / "test_rope.py"
+    theirs = gate.CLAIMS / "test_implementation_cache.py"
     plain, on_code = given({}), given({"--implementation": "x"})
     assert gate.left_out(release, plain) == "judges a release: add --checkpoint DIR_OR_REPO"
     assert not gate.left_out(release, given({"--checkpoint": "x"}))
@@ -180,19 +181,19 @@ def test_a_checkpoint_of_ones_own(tmp_path, given):
 
 
 def test_a_kept_checkpoint_that_is_not_as_its_card_says_stops_the_gate(tmp_path):
-    kept = Path(shutil.copytree(cases.TRAINED / "interleaved", tmp_path / "kept"))
-    cases.check_kept(kept)
+    folder = Path(shutil.copytree(kept.TRAINED / "interleaved", tmp_path / "kept"))
+    kept.check_kept(folder)
     for damage, message in (
-        (lambda: (kept / "config.json").write_text("{}"), "config.json: not the file of the model card"),
-        (lambda: (kept / "config.json").unlink(), "config.json: not the file of the model card"),
-        (lambda: (kept / "more.json").write_text("{}"), "config.json: not the file of the model card"),
-        (lambda: (kept / "measured.json").unlink(), "not as this repository keeps it"),
+        (lambda: (folder / "config.json").write_text("{}"), "config.json: not the file of the model card"),
+        (lambda: (folder / "config.json").unlink(), "config.json: not the file of the model card"),
+        (lambda: (folder / "more.json").write_text("{}"), "config.json: not the file of the model card"),
+        (lambda: (folder / "measured.json").unlink(), "not as this repository keeps it"),
     ):
         damage()
-        cases.check_kept.cache_clear()
+        kept.check_kept.cache_clear()
         with pytest.raises(ValueError, match=message):
-            cases.check_kept(kept)
-    cases.check_kept.cache_clear()
+            kept.check_kept(folder)
+    kept.check_kept.cache_clear()
 
 
 def test_tests_that_were_left_out_for_one_reason_take_one_line():

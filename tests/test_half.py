@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from verify import half
+from verify.claims import half
 
 RANDOM = np.random.default_rng(0)
 

@@ -8,17 +8,17 @@ import mlx_lm.models.deepseek_v32
 import numpy as np
 import pytest
 
-from verify import stages
-from verify import test_implementation_cache as on_caches
-from verify import test_implementation_kv_bits as on_kv_bits
-from verify import theirs as on_trial
-from verify.calls import new_cache
 from verify.cases import Case
-from verify.findings import Collector
-from verify.implementation import Failed, Implementation
-from verify.modules import judge_case, judged_before
-from verify.report import Report
-from verify.theirs import Theirs
+from verify.claims import test_implementation_cache as on_caches
+from verify.claims import test_implementation_kv_bits as on_kv_bits
+from verify.core import stages
+from verify.core.collector import Collector
+from verify.core.report import Report
+from verify.engines.marshal import new_cache
+from verify.engines.third_party import Failed, Implementation
+from verify.implementation import subject as on_trial
+from verify.implementation.judge import judge_case, judged_before
+from verify.implementation.subject import Theirs
 
 ROOT = Path(__file__).parents[1]
 STOCK = "mlx_lm.models.glm_moe_dsa"

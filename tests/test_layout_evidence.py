@@ -13,16 +13,16 @@ import glm_dsa
 from glm_dsa import ModelArgs
 from glm_dsa.model import parameters_of
 from reference import checkpoints, layout, stored
+from reference.kept import TRAINED
 from reference.stored import read_tensors
-from verify import layout_evidence
-from verify.cases import TRAINED
-from verify.judge import Judge
-from verify.on_trial import OnTrial
-from verify.options import LAYOUT
-from verify.release import headers_of
-from verify.report import FAULT, Report
-from verify.test_release_layout import CLAIM, STAGE, test_layout
-from verify.trial import Trial
+from verify.claims.test_release_layout import CLAIM, STAGE, test_layout
+from verify.core.checker import Judge
+from verify.core.report import FAULT, Report
+from verify.engines import layout_evidence
+from verify.engines.headers import headers_of
+from verify.gate.options import LAYOUT
+from verify.release.request import OnTrial
+from verify.release.run import Trial
 
 test_layout.__test__ = False  # the gate's, not one of these
 OTHER = {"interleaved": "half-split", "half-split": "interleaved"}

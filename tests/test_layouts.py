@@ -20,8 +20,8 @@ from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.stored import read_tensors
 from verify import cases
-from verify.pieces import OurLayers
-from verify.release import headers_of
+from verify.engines.definition_streamed import OurLayers
+from verify.engines.headers import headers_of
 
 CONFIG = checkpoints.packable(
     num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=4, moe_intermediate_size=128, hidden_size=128

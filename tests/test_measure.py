@@ -12,9 +12,9 @@ import pytest
 from reference import card, checkpoints, corpus, hf, layout, measure
 from reference.capture import capture
 from reference.equations import Conventions
+from reference.kept import TRAINED, probes
 from reference.stored import read_tensors, weights_of
-from verify import conftest as gate
-from verify.cases import TRAINED, probes
+from verify.gate import plugin as gate
 
 FOLDERS = sorted(file.parent for file in TRAINED.glob("*/config.json"))
 
@@ -263,7 +263,7 @@ def test_the_card_says_what_was_measured(kept):
     assert measured["sha256"] == measure.digests(kept)
     assert sum(f.stat().st_size for f in kept.iterdir()) < 8e6
     assert len(list(kept.glob("*.safetensors"))) >= 2
-    theirs = Path(gate.__file__).parent / "configs" / "glm-5.2.json"
+    theirs = gate.FOLDER / "configs" / "glm-5.2.json"
     assert json.loads(theirs.read_text()).keys() == json.loads((kept / "config.json").read_text()).keys()
 
 

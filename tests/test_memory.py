@@ -15,11 +15,11 @@ from glm_dsa import ModelArgs, checkpoint, memory, plan, recipe
 from glm_dsa.errors import CheckpointError
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from reference.kept import TRAINED
 from verify import drift
-from verify.cases import TRAINED
-from verify.on_trial import OnTrial
+from verify.engines.headers import headers_of
 from verify.quality import measure
-from verify.release import headers_of
+from verify.release.request import OnTrial
 
 CONFIGS = Path(__file__).parents[1] / "verify" / "configs"
 GIB = 1 << 30
@@ -126,7 +126,7 @@ def test_mlx_lm_tells_and_refuses_too(packed, has, caplog, monkeypatch):
 
 
 def test_quality_goes_through_a_large_model_if_a_layer_fits(plain, has, monkeypatch):
-    monkeypatch.setattr("verify.drift.sides.SMALL", 0)
+    monkeypatch.setattr("verify.engines.spec.SMALL", 0)
     model, _ = checkpoint.assemble(plain, mx.float32)
     largest = max(map(memory.taken, model.layers))
     has(largest - 1)

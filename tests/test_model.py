@@ -18,7 +18,7 @@ from glm_dsa.errors import CacheError, InputError
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
-from verify.candidate import in_tiles_of
+from verify.engines.definition import in_tiles_of
 
 
 @pytest.fixture(scope="module")

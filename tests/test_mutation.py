@@ -7,7 +7,8 @@ import time
 import pytest
 
 from glm_dsa import moe, rope
-from verify import mutants, mutation, seeding
+from verify.faults import edits
+from verify.selftest import mutants, mutation
 
 SOURCE = '''
 def f(x: int = 3, *, flag=True):
@@ -47,7 +48,7 @@ def every():
 def test_every_mutant_of_the_definition_can_be_made_and_is_put_back(every):
     assert len(every) > 1500
     assert len({m.name for m in every}) == len(every)
-    code = seeding.find("rope.rotate").__code__
+    code = edits.find("rope.rotate").__code__
     for mutant in [m for m in every if m.where == "rope.rotate"]:
         with mutants.applied(mutant):
             assert rope.rotate.__code__ is not code

@@ -20,7 +20,8 @@ from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import ConfigError, RecipeError
 from reference import checkpoints
 from tests.builds import write_build
-from verify import audit, release
+from verify.audit import audit
+from verify.engines import headers
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "verify" / "configs"
@@ -331,7 +332,7 @@ def test_a_build_of_full_size_has_the_bytes_that_were_planned(config, name, with
     assert stored["without_mtp"] == planned["without_mtp"]
     assert stored["components"] == planned["components"]
     assert stored["mtp"] == (planned["mtp"] if with_mtp else None)
-    found = audit.audit(release.headers_of(str(folder)), rules)
+    found = audit.audit(headers.headers_of(str(folder)), rules)
     assert [f.what for f in found.findings if f.severity == audit.FAULT] == []
     assert found.nbytes == stored["with_mtp"]["bytes"]
 

@@ -16,11 +16,13 @@ from reference import checkpoints
 from reference.equations import Conventions
 from reference.layers import Layers
 from reference.stored import read_tensors
-from verify import audit, drift, pruning
-from verify.damage import Weighing
-from verify.on_trial import OnTrial
-from verify.release import headers_of
-from verify.trial import Trial
+from verify import drift
+from verify.audit import audit
+from verify.engines import pruning
+from verify.engines.headers import headers_of
+from verify.release.request import OnTrial
+from verify.release.run import Trial
+from verify.release.weights import Weighing
 
 CONFIG = checkpoints.glm_5_2(num_hidden_layers=3, first_k_dense_replace=1, num_nextn_predict_layers=0)
 SPARSE = (1, 2)

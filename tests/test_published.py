@@ -8,7 +8,8 @@ import pytest
 from glm_dsa import ModelArgs, weights
 from glm_dsa.formats import Format
 from tests.builds import write_build
-from verify import audit, release
+from verify.audit import audit
+from verify.engines import headers
 
 CONFIGS = Path(__file__).parent.parent / "verify" / "configs"
 PLAIN, FLOAT = Format("bfloat16"), Format("float32")
@@ -75,7 +76,7 @@ def written(folder, name, change=lambda formats, said: None):
 
 
 def told(folder, strict=False):
-    findings = audit.audit(release.headers_of(str(folder)), strict=strict).findings
+    findings = audit.audit(headers.headers_of(str(folder)), strict=strict).findings
     return {severity: [f.what for f in findings if f.severity == severity] for severity in (audit.FAULT, audit.WARNING)}
 
 

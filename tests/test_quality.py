@@ -17,12 +17,12 @@ from mlx_lm.perplexity import eval_ppl
 import glm_dsa
 from glm_dsa.__main__ import main as converting
 from reference import checkpoints
+from reference.kept import TRAINED, probes
 from verify import faults
 from verify.__main__ import main
-from verify.cases import TRAINED, probes
-from verify.drift import sides
+from verify.engines import spec
 from verify.quality import measure
-from verify.quality.figures import Gathered, Quality
+from verify.quality.metrics import Gathered, Quality
 from verify.quality.windows import Text, is_plain
 
 pytestmark = pytest.mark.usefixtures("unregistered")
@@ -142,7 +142,7 @@ def test_mlx_lms_perplexity_is_the_same(dtype, build, ids, registered, capsys):
 
 def test_streaming_gives_the_same(found, build, monkeypatch):
     """A layer at a time, embedding and head in rows, as for what does not fit."""
-    monkeypatch.setattr(sides, "SMALL", 0)
+    monkeypatch.setattr(spec, "SMALL", 0)
     streamed = measure(str(build), str(BASE), length=LENGTH, context=CONTEXT, stride=STRIDE)
     close(streamed.kl.value, found.kl.value, 1e-4)
     close(streamed.strided[1].value, found.strided[1].value)

@@ -10,7 +10,8 @@ import pytest
 import glm_dsa
 from glm_dsa.model import parameters_of
 from reference import checkpoints
-from verify import audit, release
+from verify.audit import audit
+from verify.engines import headers
 
 OF_KEY = "quantization"
 Q, EMBED, UP = "model.layers.0.self_attn.q_a_proj", "model.embed_tokens", "model.layers.1.mlp.switch_mlp.up_proj"
@@ -90,7 +91,7 @@ def told(build, said):
     """What the audit says of config.json's keys."""
     folder, config = build
     (folder / "config.json").write_text(json.dumps(config | said))
-    found = audit.audit(release.headers_of(str(folder))).findings
+    found = audit.audit(headers.headers_of(str(folder))).findings
     return [f for f in found if f.severity != audit.NOTE and "mlx-lm" in f.what]
 
 

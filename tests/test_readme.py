@@ -24,11 +24,11 @@ from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
 from glm_dsa.model import parameters_of
 from reference import card, checkpoints, measure, shapes, train
+from reference.kept import TRAINED
 from reference.layout import LAYOUTS
 from tests.carried import diagnosing
-from verify import conftest as gate
-from verify import table
-from verify.cases import TRAINED
+from verify.gate import plugin as gate
+from verify.selftest import scorecard
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,9 +37,9 @@ README = (ROOT / "README.md").read_text()
 def claims_table() -> str:
     places = {f"test_{part}": place for place, part in enumerate(gate.ORDER)}
     files = sorted(
-        (file.stem for file in (ROOT / "verify").glob("test_*.py")), key=lambda f: (places.get(f, len(places)), f)
+        (file.stem for file in (ROOT / "verify" / "claims").glob("test_*.py")), key=lambda f: (places.get(f, len(places)), f)
     )
-    modules = [importlib.import_module(f"verify.{file}") for file in files]
+    modules = [importlib.import_module(f"verify.claims.{file}") for file in files]
     rows = [f"| {module.CLAIM} | {module.__doc__.splitlines()[0]} |" for module in modules]
     return "\n".join(["| claim | what is held against what |", "|---|---|", *rows])
 
@@ -51,7 +51,7 @@ def test_the_table_of_claims_is_generated():
 
 def test_the_table_of_what_was_judged_is_generated():
     written = README.split("<!-- judged -->\n")[1].split("\n<!-- end of judged -->")[0]
-    assert written == table.Judged.read().markdown(), "make judge ARGS='--keep' writes it"
+    assert written == scorecard.Judged.read().markdown(), "make judge ARGS='--keep' writes it"
 
 
 class Recorder:

@@ -23,8 +23,9 @@ from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import CheckpointError, RecipeError
 from glm_dsa.model import parameters_of
 from reference import checkpoints
-from verify import audit, release
 from verify.__main__ import main as verifying
+from verify.audit import audit
+from verify.engines import headers
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -48,7 +49,7 @@ def stored(folder):
 
 
 def faults(folder, rules):
-    found = audit.audit(release.headers_of(str(folder)), rules)
+    found = audit.audit(headers.headers_of(str(folder)), rules)
     return [f.what for f in found.findings if f.severity == audit.FAULT]
 
 

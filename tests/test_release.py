@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,14 +14,16 @@ from glm_dsa import attention, mtp
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.equations import Conventions
-from verify import audit, cost, on_trial, stages, tolerances
-from verify.exits import NotJudged
-from verify.judge import Judge
-from verify.on_trial import OnTrial
-from verify.release import headers_of
-from verify.report import FAULT, Report
-from verify.saved import Saved
-from verify.trial import Trial
+from verify import FOLDER
+from verify.core import bounds, stages
+from verify.core.checker import Judge
+from verify.core.exits import NotJudged
+from verify.core.report import FAULT, Report
+from verify.engines.headers import headers_of
+from verify.release import cost, request
+from verify.release.request import OnTrial
+from verify.release.resume import Saved
+from verify.release.run import Trial
 
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)
 
@@ -114,16 +115,16 @@ def test_the_mtp_layer_is_the_last_of_them(source, monkeypatch):
 
 
 def test_sharp_attention_is_explained_by_the_equations_in_float32(source, monkeypatch):
-    monkeypatch.setattr(tolerances, "EXPLAINED", 1e-7)  # as if HF erred more than is usual
+    monkeypatch.setattr(bounds, "EXPLAINED", 1e-7)  # as if HF erred more than is usual
     trial = trial_of(source, layers={0})
     reference, ours, _ = trial.layer(0)
     assert set(reference.single) > {"self_attn.heads", "output"}
-    assert all(error < tolerances.EXPLAINED_AT_MOST / tolerances.SAFETY for error in reference.single.values())
+    assert all(error < bounds.EXPLAINED_AT_MOST / bounds.SAFETY for error in reference.single.values())
     for stage in ours:
         if stage in reference.hf and not stage.endswith("topk") and not stage.endswith("selection"):
             assert reference.bound(stage, True).value < 1e-3
     reference.single.clear()
-    with pytest.raises(tolerances.ReferencesDisagree, match="where float32 explains 1e-07 at most"):
+    with pytest.raises(bounds.ReferencesDisagree, match="where float32 explains 1e-07 at most"):
         reference.bound("layers.0.output", True)
 
 
@@ -162,7 +163,7 @@ def test_in_16_bit_packed_weights_are_not_judged_on_a_cpu(source, tmp_path):
 
 
 def test_experts_come_in_chunks(source, monkeypatch):
-    from verify import stream
+    from verify.release import layerwise
 
     whole, parts = trial_of(source), trial_of(source)
     parts.run.chunk = 3
@@ -171,7 +172,7 @@ def test_experts_come_in_chunks(source, monkeypatch):
         ones, others = whole.layer(layer)[0].hf, parts.layer(layer)[0].hf
         for stage in stages.in_order(ones):
             assert np.allclose(ones[stage], others[stage], atol=1e-5), stage
-    assert stream.CHUNK >= 1 << 20
+    assert layerwise.CHUNK >= 1 << 20
 
 
 def test_what_it_cost_is_nothing_beside_itself_and_more_with_fewer_bits(source, tmp_path):
@@ -249,15 +250,15 @@ def headers_args(headers):
 
 
 def test_prompts_are_as_long_as_memory_allows(monkeypatch):
-    big = json.loads((Path(audit.__file__).parents[1] / "verify" / "configs" / "glm-5.2.json").read_text())
+    big = json.loads((FOLDER / "configs" / "glm-5.2.json").read_text())
     args = glm_dsa.ModelArgs.from_dict(big)
     for gigabytes, length in ((8, None), (32, 2635), (1000, 8192)):
-        monkeypatch.setattr(on_trial.memory, "physical", lambda size=gigabytes * 10**9: size)
+        monkeypatch.setattr(request.memory, "physical", lambda size=gigabytes * 10**9: size)
         if length is None:
             with pytest.raises(ValueError, match="add --index-topk 64, say"):
-                on_trial.default_length(args, 1)
+                request.default_length(args, 1)
         else:
-            assert abs(on_trial.default_length(args, 1) - length) <= 1
+            assert abs(request.default_length(args, 1) - length) <= 1
 
 
 def test_limits_are_kept_or_named():

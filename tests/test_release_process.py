@@ -16,7 +16,8 @@ import tokenizers
 import glm_dsa
 from glm_dsa.model import parameters_of
 from reference import checkpoints
-from verify import audit, options
+from verify.audit import audit
+from verify.gate import options
 
 ROOT = Path(__file__).parents[1]
 CONFIG = checkpoints.packable(num_hidden_layers=5, first_k_dense_replace=1)

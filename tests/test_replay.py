@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from reference import checkpoints
-from verify import faults, test_cache, test_mtp
+from verify import faults
 from verify.cases import Case, Spec
-from verify.judge import Judge
-from verify.replay import Row, hold, in_columns
-from verify.report import Report
+from verify.claims import test_cache, test_mtp
+from verify.claims.replay import Row, hold, in_columns
+from verify.core.checker import Judge
+from verify.core.report import Report
 
 
 @pytest.fixture(scope="module")

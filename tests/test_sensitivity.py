@@ -12,10 +12,8 @@ from hypothesis import Phase
 
 from glm_dsa import attention, cache, rope
 from glm_dsa.store import KvQuantization
-from verify import (
-    cases,
-    faults,
-    stages,
+from verify import cases, faults
+from verify.claims import (
     test_attention,
     test_behaviour,
     test_cache,
@@ -26,11 +24,11 @@ from verify import (
     test_logits,
     test_mtp,
     test_rope,
-    tolerances,
 )
-from verify.candidate import Ours
-from verify.judge import Judge
-from verify.report import FAULT, RAISES, Comparison, Report
+from verify.core import bounds, stages
+from verify.core.checker import Judge
+from verify.core.report import FAULT, RAISES, Comparison, Report
+from verify.engines.definition import Ours
 
 MARGIN = 100
 
@@ -153,7 +151,7 @@ def test_an_oracle_that_is_wrong_is_caught(built, monkeypatch):
     """HF's k_norm with another eps than asked for: no bound may grow to cover it, in a file that is run alone too."""
     case = built("glm-5.2-interleaved")
     monkeypatch.setattr(case.hf.model.layers[0].self_attn.indexer.k_norm, "eps", 1e-5)
-    with pytest.raises(tolerances.ReferencesDisagree):
+    with pytest.raises(bounds.ReferencesDisagree):
         caught(test_indexer.test_scores_and_selection, case, Judge, "T = 4 index_topk", "small variance")
 
 
@@ -164,7 +162,7 @@ def test_an_oracle_that_errs_more_than_float32_explains_is_caught(built, name, w
     stage = "layers.1.self_attn.heads"
     assert reference.bound(stage, local)
     monkeypatch.setitem(reference.local if local else reference.accumulated, stage, wrong)
-    with pytest.raises(tolerances.ReferencesDisagree):
+    with pytest.raises(bounds.ReferencesDisagree):
         reference.bound(stage, local)
 
 

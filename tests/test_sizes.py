@@ -2,14 +2,14 @@
 
 import ast
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 import verify
-from verify import report, seeding, sizes
-from verify.judging import functions, modules
-from verify.size_mutants import FILES
+from verify.core import report, sizes
+from verify.faults import edits
+from verify.faults.coverage import functions, modules
+from verify.selftest.size_mutants import FILES
 
 COUNTED = (*FILES, "inputs")
 ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -21,7 +21,7 @@ def places():
     """What may be a threshold: constants, comparisons by order, narrow dtypes, large numbers."""
     for name in COUNTED:
         module = modules()[name]
-        text = seeding.text_of(module)
+        text = edits.text_of(module)
         for constant, value in vars(module).items():
             values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
             is_own = constant.isupper() and any(f"\n{before}{constant}" in text for before in ("", "STEP, ", "BITS, "))
@@ -29,7 +29,7 @@ def places():
                 yield f"{name}.{constant}"
     for where, function in functions().items():
         if where.split(".")[0] in COUNTED:
-            yield from (f"{where}: {found}" for found in numbers(seeding.source_of(function)))
+            yield from (f"{where}: {found}" for found in numbers(edits.source_of(function)))
 
 
 def numbers(source):
@@ -46,7 +46,7 @@ def numbers(source):
 
 def test_every_threshold_of_the_definition_stands_in_the_table():
     found, told = set(places()), {t.place for t in sizes.THRESHOLDS if t.place} | set(sizes.NO_SIZE)
-    new = "a new threshold: give it a row in verify/sizes.py and a case on both sides, or say there why it is no size"
+    new = "a new threshold: give it a row in verify/core/sizes.py and a case on both sides, or say there why it is no size"
     assert not found - told, (new, sorted(found - told))
     assert not told - found, ("no longer in the definition", sorted(told - found))
 
@@ -60,7 +60,7 @@ def test_a_new_threshold_would_be_found(source):
 
 
 def test_the_cases_of_the_table_are_there():
-    folder = Path(verify.__file__).parent
+    folder = verify.FOLDER / "claims"
     for case in {t.case for t in sizes.THRESHOLDS}:
         assert f'CLAIM = "{sizes.CLAIM}"' in (folder / case).read_text()
 

@@ -25,7 +25,7 @@ def test_mlx_gathers_float32_only_on_a_cpu():
 
 
 def test_mlx_gathers_global_scales_on_a_gpu_only():
-    """verify/test_weights.py, test_other_modes."""
+    """verify/claims/test_weights.py, test_other_modes."""
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("concerns the CPU only")
     scale = mx.array([1.0, 2.0])

@@ -11,7 +11,13 @@ from glm_dsa import recipe
 from glm_dsa.errors import printable
 from glm_dsa.output import show
 
-from . import audit, bench_command, drift_command, exits, faults, oracles, quality_command, release
+from . import faults
+from .audit import audit
+from .bench import command as bench_command
+from .core import exits
+from .drift import command as drift_command
+from .engines import headers, oracles
+from .quality import command as quality_command
 
 RANDOM = 10  # sound checkpoints beside the faults; the kept record has more
 EPILOG = f"""\
@@ -94,7 +100,8 @@ def _faults(chosen: argparse.Namespace) -> int:
 
 def _judge(chosen: argparse.Namespace) -> int:
     oracles.check()
-    from . import judge_command, table
+    from .selftest import command as judge_command
+    from .selftest import scorecard
 
     names = faults.chosen(chosen.faults)
     random = RANDOM if chosen.random is None else chosen.random
@@ -106,7 +113,7 @@ def _judge(chosen: argparse.Namespace) -> int:
         raise ValueError("--keep keeps a record of all faults: no --faults beside it")
     if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
-    judged = table.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
+    judged = scorecard.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
     print(judged.text())
     if chosen.json:
         Path(chosen.json).write_text(judged.json())
@@ -121,7 +128,7 @@ def _tell(line: str) -> None:
 
 def _audit(chosen: argparse.Namespace) -> int:
     wanted = None if chosen.recipe is None else recipe.load(chosen.recipe)
-    found = audit.audit(release.headers_of(chosen.release), wanted, chosen.policy == "strict")
+    found = audit.audit(headers.headers_of(chosen.release), wanted, chosen.policy == "strict")
     show(audit.as_json(found) if chosen.json else audit.render(found))
     return exits.FAULT if found.verdict.startswith(audit.FAULT) else exits.AGREES
 

@@ -16,11 +16,13 @@ from glm_dsa import trace
 from reference import hf
 from reference.capture import Stages, capture
 from reference.layers import Layers
-from verify import compare, faults, stages, theirs
-from verify.candidate import Ours, to_numpy
+from verify import faults
 from verify.cases import Case, default_specs
-from verify.hands import HfHand, together
-from verify.implementation import Implementation
+from verify.core import compare, stages
+from verify.engines.definition import Ours, to_numpy
+from verify.engines.third_party import Implementation
+from verify.implementation import subject as theirs
+from verify.release.lockstep import HfHand, together
 
 from .in_hf import IN_HF, Carried
 from .in_stock import IN_STOCK, write_stock
@@ -191,7 +193,7 @@ def ours_stages(ours: Ours, tokens: np.ndarray, until: str, given: Mapping[str, 
 
 @torch.no_grad()
 def streamed_stages(layers: Layers, tokens: np.ndarray) -> Stages:
-    """As verify.stream runs them, the experts in two chunks."""
+    """As verify.release.layerwise runs them, the experts in two chunks."""
     seen: Stages = {}
     x, selection = layers.embed(torch.as_tensor(tokens)), None
     for layer in range(layers.config["num_hidden_layers"]):

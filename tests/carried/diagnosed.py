@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from verify import drift, stages
-from verify.drift.comparing import PARENTS
-from verify.drift.sides import Side
+from verify import drift
+from verify.core import stages
+from verify.drift.stagewise import PARENTS
+from verify.engines.spec import Side
 from verify.faults import CATALOGUE
 
 from .compared import Trial

@@ -23,7 +23,7 @@ from transformers import modeling_rope_utils as rope_utils
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 from reference.hf import INDEXERS
-from verify.seeding import compiled, runs_alike, source_of, swapped, unwrapped
+from verify.faults.edits import compiled, runs_alike, source_of, swapped, unwrapped
 
 TRAINED, SHARING, YARN, GROUPED = (
     "trained-interleaved",

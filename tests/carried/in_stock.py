@@ -2,7 +2,7 @@
 
 The text comes from the package that is installed: its definition, with what it is made of (YaRN, the experts' switch) in one
 file. Two mistakes of stock's own are put right first: k_norm's eps, and 0 for the experts of losing groups. It knows no
-IndexShare; so the cases are those of verify.theirs.specs() that have none, where what is put right agrees with HF.
+IndexShare; so the cases are those of implementation.subject.specs() that have none, where what is put right agrees with HF.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Found = dict[str, Edits | tuple[str, str]]  # one edit stands there by itself
 
 @dataclass(frozen=True)
 class CarriedToStock:
-    """source_edits: (what stands once in the file, what comes in its place). case: where it shows, of verify.theirs.specs();
+    """source_edits: (what stands once in the file, what comes in its place). case: where it shows, of subject.specs();
     length: of the prompt, if not the case's long one."""
 
     name: str

@@ -26,7 +26,7 @@ from .makers import Bench
 from .row import AGREES, UNREADABLE, Said
 
 ROOT = Path(__file__).parents[2]
-GATE = (str(ROOT / "verify" / "test_release.py"), "--rootdir", str(ROOT), "-q")  # the release's own claim
+GATE = (str(ROOT / "verify" / "claims" / "test_release.py"), "--rootdir", str(ROOT), "-q")  # the release's own claim
 CLOSE = 1e-5  # of the logits' rms: the same weights under other names
 Question = Callable[[Bench, Path], Said]
 

@@ -24,8 +24,8 @@ from glm_dsa import weights
 from glm_dsa.formats import Format
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from reference.kept import TRAINED
 from tests.builds import parts_of, write_headers
-from verify.cases import TRAINED
 
 CONFIGS = Path(__file__).parents[2] / "verify" / "configs"
 BYTES = {"F64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I64": 8}

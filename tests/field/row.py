@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verify.exits import AGREES, FAULT, NOT_JUDGED, UNREADABLE
+from verify.core.exits import AGREES, FAULT, NOT_JUDGED, UNREADABLE
 
 if TYPE_CHECKING:
     from .makers import Bench

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from glm_dsa.tiles import transposed
 
-from .sides import Ours
+from .contenders import Ours
 from .timing import of
 
 ROUNDS = 5

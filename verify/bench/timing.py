@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .sides import Side
+from .contenders import Side
 
 
 @dataclass

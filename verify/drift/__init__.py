@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cases import TRAINED
+from reference.kept import TRAINED
+
+from ..engines.recording import Recording
+from ..engines.spec import Side, sides_of
 from .checks import Wanted
 from .prompts import prompt_of
-from .recording import Recording
 from .result import Drift
 from .session import Session
-from .sides import Side, sides_of
 
 __all__ = ["Drift", "Recording", "Side", "compare", "sides_of"]
 

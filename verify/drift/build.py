@@ -12,8 +12,8 @@ from mlx import nn
 from glm_dsa import ModelArgs, checkpoint
 from glm_dsa.model import Model
 
-from .. import stages
-from .sides import Side
+from ..core import stages
+from ..engines.spec import Side
 
 Array = np.ndarray
 FULL_BYTES = 2  # of a weight that is not packed: 16 bit

@@ -12,9 +12,10 @@ from glm_dsa.checkpoint import Stored, read_bytes
 from glm_dsa.errors import printable
 from reference.stored import read_tensors
 
-from .. import pruning, stages
-from ..release import SHAPES
-from .sides import Side
+from ..core import stages
+from ..engines import pruning
+from ..engines.headers import SHAPES
+from ..engines.spec import Side
 
 
 @dataclass(frozen=True)

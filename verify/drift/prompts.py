@@ -12,11 +12,11 @@ import numpy as np
 
 from glm_dsa import ModelArgs
 from glm_dsa.errors import printable
+from reference.kept import TRAINED, check_kept, probes
 
-from ..cases import TRAINED, check_kept, probes
-from ..lengths import default_length
-from ..tokenizer import tokenizer_of
-from .sides import Side
+from ..engines.lengths import default_length
+from ..engines.spec import Side
+from ..engines.tokenizer import tokenizer_of
 
 Array = np.ndarray
 

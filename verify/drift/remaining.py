@@ -3,11 +3,11 @@ the experts' outputs of tokens that go to the same ones."""
 
 from __future__ import annotations
 
-from .. import compare, stages
-from ..report import FAULT
-from .comparing import LOCAL, Yardstick, compared
-from .recording import Recording
-from .runners import same_sets
+from ..core import compare, stages
+from ..core.report import FAULT
+from ..engines.recording import Recording
+from ..engines.runner import same_sets
+from .stagewise import LOCAL, Yardstick, compared
 
 EXPERTS = "mlp.experts"
 CHANGED = (stages.ROUTING, EXPERTS, "mlp.output", "mlp_output", "output", "shared_head")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .bits import Sensitivity
-from .cached import Cached
-from .comparing import LOCAL, Compared
-from .repair import Repair
-from .suspects import Cause, Diagnosis
-from .told import findings_of, summary_of
-from .written import report_of, write
+from .cache_check import Cached
+from .export import report_of, write
+from .hypotheses import Cause, Diagnosis
+from .patching import Repair
+from .sensitivity import Sensitivity
+from .stagewise import LOCAL, Compared
+from .summary import findings_of, summary_of
 
 Array = np.ndarray
 AROUND = 3  # stages shown before and after the first divergence

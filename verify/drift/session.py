@@ -18,24 +18,26 @@ from glm_dsa import memory
 from reference import layout
 from reference.stored import read_tensors
 
-from .. import compare, cost, layout_evidence, pruning, stages
-from ..implementation import Failed
-from ..report import FAULT
-from . import bits
+from ..core import compare, stages
+from ..core.report import FAULT
+from ..engines import layout_evidence, pruning
+from ..engines.recording import HIDDEN, Hearing, Recording, is_given
+from ..engines.runner import runner_of
+from ..engines.spec import EQUATIONS, HF, OURS, Side
+from ..engines.third_party import Failed
+from ..release import cost
+from . import sensitivity
+from .bit_allocation import Choice, recipe
 from .build import Build
-from .cached import examine
+from .cache_check import examine
 from .checks import Wanted, check_shapes, config_differences, numbered, on_device, same_weights
-from .comparing import LOCAL, OWN, Compared, Yardstick, compared, roots
-from .lineup import Lineup
+from .diagnosis import Lineup
+from .hypotheses import Diagnosis
+from .patching import repair
 from .prompts import Prompt
-from .recipe import Choice, recipe
-from .recording import HIDDEN, Hearing, Recording, is_given
 from .remaining import remaining
-from .repair import repair
 from .result import Choices, Drift, Growth, Token
-from .runners import runner_of
-from .sides import EQUATIONS, HF, OURS, Side
-from .suspects import Diagnosis
+from .stagewise import LOCAL, OWN, Compared, Yardstick, compared, roots
 
 Array = np.ndarray
 LOGITS = 1 << 28  # bytes of logits that are kept: of longer prompts with large vocabularies, evenly spread positions
@@ -342,7 +344,7 @@ class Session:
         else:
             due = reference["logits"]
             assert due is not None
-            found.sensitivity = bits.measure(self.build, self.prompt.tokens, due, self.tell)
+            found.sensitivity = sensitivity.measure(self.build, self.prompt.tokens, due, self.tell)
         if self.suggest is not None and found.sensitivity is not None:
             found.sensitivity.recipe = recipe(found.sensitivity, self.build, self.suggest)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.report import versions
 from ..drift.checks import on_device
 from ..drift.prompts import words_of
-from ..drift.sides import Side, sides_of
-from ..report import versions
-from .figures import Gathered, Quality
+from ..engines.spec import Side, sides_of
+from .metrics import Gathered, Quality
 from .runs import Run, run_of
 from .windows import CONTEXT, STRIDE, chunks, is_plain, text_of
 

@@ -17,10 +17,10 @@ from glm_dsa import memory
 from glm_dsa.cache import LayerCache
 from glm_dsa.store import KvQuantization
 
-from ..drift.recording import Hearing, Recording
-from ..drift.runners import MX, let_go, runner_of
-from ..drift.sides import OURS, Side
-from ..pieces import OurLayers
+from ..engines.definition_streamed import OurLayers
+from ..engines.recording import Hearing, Recording
+from ..engines.runner import MX, let_go, runner_of
+from ..engines.spec import OURS, Side
 
 Array = np.ndarray
 Tell = Callable[[str], None]

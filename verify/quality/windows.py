@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import pre_tokenizers
 
 from glm_dsa.errors import printable
+from reference.kept import TRAINED, check_kept, probes
 
-from ..cases import TRAINED, check_kept, probes
 from ..drift.prompts import tokenizer_of
-from ..drift.sides import Side
+from ..engines.spec import Side
 
 Array = np.ndarray
 CONTEXT, STRIDE = 2048, 1024

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from verify.cases import TRAINED
+from reference.kept import TRAINED
 
 from .. import asking
 from .. import layouts as to
@@ -13,10 +13,10 @@ from ..makers import built, config, file, json_file, small, tiny, trained, train
 from ..row import AGREES, FAULT, NOT_JUDGED, SETTLED, UNREADABLE, Row
 
 FEW = ("--layers", "0-2")
-CACHES = tuple(str(asking.ROOT / "verify" / f"test_{name}.py") for name in ("references", "cache"))
+CACHES = tuple(str(asking.ROOT / "verify" / "claims" / f"test_{name}.py") for name in ("references", "cache"))
 CACHES = (*CACHES, "--rootdir", str(asking.ROOT), "-q")
 HEADERS = (f"{asking.GATE[0]}::test_headers", *asking.GATE[1:])  # files and headers alone
-LAYOUT = (str(asking.ROOT / "verify" / "test_release_layout.py"), "--rootdir", str(asking.ROOT), "-q")
+LAYOUT = (str(asking.ROOT / "verify" / "claims" / "test_release_layout.py"), "--rootdir", str(asking.ROOT), "-q")
 WARNS = """
 import importlib.util, sys, warnings
 sys.path[:] = [p for p in sys.path if not p.endswith("/first")]

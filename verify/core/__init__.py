@@ -1,0 +1,1 @@
+"""What every judgement is made of: stages and their order, comparisons, bounds, choices and ties, the report, exit codes."""

@@ -1,0 +1,155 @@
+"""A release as our definition runs it, a piece at a time: a layer, some experts, rows of the embedding or the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from glm_dsa import checkpoint, trace, weights
+from glm_dsa.checkpoint import Stored, quantize_as_stored, read_piece
+from glm_dsa.moe import Experts
+
+from .definition import to_numpy
+
+Array = np.ndarray
+
+
+class OurLayers:
+    """The definition on a release, a layer at a time, in `dtype`."""
+
+    def __init__(self, folder: Path, dtype: mx.Dtype = mx.float32, **overrides: Any) -> None:
+        self.model, self.stored = checkpoint.assemble(folder, dtype, **overrides)  # lazy: nothing is read yet
+        self.args, self.dtype = self.model.args, dtype
+
+    def run(self, layer: int, x: Any, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
+        """x [rows, S, hidden], of which row 0 is handed `given` choices; of the MTP layer (hidden, embeddings), such both.
+        `answer` stands in the place of its experts."""
+        module = self.model.model.layers[layer]
+        if "switch_mlp" in module.mlp:
+            module.mlp.switch_mlp = answer
+        is_mtp = isinstance(x, tuple)
+        rotation, mask = self.model.model.rotation_and_mask((x[0] if is_mtp else x).shape[1], None)
+        seen: dict[str, Any] = {}
+
+        def listener(stage: str, value: Any) -> Any:
+            seen[stage] = value
+            if stage not in given or value is None:
+                return value
+            return mx.concatenate([mx.array(given[stage]).astype(value.dtype), value[1:]])
+
+        with trace.listen(self.model, listener):
+            if is_mtp:
+                out, chosen = module.step(*x, rotation, mask, None)
+            else:
+                out, chosen = module(x, rotation, mask, None, selection)
+        mx.eval(out, *(v for v in seen.values() if v is not None))
+        self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]  # its weights are let go
+        return Seen({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
+
+    def mtp_embed(self, tokens: Array) -> mx.array:
+        own = f"model.layers.{self.args.num_hidden_layers}.embed_tokens"
+        return self.embed(tokens, own if f"{own}.weight" in self.stored else "model.embed_tokens")
+
+    def embed(self, tokens: Array, path: str = "model.embed_tokens") -> mx.array:
+        wanted, at = np.unique(tokens, return_inverse=True)
+        rows = [self._rows(path, slice(int(t), int(t) + 1), self.args.hidden_size) for t in wanted]
+        return mx.concatenate(rows)[mx.array(at.reshape(tokens.shape))]
+
+    def _rows(self, path: str, rows: slice, width: int) -> mx.array:
+        """Rows of a matrix, unpacked."""
+        parts = {
+            p: read_piece(self.stored[f"{path}.{p}"], rows) for p in weights.PACKED if f"{path}.{p}" in self.stored
+        }
+        if "scales" not in parts:
+            return parts["weight"].astype(self.dtype)
+        packing = weights.packing_of(path, {f"{path}.{p}": a for p, a in parts.items()}, width)
+        floats = {p: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for p, a in parts.items()}
+        unpacked = mx.dequantize(floats["weight"], floats["scales"], floats.get("biases"), **packing)
+        return unpacked.astype(self.dtype)
+
+    def norm(self, x: mx.array) -> mx.array:
+        return self.model.model.norm(x)
+
+    def head(self, x: mx.array, rows: slice) -> mx.array:
+        """Logits of some tokens of the vocabulary, with the head's own kind of matmul: x [.., hidden] -> [.., rows]."""
+        return self.head_of(rows)(x)
+
+    def head_of(self, rows: slice) -> Callable[[mx.array], mx.array]:
+        path = "model.embed_tokens" if self.args.tie_word_embeddings else "lm_head"
+        linear: Any = nn.Linear(self.args.hidden_size, rows.stop - rows.start, bias=False)
+        holder = nn.Module()
+        holder.head = linear
+        tensors = {
+            f"head.{p}": read_piece(self.stored[f"{path}.{p}"], rows)
+            for p in weights.PACKED
+            if f"{path}.{p}" in self.stored
+        }
+        _load(holder, tensors, self.dtype)
+        return holder.head
+
+    def experts(self, layer: int, first: int, count: int) -> Experts:
+        """Experts `first`, ... of a layer, as the definition's own module."""
+        prefix, part = f"model.layers.{layer}.mlp", replace(self.args, n_routed_experts=count)
+        tensors: dict[str, mx.array] = {}
+        for name, stored in self._of_experts(prefix):
+            tensors[name] = read_piece(stored, slice(first, first + count))
+        for expert in range(first, first + count):
+            own = f"{prefix}.experts.{expert}."
+            for projection in weights.PROJECTIONS:
+                for suffix in (*weights.PACKED, "weight_scale_inv"):
+                    if f"{own}{projection}.{suffix}" in self.stored:
+                        tensors[f"{prefix}.experts.{expert - first}.{projection}.{suffix}"] = read_piece(
+                            self.stored[f"{own}{projection}.{suffix}"]
+                        )
+        tensors = weights.to_modules(part, tensors)
+        module = Experts(part)
+        _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()}, self.dtype)
+        return module
+
+    def answers(self, layer: int, first: int, count: int, x: mx.array, experts: Array) -> tuple[Array, mx.array]:
+        """What some experts answer: x [.., hidden], experts int [.., k] -> (those of the flattened choices, [n, hidden])."""
+        chosen = experts.reshape(-1)
+        slots = np.flatnonzero((chosen >= first) & (chosen < first + count))
+        if not slots.size:
+            return slots, mx.zeros((0, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])[mx.array(slots // experts.shape[-1])]
+        answer = self.experts(layer, first, count)(rows[None], mx.array(chosen[slots] - first)[None, :, None])
+        return slots, answer[0, :, 0]
+
+    def _of_experts(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        for projection in weights.PROJECTIONS:
+            for suffix in (*weights.PACKED, "global_scale"):
+                name = f"{prefix}.switch_mlp.{projection}.{suffix}"
+                if name in self.stored:
+                    yield name, self.stored[name]
+
+
+def _load(module: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    quantize_as_stored(module, tensors)  # type: ignore[arg-type]
+    floats = {n: t.astype(dtype) if f"{n.rpartition('.')[0]}.scales" not in tensors else t for n, t in tensors.items()}
+    module.load_weights(list(floats.items()), strict=True)
+    module.eval()
+
+
+@dataclass
+class Seen:
+    stages: dict[str, Any]  # all rows
+    out: mx.array
+    selection: mx.array | None
+
+
+class OurExperts(nn.Module):
+    """In the place of a layer's experts: what `answer` says of x [rows, S, hidden], experts int [rows, S, k]."""
+
+    def __init__(self, answer: Callable[[mx.array, mx.array], mx.array]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        return self._answer(x, experts)

@@ -1,0 +1,131 @@
+"""Somebody's MLX code on a prompt, tapped where its modules' paths are HF's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.choices import scatter
+from ..core.stages import INDEXER, MODULE_OUTPUTS, ROUTER, kind_of
+from .definition import to_numpy
+from .marshal import aligned, arrays, call_model, first, with_input
+from .recording import Hearing
+from .runner import MX, Runner, let_go, same_sets
+from .spec import Side
+from .taps import paths_of, tapped
+from .third_party import Implementation, others_code
+
+Array = np.ndarray
+# not o_proj: what it is given is noted, as heads
+STAGES = {kind: stage for kind, stage in MODULE_OUTPUTS.items() if kind not in ("self_attn.o_proj", "lm_head")}
+HEADS = "self_attn.o_proj"
+
+
+class TheirRunner(Runner):
+    """A large model is loaded lazily, and each layer let go when it has answered: one layer is in memory, with its experts."""
+
+    def __init__(self, side: Side) -> None:
+        super().__init__(side)
+        self.implementation = Implementation.of(side.implementation, "")
+
+    def load(self) -> Any:
+        """Their model on the side's checkpoint. Raises `Failed`."""
+        shared = [i for i in range(self.args.num_hidden_layers) if not self.args.runs_indexer(i)]
+        changes: dict[str, Any] = dict(self.side.changes)
+        if "model_file" in self.side.release.config:
+            changes["model_file"] = None  # this code runs, not the checkpoint's
+        dtype = MX[self.side.dtype]
+        return self.implementation.load(self.side.folder, changes, shared, dtype, lazy=not self.side.is_small)
+
+    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+        model = self.load()
+        modules = paths_of(model)
+        listening = _Listening(self, hearing, tokens.shape[1], modules)
+        paths = {p for p in modules if kind_of(p) in (*STAGES, INDEXER, ROUTER, HEADS)}
+        with tapped(model, paths, listening):
+            out = call_model(model, tokens)
+        logits = to_numpy(first(out, mx.floating)[0])
+        if logits is not None and logits.shape[:2] == tokens.shape:
+            hearing.note("logits", logits[0, at])
+
+
+class _Listening:
+    def __init__(self, runner: TheirRunner, hearing: Hearing, length: int, modules: dict[str, Any]) -> None:
+        self.runner, self.hearing, self.length = runner, hearing, length
+        self.modules = modules
+
+    def __call__(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = kind_of(path)
+        prefix = path.removesuffix(kind).rstrip(".")
+        if path == "layers.0":  # "embed" is what the first layer is given, whatever was done to the embedding before
+            args, kwargs = with_input(args, kwargs, lambda array: self._value("embed", array, lambda new: new))
+        if kind == HEADS and args:
+            args = (self._value(f"{prefix}.self_attn.heads", args[0], lambda new: new), *args[1:])
+        with others_code():
+            out = call(*args, **kwargs)
+            mx.eval(*arrays(out))
+        if kind == INDEXER:
+            return self._selection(f"{path}.topk", out)
+        if kind == ROUTER:
+            return self._routing(path, out)
+        if kind == HEADS:
+            return out
+        array, put = first(out, mx.floating)
+        stage = f"{prefix}.{STAGES[kind]}".lstrip(".") if prefix else STAGES[kind]
+        out = self._value(stage, array, put) if array is not None else out
+        if kind == "" and not self.runner.side.is_small:
+            let_go(self.modules[path])
+        return out
+
+    def _value(self, stage: str, array: Any, put: Callable[[Any], Any]) -> Any:
+        width = array.shape[-1]
+        values = aligned(array, (1, self.length, width))
+        if values is None:
+            return put(array)
+        self.hearing.note(stage, values[0])
+        due = self.hearing.due(stage)
+        return put(array if due is None else _like(due, array))
+
+    def _selection(self, stage: str, out: Any) -> Any:
+        array, put = first(out, mx.integer)
+        if array is None:
+            if out is None:
+                self.hearing.note(stage, None)
+            return out
+        chosen = to_numpy(array)
+        assert chosen is not None
+        if chosen.size != self.length * chosen.shape[-1]:
+            return out
+        self.hearing.note(stage, chosen.reshape(self.length, -1))
+        due = self.hearing.due(stage)
+        return out if due is None else put(_like(due, array))
+
+    def _routing(self, path: str, out: Any) -> Any:
+        """Experts and their weights. Where others are due, the weights are due with them, but those of the same experts."""
+        experts, put_experts = first(out, mx.integer)
+        weights, _ = first(out, mx.floating)
+        if experts is None or weights is None or experts.size != weights.size or experts.size % self.length:
+            return out
+        chosen = to_numpy(experts).reshape(self.length, -1)  # type: ignore[union-attr]
+        count = self.runner.args.n_routed_experts
+        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)  # type: ignore[union-attr]
+        self.hearing.note(f"{path}.topk", chosen)
+        self.hearing.note(f"{path}.weights", by_expert)
+        due, theirs = self.hearing.due(f"{path}.topk"), self.hearing.other(f"{path}.weights")
+        if due is None:
+            return out
+        if theirs is None:
+            return out
+        is_own = same_sets(chosen, due)[:, None]
+        mixed = np.take_along_axis(np.where(is_own, by_expert, theirs), due.astype(np.int64), -1)
+        put = put_experts(_like(due, experts))
+        return first(put, mx.floating)[1](_like(mixed, weights))
+
+
+def _like(due: Array, array: mx.array) -> mx.array:
+    shape = array.shape if array.size == due.size else (*array.shape[:-1], due.shape[-1])
+    kind = np.int64 if due.dtype.kind in "iu" else np.float32
+    return mx.array(np.ascontiguousarray(due).astype(kind)).reshape(shape).astype(array.dtype)

@@ -1,0 +1,1 @@
+"""`pytest verify/`: options, fixtures, and the hooks that turn a run into a verdict."""
