@@ -13,7 +13,7 @@ from glm_dsa import indexer
 from verify import __main__ as command
 from verify import faults
 from verify.core import stages
-from verify.faults import edits
+from verify.faults import coverage, edits
 from verify.gate import options
 from verify.gate import plugin as gate
 from verify.selftest import judging, scorecard
@@ -112,7 +112,7 @@ def test_words_that_do_not_stand_there_once_are_refused(due):
 
 def test_functions_that_run_are_noted():
     config = glm_dsa.ModelArgs.from_dict
-    with judging.recorded() as ran:
+    with coverage.recorded() as ran:
         assert config is not None
         glm_dsa.rope.softmax_scale(type("Args", (), {"qk_head_dim": 4, "rope_scaling": None})())
     assert ran == {"rope.softmax_scale"}

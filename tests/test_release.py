@@ -19,6 +19,7 @@ from verify.core import bounds, stages
 from verify.core.checker import Judge
 from verify.core.exits import NotJudged
 from verify.core.report import FAULT, Report
+from verify.engines import lengths
 from verify.engines.headers import headers_of
 from verify.release import cost, request
 from verify.release.request import OnTrial
@@ -256,9 +257,9 @@ def test_prompts_are_as_long_as_memory_allows(monkeypatch):
         monkeypatch.setattr(request.memory, "physical", lambda size=gigabytes * 10**9: size)
         if length is None:
             with pytest.raises(ValueError, match="add --index-topk 64, say"):
-                request.default_length(args, 1)
+                lengths.default_length(args, 1)
         else:
-            assert abs(request.default_length(args, 1) - length) <= 1
+            assert abs(lengths.default_length(args, 1) - length) <= 1
 
 
 def test_limits_are_kept_or_named():

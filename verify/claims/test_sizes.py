@@ -103,6 +103,7 @@ def test_drafts(case: Case, judge):
     """The MTP layer, after a prompt of a chunk; and more drafts at a time than anybody asks for, across index_topk."""
     check(case, judge, CHUNK, {}, count=1, rows=1)
     check(case, judge, case.args.index_topk - 4, {}, count=9, rows=16)
+    check(case, judge, case.args.index_topk + 20, {"mtp_reuses_selection": True}, count=2, rows=16)
     pads, model = list(range(16)), case.ours.model
     cache = model.make_mtp_cache(left_padding=pads)
     judge.holds(case.name, "mtp cache", cache.left_padding == pads, f"of 16 rows (found pads: {cache.left_padding})")
