@@ -48,6 +48,7 @@ train: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # torch first and alone: a range that another package states could choose a build of several gigabytes.
 $(READY): pyproject.toml constraints.txt
@@ -66,4 +67,4 @@ $(UNDER)/%/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(UNDER) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UNDER) .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

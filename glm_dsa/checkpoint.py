@@ -1,19 +1,11 @@
-"""Checkpoint folders: headers read and checked before any data, then tensors into a `Model`.
-
-safetensors only: 8 bytes of header length, a JSON header, then the data. Nothing is executed, nothing is written.
-"""
+"""Checkpoint folders: headers read and checked before any data, then tensors into a `Model`."""
 
 from __future__ import annotations
 
-import io
 import logging
-import math
-import re
-import stat
-import struct
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,69 +13,14 @@ import mlx.nn as nn
 from . import foreign, layouts, memory, weights
 from .config import ModelArgs
 from .errors import CheckpointError, ConfigError, WeightsError, printable
-from .keys import LARGEST_JSON, parse_json, read_json
-from .layouts import Part
 from .linear import SwitchLinear
 from .model import Model, parameters_of
 from .mtp import MtpLayer
+from .storage import DTYPES, INDEX, STALE, Stored, indexed_headers, merged, read_file, read_tensors
 
-INDEX = "model.safetensors.index.json"
-STALE = "stale index"
 HEADS = "mtp*.safetensors"  # an MTP head beside a build, which mlx-lm's own loader does not see
-DTYPES = {  # what tensors may be stored in, as mlx knows it; F64 is read as float32
-    "U32": mx.uint32, "U8": mx.uint8, "F8_E4M3": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32,
-    "F64": mx.float64,
-}  # fmt: skip
-UNREADABLE = {  # what else a header may name, and its bytes
-    "BOOL": 1, "I8": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "I64": 8, "U64": 8, "C64": 8,
-}  # fmt: skip
-ITEM_BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | UNREADABLE
 
 log = logging.getLogger("glm_dsa")
-
-
-class Described(NamedTuple):
-    """What `weights.packing_of` asks of an array."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-class Stored(NamedTuple):
-    """A tensor as a file's header describes it, or a view of one. `begin`, `end`: its bytes, counted from the end of the
-    header. part: what it is of a tensor in the file, where it is not the one of its name. stride: bytes from one entry of
-    the first axis to the next, where other tensors' rows lie between them."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int = 0
-    end: int = 0
-    part: Part | None = None
-    stride: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    def view(self, part: Part) -> Stored:
-        """One expert of this tensor, or rows, or rows of one."""
-        item, inner = ITEM_BYTES[self.dtype], self.shape if part.expert is None else self.shape[1:]
-        first = 0 if part.rows is None else part.rows[0]
-        begin = self.begin + ((part.expert or 0) * math.prod(inner) + first * inner[-1]) * item
-        stride = math.prod(inner[1:]) * item if part.rows is not None and len(inner) > 2 else 0
-        view = Stored(self.file, self.dtype, part.shape(self.shape), begin, self.end, part, stride)
-        return view if stride else view._replace(end=begin + view.nbytes)
-
-    @property
-    def described(self) -> Described:
-        return Described(
-            self.shape, DTYPES.get(self.dtype, mx.bool_)
-        )  # which is nothing that packed weights are made of
 
 
 class Headers(dict[str, Stored]):
@@ -161,7 +98,7 @@ def read_headers(folder: Path, args: ModelArgs | None = None) -> Headers:
         except (ConfigError, OSError):  # whoever needs it will say so
             args = None
     try:
-        stored, is_stale = _stored(folder)
+        stored, is_stale = indexed_headers(folder)
         beside, notes = _head_beside(folder, args, stored)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from None
@@ -208,7 +145,7 @@ def _head_beside(
     files = [file for file in sorted(folder.glob(HEADS)) if file.name not in listed]
     if args is None or not files:
         return {}, []
-    beside = _merged(files)
+    beside = merged(files)
     names = ", ".join(file.name for file in files)
     if foreign := next((name for name in beside if not layouts.is_of_mtp(args, name)), None):
         reason = f"{foreign} in it is no tensor of this model's MTP layer, in any form that is known here"
@@ -217,237 +154,6 @@ def _head_beside(
     else:
         return beside, [printable(f"MTP head in {names}, beside the model: taken as its MTP layer")]
     return {}, [printable(f"{names}: unread; {reason}")]
-
-
-def stored_headers(folder: Path) -> dict[str, Stored]:
-    """{tensor: Stored} of all shards of a checkpoint folder, under the names that they have there. Raises `CheckpointError`."""
-    return _stored(folder)[0]
-
-
-def _stored(folder: Path) -> tuple[dict[str, Stored], bool]:
-    """And whether there is an index that is of another build."""
-    files, index, is_stale = _shards(folder)
-    stored = _merged(files)
-    if index is not None:
-        for name, shard in index.items():
-            if name not in stored or stored[name].file.name != shard:
-                raise CheckpointError(
-                    f"{folder / shard}: {name} is not in it, though {INDEX} says so; download the shard again"
-                )
-        for name, tensor in stored.items():
-            if name not in index:
-                raise CheckpointError(
-                    f"{tensor.file}: {name} is not listed in {INDEX}; do index and shards belong together?"
-                )
-        unlisted = sorted({f.name for f in folder.glob("model*.safetensors")} - set(index.values()))
-        if unlisted:
-            raise CheckpointError(
-                f"{folder / unlisted[0]}: not listed in {INDEX}, though mlx-lm would load it; list it or remove it"
-            )
-    return stored, is_stale
-
-
-def _merged(files: list[Path]) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in stored:
-                raise CheckpointError(
-                    f"{file}: {name} is in {stored[name].file.name} too; each tensor belongs in one shard"
-                )
-            stored[name] = tensor
-    return stored
-
-
-def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None, bool]:
-    """(files, the index that they are held to, whether there is one of another build)."""
-    if not (folder / INDEX).is_symlink() and not (folder / INDEX).exists():
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{folder}: no model*.safetensors and no {INDEX}; safetensors is the only format read"
-            )
-        return files, None, False
-    try:
-        index = read_json(folder / INDEX, LARGEST_JSON).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
-        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-    files = []
-    if _is_stale(folder, index):
-        return sorted(folder.glob("model*.safetensors")), None, True
-    for file in sorted(set(index.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / INDEX}: {file!r} is not the name of a .safetensors file inside the folder"
-            )
-        if not (folder / file).is_file():
-            tensor = next(n for n, f in index.items() if f == file)
-            raise CheckpointError(f"{folder / file}: missing, though {INDEX} puts {tensor} there; download the shard")
-        files.append(folder / file)
-    return files, index, False
-
-
-def _is_stale(folder: Path, index: Mapping[str, str]) -> bool:
-    """Whether an index is of what a build was made from: none of its files is there, others are, which mlx-lm reads."""
-    names = set(index.values())
-    if any(Path(name).name != name or (folder / name).is_symlink() or (folder / name).exists() for name in names):
-        return False
-    return any(folder.glob("model*.safetensors"))
-
-
-def read_header(file: Path) -> dict[str, Stored]:
-    """The header of one safetensors file, checked against the file's size. Raises `CheckpointError`."""
-    try:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file}: no regular file")
-        with file.open("rb") as stream:
-            first = stream.read(8)
-            if first == b"version ":
-                raise CheckpointError(
-                    f"{file}: a Git LFS pointer, not the file itself; run git lfs pull, or download it again"
-                )
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-            if not 2 <= length <= min(LARGEST_JSON, size - 8):
-                raise CheckpointError(
-                    f"{file}: not a safetensors file, or cut short in its header ({size} bytes; a header has up to "
-                    f"{LARGEST_JSON:,})"
-                )
-            text = stream.read(length)
-            header = parse_json(text, LARGEST_JSON)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: the header is not valid JSON ({error}); not a safetensors file?") from None
-    if not isinstance(header, dict) or not text.startswith(b"{"):
-        raise CheckpointError(f"{file}: the header is no JSON object; not a safetensors file?")
-    about = header.pop("__metadata__", None)
-    about = {} if about is None else about  # mlx writes null
-    if not isinstance(about, dict) or not all(map(is_text, (*about, *about.values()))):
-        raise CheckpointError(f"{file}: __metadata__ maps texts to texts, and does not here; the header is damaged")
-    stored: dict[str, Stored] = {}
-    spans = []
-    for name, entry in header.items():
-        stored[name] = tensor = stored_as(file, name, entry)
-        if 8 + length + tensor.end > size:
-            raise CheckpointError(
-                f"{file}: cut short: {name} ends at byte {8 + length + tensor.end}, the file at {size}; download it again"
-            )
-        spans.append((tensor.begin, tensor.end, name))
-    end = 0
-    for begin, stop, name in sorted(spans):
-        if begin != end:
-            raise CheckpointError(f"{file}: {name} begins at data byte {begin}, {end} is due; the header is damaged")
-        end = stop
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file}: {size - 8 - length - end} bytes after the last tensor; the header is damaged")
-    return stored
-
-
-def stored_as(file: Path, name: str, entry: Any) -> Stored:
-    """A tensor's entry in a header, checked. Raises `CheckpointError`."""
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: {name} has no dtype, shape and data_offsets; the header is damaged") from None
-    if len(entry) > 3:
-        raise CheckpointError(f"{file}: {name} has more than dtype, shape and data_offsets; the header is damaged")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in (*shape, begin, end))
-    if not whole or len(shape) > 8 or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise CheckpointError(
-            f"{file}: {name}, {dtype} {list(shape[:8])}, does not fill bytes {begin} to {end}; the header is damaged"
-        )
-    return Stored(file, dtype, shape, begin, end)
-
-
-def is_text(value: Any) -> bool:
-    """A string that UTF-8 can hold: no lone surrogate, which JSON's escapes can write."""
-    return isinstance(value, str) and value == value.encode(errors="replace").decode()
-
-
-def read_tensors(stored: Mapping[str, Stored]) -> dict[str, mx.array]:
-    """Tensors by name, lazy. Raises `CheckpointError`."""
-    files = {file: read_file(file) for file in sorted({s.file for s in stored.values()})}
-    return {name: (s.part or Part(name)).of(files[s.file][(s.part or Part(name)).source]) for name, s in stored.items()}
-
-
-def read_file(file: Path) -> dict[str, mx.array]:
-    """One file's tensors under the names that they have there, lazy; FP8 as bytes, F64 as float32. Raises `CheckpointError`."""
-    try:
-        return mx.load(str(file))  # type: ignore[return-value]
-    except (RuntimeError, ValueError) as error:
-        doubles = {name for name, tensor in read_header(file).items() if tensor.dtype == "F64"}
-        if doubles:
-            return _with_doubles(file, doubles)
-        raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
-
-
-def _with_doubles(file: Path, doubles: Container[str]) -> dict[str, mx.array]:
-    """mlx refuses a file with F64 in it: it is shown a header that calls them I64, and has their bits cast."""
-    try:
-        tensors: Any = mx.load(_AsIntegers(file), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file}: mlx cannot read it: {str(error).splitlines()[0]}") from None
-    return {name: _to_float32(t) if name in doubles else t for name, t in tensors.items()}
-
-
-def _to_float32(bits: mx.array) -> mx.array:
-    """mlx has float64 on the CPU only. One rounding."""
-    return bits.view(mx.float64, stream=mx.cpu).astype(mx.float32, stream=mx.cpu)
-
-
-class _AsIntegers(io.FileIO):
-    def __init__(self, file: Path) -> None:
-        super().__init__(file)
-        length = super().read(8)
-        header = super().read(int.from_bytes(length, "little"))
-        self.header = length + re.sub(rb'("dtype"\s*:\s*")F64"', rb'\1I64"', header)  # a name's quotes are escaped
-        self.seek(0)
-
-    def __del__(self) -> None:  # mlx lets it go with the last of its arrays, open
-        self.close()
-
-    def readinto(self, buffer: Any) -> int:
-        at, count = self.tell(), super().readinto(buffer) or 0
-        own = self.header[at : at + count]
-        memoryview(buffer)[: len(own)] = own
-        return count
-
-
-def read_piece(stored: Stored, rows: slice | None = None) -> mx.array:
-    """A tensor, or rows of it, by offset: `mx.load` would read all of it, and keep it."""
-    shape, each = stored.shape, 0
-    begin, end = 0, stored.nbytes
-    if rows is not None:
-        each = stored.nbytes // shape[0]
-        begin, end, shape = rows.start * each, rows.stop * each, (rows.stop - rows.start, *shape[1:])
-    raw = read_bytes(stored, begin, end)
-    bits = mx.array(memoryview(raw)) if raw else mx.zeros((0,), mx.uint8)  # type: ignore[arg-type]
-    if stored.dtype == "F64":
-        return _to_float32(bits).reshape(shape)
-    return bits.view(DTYPES[stored.dtype]).reshape(shape)
-
-
-def read_bytes(stored: Stored, begin: int, end: int) -> bytes:
-    """Bytes of a tensor; of a view, its own, one after another. Fewer where the file ends."""
-    block = stored.nbytes // stored.shape[0] if stored.stride else max(stored.nbytes, 1)
-    out = []
-    with stored.file.open("rb") as stream:
-        header = 8 + int.from_bytes(stream.read(8), "little")
-        while begin < end:
-            entry, offset = divmod(begin, block)
-            count = min(end - begin, block - offset)
-            stream.seek(header + stored.begin + entry * stored.stride + offset)
-            out.append(stream.read(count))
-            begin += count
-    return b"".join(out)
 
 
 def check_values(stored: Mapping[str, Stored]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from .errors import FormatError, GlmDsaError
 from .keys import LARGEST_JSON, read_json
+from .storage import stored_headers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,8 +130,6 @@ def refuse(origin: object, config: Mapping[str, Any], tensors: Mapping[str, Any]
 
 def refuse_folder(path: Path, origin: object = None) -> None:
     """As `refuse`, of whatever can be read of a folder."""
-    from .checkpoint import stored_headers  # which stands on this module
-
     if not path.is_dir():
         return
     config: Mapping[str, Any] = {}

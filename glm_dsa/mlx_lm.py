@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 
 from . import foreign, memory
 from .cache import LayerCache, cache_bytes
-from .checkpoint import add_mtp, stored_headers
+from .checkpoint import add_mtp
 from .config import ModelArgs
 from .converting import ByRecipe, keep_or_drop_mtp
 from .errors import CacheError, CheckpointError, GlmDsaError, RecipeError
@@ -48,6 +48,7 @@ from .model import Model
 from .output import listen
 from .recipe import kept as kept_recipes
 from .recipe import load as load_recipe
+from .storage import stored_headers
 from .store import KvQuantization
 
 __all__ = ["COMMANDS", "Model", "ModelArgs", "attach", "register", "run"]

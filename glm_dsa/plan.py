@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from . import foreign, gguf, weights
 from .cache import Widths, cache_bytes
-from .checkpoint import Stored, read_headers
+from .checkpoint import read_headers
 from .components import Component, counted
 from .config import ModelArgs
 from .errors import CacheError, ConfigError, RecipeError, WeightsError, printable
@@ -26,6 +26,7 @@ from .formats import Format
 from .keys import read_json
 from .output import table
 from .recipe import Recipe
+from .storage import Stored
 from .store import BITS, KvQuantization, fitting
 from .tiles import ELEMENTS
 from .weights import TensorSpec

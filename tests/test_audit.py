@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import glm_dsa
 from glm_dsa import ModelArgs, recipe, weights
-from glm_dsa.checkpoint import ITEM_BYTES
 from glm_dsa.errors import LONGEST, CheckpointError
 from glm_dsa.model import parameters_of
+from glm_dsa.storage import ITEM_BYTES
 from reference import checkpoints
 from reference.stored import read_tensors
 from tests.builds import write_headers

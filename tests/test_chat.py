@@ -7,7 +7,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from glm_dsa.checkpoint import Stored
+from glm_dsa.storage import Stored
 from reference import checkpoints
 from verify.audit import audit, chat, template
 from verify.core.findings import FAULT, NOTE, WARNING, Findings

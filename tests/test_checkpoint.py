@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import glm_dsa
-from glm_dsa import checkpoint
+from glm_dsa import storage
 from glm_dsa.__main__ import main
 from glm_dsa.errors import printable
 from glm_dsa.model import parameters_of
@@ -474,16 +474,16 @@ def framed(file, text, length=None):
 
 
 def test_the_smallest_header(tmp_path):
-    assert checkpoint.read_header(framed(tmp_path / "x", b"{}")) == {}
+    assert storage.read_header(framed(tmp_path / "x", b"{}")) == {}
     for text, length, said in (
         (b"{}", 3, "cut short in its header"), (b"{}", 1, "cut short in its header"), (b"{}", 0, "cut short in its header"),
         (b" {}", None, "no JSON object"), (b"[]", None, "no JSON object"), (b"{}x", 2, "1 bytes after the last"),
     ):  # fmt: skip
         with pytest.raises(glm_dsa.CheckpointError, match=said):
-            checkpoint.read_header(framed(tmp_path / "x", text, length))
+            storage.read_header(framed(tmp_path / "x", text, length))
     (tmp_path / "x").write_bytes(b"\2")
     with pytest.raises(glm_dsa.CheckpointError, match=r"cut short in its header .1 bytes"):
-        checkpoint.read_header(tmp_path / "x")
+        storage.read_header(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -497,12 +497,12 @@ def test_the_smallest_header(tmp_path):
 def test_where_entries_end(shape, offsets, fits):
     entry = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
     if fits:
-        stored = checkpoint.stored_as(Path("x"), "t", entry)
-        assert stored == checkpoint.Stored(Path("x"), "BF16", tuple(shape), *offsets)
+        stored = storage.stored_as(Path("x"), "t", entry)
+        assert stored == storage.Stored(Path("x"), "BF16", tuple(shape), *offsets)
         assert stored.nbytes == offsets[1] - offsets[0]
     else:
         with pytest.raises(glm_dsa.CheckpointError, match=r"x: t.* the header is damaged"):
-            checkpoint.stored_as(Path("x"), "t", entry)
+            storage.stored_as(Path("x"), "t", entry)
 
 
 def test_a_line_is_bounded():
@@ -512,9 +512,9 @@ def test_a_line_is_bounded():
 
 
 def test_a_text_is_what_utf_8_holds():
-    assert checkpoint.is_text("größe")
-    assert not checkpoint.is_text("\ud800")
-    assert not checkpoint.is_text(3)
+    assert storage.is_text("größe")
+    assert not storage.is_text("\ud800")
+    assert not storage.is_text(3)
 
 
 def test_as_a_process(folder):

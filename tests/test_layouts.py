@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glm_dsa
-from glm_dsa import checkpoint, layouts
+from glm_dsa import checkpoint, layouts, storage
 from glm_dsa.__main__ import main
 from glm_dsa.errors import CheckpointError
 from glm_dsa.model import parameters_of
@@ -172,7 +172,7 @@ def test_a_layout_reads_as_the_plain_checkpoint_does(plain, tmp_path, layout, fo
         ), name  # fmt: skip
         begin, end = stored.nbytes // 3, stored.nbytes * 2 // 3
         for a, b in ((0, stored.nbytes), (begin, end)):
-            assert checkpoint.read_bytes(headers[name], a, b) == checkpoint.read_bytes(stored, a, b), name
+            assert storage.read_bytes(headers[name], a, b) == storage.read_bytes(stored, a, b), name
     # the oracle, which reads by itself
     theirs, mine = read_tensors(source), read_tensors(folder)
     assert mine.names.keys() == theirs.names.keys()
@@ -203,7 +203,7 @@ def test_transformers_own_modules_as_it_saves_them(tmp_path):
     due, found = (parameters_of(glm_dsa.load(tmp_path / f)) for f in ("source", "ck"))
     assert found.keys() == {n for n in due if not n.startswith(MTP)}
     assert all(mx.array_equal(due[name].astype(value.dtype), value) for name, value in found.items())
-    assert f"{SPARSE}.experts.gate_up_proj" in checkpoint.stored_headers(tmp_path / "ck")
+    assert f"{SPARSE}.experts.gate_up_proj" in storage.stored_headers(tmp_path / "ck")
     assert not cases.spec_of(tmp_path / "ck", None).has_mtp
 
 
@@ -521,9 +521,9 @@ def test_float64_is_read_and_rounded_once(plain, tmp_path):
         due = value.float().numpy()
         assert found[name].dtype == mx.float32
         assert np.array_equal(np.array(found[name]), due), name
-        assert np.array_equal(np.array(checkpoint.read_piece(headers_of(str(folder)).tensors[name])), due)
+        assert np.array_equal(np.array(storage.read_piece(headers_of(str(folder)).tensors[name])), due)
         assert np.array_equal(read_tensors(folder)(name), value.numpy())
-    assert np.array_equal(np.array(checkpoint.read_piece(headers_of(str(folder)).tensors[GATE], slice(1, 3))),
+    assert np.array_equal(np.array(storage.read_piece(headers_of(str(folder)).tensors[GATE], slice(1, 3))),
                           values[GATE][1:3].float().numpy())  # fmt: skip
     others = parameters_of(glm_dsa.load(source))
     assert all(mx.array_equal(found[name], value) for name, value in others.items() if name not in values)

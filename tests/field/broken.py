@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from glm_dsa.checkpoint import INDEX, read_header
+from glm_dsa.storage import INDEX, read_header
 
 from .makers import Bench, tiny
 

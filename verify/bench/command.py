@@ -13,9 +13,9 @@ from glm_dsa.output import show
 
 from .. import FOLDER
 from ..core import exits
+from ..core.files import whole
 from ..core.progress import line
 from ..engines import oracles
-from ..release.resume import whole
 
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
 KEPT = FOLDER / "bench" / "measured.json"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..release.resume import whole
+from ..core.files import whole
 from .contenders import Hf
 from .suite import FREQ, OURS, STOCK, Bench, Case, label
 

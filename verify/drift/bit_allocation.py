@@ -18,7 +18,7 @@ from glm_dsa.formats import AFFINE, Format
 from glm_dsa.weights import AFFINE_BITS
 
 from ..core import stages
-from ..release.resume import whole
+from ..core.files import whole
 from .build import Build, at, component_of, layer_of, stored_bytes
 
 if TYPE_CHECKING:

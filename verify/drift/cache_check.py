@@ -17,13 +17,13 @@ from glm_dsa.errors import GlmDsaError
 from .. import faults
 from ..core import compare
 from ..engines.definition import to_numpy
+from ..engines.factory import runner_of
 from ..engines.marshal import call_model, first, new_cache
 from ..engines.run_definition import OurRunner
 from ..engines.run_third_party import TheirRunner
-from ..engines.runner import runner_of
 from ..engines.spec import OURS, Side
 from ..engines.third_party import Failed
-from ..selftest.judging import recorded
+from ..faults.coverage import recorded
 
 Array = np.ndarray
 LAST, CHUNK = 8, 4  # single tokens at the end, and the chunk before them

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 
 from glm_dsa import ModelArgs
-from glm_dsa.checkpoint import Stored, read_bytes
 from glm_dsa.errors import printable
+from glm_dsa.storage import Stored, read_bytes
 from reference.stored import read_tensors
 
 from ..core import stages

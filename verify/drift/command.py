@@ -17,9 +17,9 @@ import numpy as np
 from glm_dsa.output import listen, show
 
 from ..core import exits, stages
+from ..core.files import whole
 from ..core.progress import line
 from ..engines import oracles
-from ..release.resume import whole
 
 if TYPE_CHECKING:
     from . import Drift, Recording

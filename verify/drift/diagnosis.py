@@ -21,7 +21,7 @@ from ..core.report import AGREES, FAULT
 from ..engines.recording import Enough, Hearing, Recording, is_given
 from ..engines.run_definition import OurRunner
 from ..engines.spec import OURS, Side
-from ..selftest.judging import recorded
+from ..faults.coverage import recorded
 from .hypotheses import Cause, Diagnosis, Suspect, catalogue, conventions, other_config, packed_caches
 from .similarity import EXACT, Likeness
 from .stagewise import LOCAL, Compared, Yardstick, component, roots

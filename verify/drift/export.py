@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import report, stages
+from ..core.files import whole
 from ..core.report import FAULT
-from ..release.resume import whole
 from .html import render
 from .stagewise import Compared
 

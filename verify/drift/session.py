@@ -21,8 +21,8 @@ from reference.stored import read_tensors
 from ..core import compare, stages
 from ..core.report import FAULT
 from ..engines import layout_evidence, pruning
+from ..engines.factory import runner_of
 from ..engines.recording import HIDDEN, Hearing, Recording, is_given
-from ..engines.runner import runner_of
 from ..engines.spec import EQUATIONS, HF, OURS, Side
 from ..engines.third_party import Failed
 from ..release import cost

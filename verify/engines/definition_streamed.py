@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from glm_dsa import checkpoint, trace, weights
-from glm_dsa.checkpoint import Stored, quantize_as_stored, read_piece
+from glm_dsa.checkpoint import quantize_as_stored
 from glm_dsa.moe import Experts
+from glm_dsa.storage import Stored, read_piece
 
 from .definition import to_numpy
 

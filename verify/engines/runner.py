@@ -7,7 +7,7 @@ experts in chunks, and let go again. `Hearing` notes each stage and says what is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ import torch
 
 from .recording import Hearing
 from .renumbered import Renumbered
-from .spec import EQUATIONS, HF, OURS, Side
+from .spec import Side
 
 Array = np.ndarray
 CHUNK = 1 << 28  # bytes of experts, in float32, that are unpacked at once
@@ -62,16 +62,6 @@ class Runner(ABC):
     def vocabulary(self) -> Iterator[slice]:
         every = self.args.vocab_size
         return (slice(start, min(start + HEAD_ROWS, every)) for start in range(0, every, HEAD_ROWS))
-
-
-def runner_of(side: Side) -> Runner:
-    from .run_definition import OurRunner
-    from .run_equations import EquationsRunner
-    from .run_hf import HfRunner
-    from .run_third_party import TheirRunner
-
-    kinds: dict[str, Callable[[Side], Runner]] = {OURS: OurRunner, HF: HfRunner, EQUATIONS: EquationsRunner}
-    return kinds.get(side.implementation, TheirRunner)(side)
 
 
 def let_go(layer: Any) -> None:

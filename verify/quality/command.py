@@ -13,8 +13,8 @@ from glm_dsa.errors import printable
 from glm_dsa.output import listen, show
 
 from ..core import exits
+from ..core.files import whole
 from ..engines import oracles
-from ..release.resume import whole
 
 EPILOG = """\
 a side is a checkpoint, or an implementation on one: ./release, OWNER/NAME, hf@./release, ./release,kv_bits=8,dtype=bfloat16

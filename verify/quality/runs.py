@@ -18,8 +18,9 @@ from glm_dsa.cache import LayerCache
 from glm_dsa.store import KvQuantization
 
 from ..engines.definition_streamed import OurLayers
+from ..engines.factory import runner_of
 from ..engines.recording import Hearing, Recording
-from ..engines.runner import MX, let_go, runner_of
+from ..engines.runner import MX, let_go
 from ..engines.spec import OURS, Side
 
 Array = np.ndarray

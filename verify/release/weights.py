@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from glm_dsa import weights
-from glm_dsa.checkpoint import Stored
+from glm_dsa.storage import Stored
 from reference.packed import Packing
 from reference.stored import read_tensors
 

@@ -212,7 +212,7 @@ EQUIVALENT = OF_SIZES | {
     ("rope.rope_frequencies", "0.001 -> 0.002"): "no pair lies between",
     ("checkpoint.load", "mx.eval(parameter) -> pass"): "evaluated when it is first used",
     ("checkpoint.assemble", "model.eval() -> pass"): "nothing here is random",
-    ("checkpoint.read_header", "0 -> 1"): "too short either way",
+    ("storage.safetensors.read_header", "0 -> 1"): "too short either way",
     ("trace.capture", "mx.eval([v for v in stages.values() if v is not None]) -> pass"): "evaluated when it is first read",
     ("weights.is_ignorable", "layer < args.num_hidden_layers -> layer <= args.num_hidden_layers"): "the MTP layer runs its own",
     ("cache.LayerCache._check_whole", "0 -> 1"): "columns of no arrays have no length",
