@@ -15,11 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import __version__, foreign, gguf, plan, recipe, weights
+from . import __version__, foreign, weights
 from .checkpoint import assemble, check_values
 from .config import ModelArgs
+from .console import show
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
-from .output import show
+from .planning import gguf, plan, recipe
 
 MLX_LM = (
     "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config_reader import Reader, is_number, read_json
 from .errors import ConfigError
-from .keys import Reader, is_number, read_json
 
 INTERLEAVED = "interleaved"  # pairs (x0, x1), (x2, x3), ...; `traditional=True` in MLX
 HALF_SPLIT = "half-split"  # pairs (x0, x_{D/2}), (x1, x_{D/2+1}), ...

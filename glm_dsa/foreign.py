@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from .config_reader import LARGEST_JSON, read_json
 from .errors import FormatError, GlmDsaError
-from .keys import LARGEST_JSON, read_json
 from .storage import stored_headers
 
 P = ParamSpec("P")

@@ -40,14 +40,14 @@ from . import foreign, memory
 from .cache import LayerCache, cache_bytes
 from .checkpoint import add_mtp
 from .config import ModelArgs
-from .converting import ByRecipe, keep_or_drop_mtp
+from .console import listen
 from .errors import CacheError, CheckpointError, GlmDsaError, RecipeError
-from .formats import AFFINE
 from .linear import QuantizedMultiLinear, QuantizedSwitchLinear, SwitchLinear
 from .model import Model
-from .output import listen
-from .recipe import kept as kept_recipes
-from .recipe import load as load_recipe
+from .planning.converting import ByRecipe, keep_or_drop_mtp
+from .planning.formats import AFFINE
+from .planning.recipe import kept as kept_recipes
+from .planning.recipe import load as load_recipe
 from .storage import stored_headers
 from .store import KvQuantization
 

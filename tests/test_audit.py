@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glm_dsa
-from glm_dsa import ModelArgs, recipe, weights
+from glm_dsa import ModelArgs, weights
 from glm_dsa.errors import LONGEST, CheckpointError
 from glm_dsa.model import parameters_of
+from glm_dsa.planning import recipe
 from glm_dsa.storage import ITEM_BYTES
 from reference import checkpoints
 from reference.stored import read_tensors

@@ -4,7 +4,7 @@ import pytest
 
 from glm_dsa import ConfigError, ModelArgs
 from glm_dsa.config import describe_schedule
-from glm_dsa.keys import is_number, parse_json, read_json
+from glm_dsa.config_reader import is_number, parse_json, read_json
 from reference import checkpoints
 
 BASE = checkpoints.tiny()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import glm_dsa
-from glm_dsa import plan
-from glm_dsa import recipe as recipes
-from glm_dsa.components import Component
 from glm_dsa.model import parameters_of
+from glm_dsa.planning import plan
+from glm_dsa.planning import recipe as recipes
+from glm_dsa.planning.components import Component
 from reference import corpus
 from reference.kept import TRAINED, probes
 from verify import drift

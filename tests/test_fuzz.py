@@ -31,8 +31,8 @@ import glm_dsa
 import glm_dsa.__main__
 import verify.__main__
 from glm_dsa import ModelArgs, checkpoint, weights
+from glm_dsa.config_reader import BYTES_A_PART, LARGEST_CONFIG, LARGEST_JSON
 from glm_dsa.errors import LONGEST, GlmDsaError
-from glm_dsa.keys import BYTES_A_PART, LARGEST_CONFIG, LARGEST_JSON
 from glm_dsa.model import parameters_of
 from reference import checkpoints, kept
 from reference.stored import read_tensors

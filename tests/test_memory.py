@@ -11,9 +11,10 @@ import pytest
 from builds import write_build
 
 import glm_dsa
-from glm_dsa import ModelArgs, checkpoint, memory, plan, recipe
+from glm_dsa import ModelArgs, checkpoint, memory
 from glm_dsa.errors import CheckpointError
 from glm_dsa.model import parameters_of
+from glm_dsa.planning import plan, recipe
 from reference import checkpoints
 from reference.kept import TRAINED
 from verify import drift

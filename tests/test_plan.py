@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from glm_dsa import Model, ModelArgs, gguf, plan, recipe, tiles, weights
+from glm_dsa import Model, ModelArgs, tiles, weights
 from glm_dsa.__main__ import main
-from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import ConfigError, RecipeError
+from glm_dsa.planning import gguf, plan, recipe
+from glm_dsa.planning.converting import ByRecipe
 from reference import checkpoints
 from tests.builds import write_build
 from verify.audit import audit

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glm_dsa import ModelArgs, weights
-from glm_dsa.formats import Format
+from glm_dsa.planning.formats import Format
 from tests.builds import write_build
 from verify.audit import audit
 from verify.engines import headers

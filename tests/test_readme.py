@@ -17,12 +17,13 @@ import pytest
 
 import glm_dsa
 import verify.__main__
-from glm_dsa import KvQuantization, LayerCache, Model, Widths, plan, recipe
+from glm_dsa import KvQuantization, LayerCache, Model, Widths
 from glm_dsa.__main__ import main
 from glm_dsa.cache import cache_bytes
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
 from glm_dsa.model import parameters_of
+from glm_dsa.planning import plan, recipe
 from reference import card, checkpoints, measure, shapes, train
 from reference.kept import TRAINED
 from reference.layout import LAYOUTS

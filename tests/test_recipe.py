@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import glm_dsa
-from glm_dsa import Model, ModelArgs, plan, recipe, weights
+from glm_dsa import Model, ModelArgs, weights
 from glm_dsa.__main__ import main
-from glm_dsa.converting import ByRecipe
 from glm_dsa.errors import CheckpointError, RecipeError
 from glm_dsa.model import parameters_of
+from glm_dsa.planning import plan, recipe
+from glm_dsa.planning.converting import ByRecipe
 from reference import checkpoints
 from verify.__main__ import main as verifying
 from verify.audit import audit

@@ -7,9 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from glm_dsa import recipe
+from glm_dsa.console import show
 from glm_dsa.errors import printable
-from glm_dsa.output import show
+from glm_dsa.planning import recipe
 
 from . import faults
 from .audit import audit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..config_reader import LARGEST_JSON, read_json
 from ..errors import CheckpointError, ConfigError
-from ..keys import LARGEST_JSON, read_json
 from .safetensors import Stored, read_header
 
 INDEX = "model.safetensors.index.json"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..config_reader import LARGEST_JSON, parse_json
 from ..errors import CheckpointError
-from ..keys import LARGEST_JSON, parse_json
 from ..layouts import Part
 
 DTYPES = {  # what tensors may be stored in, as mlx knows it; F64 is read as float32

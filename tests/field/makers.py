@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import glm_dsa
 from glm_dsa import weights
-from glm_dsa.formats import Format
 from glm_dsa.model import parameters_of
+from glm_dsa.planning.formats import Format
 from reference import checkpoints
 from reference.kept import TRAINED
 from tests.builds import parts_of, write_headers

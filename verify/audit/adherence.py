@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from glm_dsa import weights
-from glm_dsa.formats import Format
-from glm_dsa.recipe import Recipe
+from glm_dsa.planning.formats import Format
+from glm_dsa.planning.recipe import Recipe
 
 from ..core.findings import FAULT, Findings
 from .tensors import Tensors

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from glm_dsa.config_reader import read_json
 from glm_dsa.errors import ConfigError, printable
-from glm_dsa.keys import read_json
 
 from ..core.findings import FAULT, NOTE, WARNING, Findings
 from ..engines.headers import Release, small_file

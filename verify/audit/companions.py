@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from glm_dsa.config_reader import GENERATION as SAMPLING
 from glm_dsa.errors import printable
-from glm_dsa.keys import GENERATION as SAMPLING
 
 from ..core.findings import FAULT, NOTE, WARNING, Findings
 from ..engines.headers import Release

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from glm_dsa import ModelArgs
-from glm_dsa.keys import is_number
+from glm_dsa.config_reader import is_number
 
 from ..core.findings import FAULT, NOTE, WARNING, Findings
 from ..engines import pruning

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from glm_dsa.config_reader import read_json
 from glm_dsa.errors import ConfigError, printable
-from glm_dsa.keys import read_json
 
 from ..core.findings import NOTE, WARNING, Findings
 from ..engines.headers import CONFIG, Release, small_file

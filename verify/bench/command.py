@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from glm_dsa import ModelArgs
-from glm_dsa.output import show
+from glm_dsa.console import show
 
 from .. import FOLDER
 from ..core import exits

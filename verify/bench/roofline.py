@@ -13,7 +13,7 @@ import mlx.core as mx
 from glm_dsa import ModelArgs, inventory
 from glm_dsa.attention import MultiHeadLatentAttention
 from glm_dsa.indexer import WIDEST
-from glm_dsa.plan import Cache, prefill_bytes
+from glm_dsa.planning.plan import Cache, prefill_bytes
 from glm_dsa.tiles import ELEMENTS
 
 from . import flops

@@ -14,7 +14,7 @@ import numpy as np
 
 from glm_dsa import ModelArgs, layouts, weights
 from glm_dsa.checkpoint import assemble, check_values
-from glm_dsa.keys import read_json
+from glm_dsa.config_reader import read_json
 from glm_dsa.storage import INDEX
 from reference import checkpoints, corpus, hf
 from reference.capture import capture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import glm_dsa
-from glm_dsa.keys import read_json
+from glm_dsa.config_reader import read_json
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
 from reference.stored import read_tensors

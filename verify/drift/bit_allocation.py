@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from glm_dsa.formats import AFFINE, Format
+from glm_dsa.planning.formats import AFFINE, Format
 from glm_dsa.weights import AFFINE_BITS
 
 from ..core import stages
@@ -33,7 +33,7 @@ UNPACKED = ("indexer", "router")  # what a recipe never packs
 
 @dataclass
 class Recipe:
-    """Bits of every module, and as a recipe's file: what `glm_dsa.recipe` reads, and convert, plan and audit follow."""
+    """Bits of every module, and as a recipe's file: what `glm_dsa.planning.recipe` reads, and convert, plan and audit follow."""
 
     asked: float
     bits: float

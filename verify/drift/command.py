@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_dsa.output import listen, show
+from glm_dsa.console import listen, show
 
 from ..core import exits, stages
 from ..core.files import whole

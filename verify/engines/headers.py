@@ -13,8 +13,8 @@ from typing import Any
 
 from glm_dsa import ModelArgs, foreign
 from glm_dsa.checkpoint import Headers, known, read_headers
+from glm_dsa.config_reader import read_json
 from glm_dsa.errors import CheckpointError, ConfigError, GlmDsaError
-from glm_dsa.keys import read_json
 from glm_dsa.storage import Stored, stored_as, stored_headers
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")

@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from glm_dsa.console import listen, show
 from glm_dsa.errors import printable
-from glm_dsa.output import listen, show
 
 from ..core import exits
 from ..core.files import whole

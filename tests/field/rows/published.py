@@ -1,6 +1,6 @@
 """Builds that are published, at their true size, by their headers alone: what is sound must be let through in silence."""
 
-from glm_dsa.formats import Format
+from glm_dsa.planning.formats import Format
 
 from ..asking import audited, planned
 from ..formats import ATTENTION, MLP, fp8_blocks, packed_as

@@ -1,6 +1,6 @@
 """Recipes: what ik_llama.cpp's and llama.cpp's users keep in files, our own TOML, and plans of what does not fit."""
 
-from glm_dsa.formats import Format
+from glm_dsa.planning.formats import Format
 
 from ..asking import followed, loaded, planned, ruled
 from ..makers import config_alone, sized, sized_build, tiny

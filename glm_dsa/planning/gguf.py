@@ -28,10 +28,10 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from . import weights
+from .. import weights
+from ..config import ModelArgs
+from ..errors import RecipeError
 from .components import Component, counted
-from .config import ModelArgs
-from .errors import RecipeError
 
 LARGEST, LONGEST = 1 << 20, 4096  # bytes of a file of rules, and signs of a pattern
 PATIENCE = 0.4  # seconds of computing that one pattern may take for all names; a sound one takes some milliseconds

@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from .errors import GlmDsaError, RecipeError
+from ..errors import GlmDsaError, RecipeError
+from ..model import Model, parameters_of
+from ..weights import module_inventory
 from .formats import Format
-from .model import Model, parameters_of
 from .recipe import Recipe
-from .weights import module_inventory
 
 
 def keep_or_drop_mtp(model: Model, config: dict[str, Any], choice: str | None) -> str:

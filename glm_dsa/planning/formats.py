@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .weights import AFFINE_BITS, AFFINE_GROUPS, MODES
+from ..weights import AFFINE_BITS, AFFINE_GROUPS, MODES
 
 AFFINE = "affine"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -16,20 +16,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import foreign, gguf, weights
-from .cache import Widths, cache_bytes
-from .checkpoint import read_headers
+from .. import foreign, weights
+from ..cache import Widths, cache_bytes
+from ..checkpoint import read_headers
+from ..config import ModelArgs
+from ..config_reader import read_json
+from ..console import table
+from ..errors import CacheError, ConfigError, RecipeError, WeightsError, printable
+from ..storage import Stored
+from ..store import BITS, KvQuantization, fitting
+from ..tiles import ELEMENTS
+from ..weights import TensorSpec
+from . import gguf
 from .components import Component, counted
-from .config import ModelArgs
-from .errors import CacheError, ConfigError, RecipeError, WeightsError, printable
 from .formats import Format
-from .keys import read_json
-from .output import table
 from .recipe import Recipe
-from .storage import Stored
-from .store import BITS, KvQuantization, fitting
-from .tiles import ELEMENTS
-from .weights import TensorSpec
 
 MEMORIES = (32, 64, 96, 128, 192, 256, 512)  # GB as sold: 2^30 bytes each
 USABLE = 0.75  # of a Mac's memory every macOS lets the GPU hold; more by iogpu.wired_limit_mb

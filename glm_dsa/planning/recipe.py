@@ -29,11 +29,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..config import ModelArgs
+from ..errors import RecipeError
+from ..weights import LAYER, TensorSpec, module_inventory
 from .components import COMPONENTS
-from .config import ModelArgs
-from .errors import RecipeError
 from .formats import AFFINE, BYTES, Format, packed
-from .weights import LAYER, TensorSpec, module_inventory
 
 KEPT = Path(__file__).parent / "recipes"
 LARGEST, MOST_RULES = 1 << 20, 4096  # bytes of a recipe, and its rules

@@ -182,7 +182,7 @@ class Reader:
         if unknown:
             raise ConfigError(
                 f"config key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}: neither handled nor known to be "
-                "harmless; if it changes nothing in inference, list it in glm_dsa/keys.py, IGNORED"
+                "harmless; if it changes nothing in inference, list it in glm_dsa/config_reader.py, IGNORED"
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from .weights import TensorSpec
+from ..weights import TensorSpec
 
 COMPONENTS = (
     "embedding", "head", "norms", "attention", "indexer", "dense mlp", "router", "experts", "shared experts", "mtp",
