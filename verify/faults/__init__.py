@@ -1,6 +1,11 @@
-"""The catalogue of faults: mistakes that were shipped, or that could be, each a small change to our running definition."""
+"""The catalogue of faults: mistakes that were shipped, or that could be, each a small change to our running definition.
 
-from .catalogue import CATALOGUE, ONCE_PASSED, OWN, PARTS, Fault, chosen, described, digest, listed, named, seeded
+    with faults.seeded("indexer-no-relu"): ...        pytest verify/ --fault indexer-no-relu
+"""
+
+from .catalogue import CATALOGUE, ONCE_PASSED, PARTS
+from .fault import OWN, Fault, digest
+from .seeding import chosen, described, listed, named, seeded
 
 __all__ = [
     "CATALOGUE",
