@@ -89,7 +89,7 @@ def is_fault(error: BaseException) -> bool:
         return True
     package, place = _place(error)
     if ROOMS.get(package) == GATE:
-        is_said = isinstance(error, AssertionError) and place.startswith(" (verify.test_")  # by pytest.raises, say
+        is_said = isinstance(error, AssertionError) and place.startswith(" (verify.claims.test_")  # by pytest.raises, say
         return is_said or FROM_MLX.match(str(error)) is not None
     return ROOMS.get(package) == CANDIDATE
 
