@@ -16,12 +16,12 @@ from glm_dsa.indexer import Indexer, ranks
 from glm_dsa.mask import CausalMask
 from glm_dsa.moe import MixtureOfExperts
 from reference import checkpoints
-from verify.bench import command as bench_command
 from verify.bench import contenders, floor, flops, suite, tables
 from verify.bench.flops import Sizes
 from verify.bench.plots import draw
 from verify.bench.roofline import Machine, paper
 from verify.bench.suite import Bench, Course, alike
+from verify.commands import bench as bench_command
 from verify.engines.definition import in_tiles_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -21,7 +21,7 @@ from verify.core.report import AGREES, FAULT
 from verify.drift import stagewise
 from verify.drift.checks import same_weights
 from verify.drift.stagewise import Compared, component, roots
-from verify.engines import runner, spec
+from verify.engines import factory, runner, spec
 from verify.engines.recording import Hearing, Recording, is_given
 
 TOKENS = np.random.default_rng(3).integers(3, 160, 60).tolist()
@@ -145,7 +145,7 @@ def test_weights_are_the_same_or_not(sharing, tmp_path):
 def recorded(side, given=None, folder=None):
     into = Recording(folder)
     hearing = Hearing(into, given, lambda stage: given is not None and is_given(stage, True))
-    runner.runner_of(side).run(np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
+    factory.runner_of(side).run(np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
     return into
 
 

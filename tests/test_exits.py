@@ -17,10 +17,10 @@ import torch
 import glm_dsa.__main__
 import verify.__main__
 from reference import checkpoints, hf, versions
+from verify.commands import drift as drift_command
 from verify.core import exits
 from verify.core.bounds import ReferencesDisagree
 from verify.core.report import FAULT, MEASURED, NOT_JUDGED, Comparison, Report
-from verify.drift import command as drift_command
 from verify.drift.result import Drift
 from verify.engines import oracles
 from verify.engines.third_party import Failed

@@ -13,11 +13,11 @@ from glm_dsa.planning import recipe
 
 from . import faults
 from .audit import audit
-from .bench import command as bench_command
+from .commands import bench as bench_command
+from .commands import drift as drift_command
+from .commands import quality as quality_command
 from .core import exits
-from .drift import command as drift_command
 from .engines import headers, oracles
-from .quality import command as quality_command
 
 RANDOM = 10  # sound checkpoints beside the faults; the kept record has more
 EPILOG = f"""\

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ALWAYS,
-    ATTENTION,
-    CACHES,
-    INDEXER,
-    Fault,
-)
+from ..fault import ALWAYS, ATTENTION, CACHES, INDEXER, Fault
 
 # fmt: off
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ATTENTION,
-    CACHED,
-    CACHES,
-    OPERATIONS,
-    Fault,
-)
+from ..fault import ATTENTION, CACHED, CACHES, OPERATIONS, Fault
 
 # fmt: off
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ATTENTION,
-    INDEXER,
-    MTP,
-    ROPE,
-    SPARSE,
-    Fault,
-)
+from ..fault import ATTENTION, INDEXER, MTP, ROPE, SPARSE, Fault
 
 # fmt: off
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    CONFIG,
-    LAYERS,
-    LOGITS,
-    SPARSE,
-    Fault,
-)
+from ..fault import CONFIG, LAYERS, LOGITS, SPARSE, Fault
 
 # fmt: off
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    OPERATIONS,
-    Fault,
-)
+from ..fault import OPERATIONS, Fault
 from . import lossy_choices, norms, sixteen_bit
 
 # fmt: off

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    INDEXER,
-    ROUTER,
-    SPARSE,
-    Fault,
-)
+from ..fault import INDEXER, ROUTER, SPARSE, Fault
 
 # fmt: off
 

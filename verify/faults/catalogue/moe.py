@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ALWAYS,
-    ROUTER,
-    Fault,
-)
+from ..fault import ALWAYS, ROUTER, Fault
 
 # fmt: off
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ALWAYS,
-    MTP,
-    SPARSE,
-    Fault,
-)
+from ..fault import ALWAYS, MTP, SPARSE, Fault
 
 # fmt: off
 

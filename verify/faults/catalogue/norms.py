@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ALWAYS,
-    ATTENTION,
-    INDEXER,
-    LAYERS,
-    LOGITS,
-    MTP,
-    Fault,
-)
+from ..fault import ALWAYS, ATTENTION, INDEXER, LAYERS, LOGITS, MTP, Fault
 
 # fmt: off
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    ATTENTION,
-    INDEXER,
-    ROPE,
-    ROUTER,
-    SPARSE,
-    Fault,
-)
+from ..fault import ATTENTION, INDEXER, ROPE, ROUTER, SPARSE, Fault
 
 # fmt: off
 

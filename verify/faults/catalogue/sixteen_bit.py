@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    INDEXER,
-    ROPE,
-    ROUTER,
-    Fault,
-)
+from ..fault import INDEXER, ROPE, ROUTER, Fault
 
 # fmt: off
 

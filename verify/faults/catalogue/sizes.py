@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    SIZES,
-    Fault,
-)
+from ..fault import SIZES, Fault
 
 # fmt: off
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..edits import Edit
-from ..fault import (
-    CONFIG,
-    WEIGHTS,
-    Fault,
-)
+from ..fault import CONFIG, WEIGHTS, Fault
 
 # fmt: off
 

@@ -22,7 +22,7 @@ from ..core.progress import line
 from ..engines import oracles
 
 if TYPE_CHECKING:
-    from . import Drift, Recording
+    from ..drift import Drift, Recording
 
 EPILOG = """\
 a side is a checkpoint, an implementation, or both: ./release, OWNER/NAME, hf, equations, mlx_lm.models.glm_moe_dsa,
@@ -62,8 +62,8 @@ def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
     oracles.check()  # brings torch and transformers in, which other commands do without
     listen()  # what the models take in memory
+    from ..drift import compare
     from ..engines.third_party import Failed
-    from . import compare
 
     _check(chosen)
     try:

@@ -68,9 +68,9 @@ def run(chosen: argparse.Namespace) -> int:
 def _bench(chosen: argparse.Namespace) -> int:
     if not chosen.kept:
         oracles.check()
-    from . import tables
-    from .plots import draw
-    from .suite import Bench, Course
+    from ..bench import tables
+    from ..bench.plots import draw
+    from ..bench.suite import Bench, Course
 
     if chosen.kept:
         found = Bench.of_dict(json.loads(KEPT.read_text()))
@@ -119,7 +119,7 @@ def _check(chosen: argparse.Namespace) -> None:
 
 
 def _paper(chosen: argparse.Namespace) -> int:
-    from .roofline import Machine, paper
+    from ..bench.roofline import Machine, paper
 
     for name in ("bits", "memory", "bandwidth", "rate"):
         if not 0 < getattr(chosen, name) < 1e6:

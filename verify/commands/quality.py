@@ -49,7 +49,7 @@ def run(chosen: argparse.Namespace) -> int:
     listen()  # what the models take in memory
     from ..core.progress import line
     from ..engines.third_party import Failed
-    from . import measure
+    from ..quality import measure
 
     if chosen.json is not None and not _can_be_written(chosen.json):
         raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
