@@ -20,6 +20,7 @@ from reference import checkpoints, hf, versions
 from verify.commands import drift as drift_command
 from verify.core import exits
 from verify.core.bounds import ReferencesDisagree
+from verify.core.checker import Discrepancy
 from verify.core.report import FAULT, MEASURED, NOT_JUDGED, Comparison, Report
 from verify.drift.result import Drift
 from verify.engines import oracles
@@ -71,7 +72,7 @@ def test_what_an_oracle_or_the_gate_raises_is_none(package):
 
 def test_what_the_gate_says_is_a_fault():
     """A comparison that failed, somebody's code that failed, a refusal that a test waited for, mlx's C++ without frames."""
-    assert oracles.is_fault(raised_in("verify.core.checker", pytest.fail.Exception("differs")))
+    assert oracles.is_fault(raised_in("verify.core.checker", Discrepancy("differs")))
     assert oracles.is_fault(raised_in("verify.implementation.judge", Failed("does not load")))
     assert oracles.is_fault(raised_in("verify.claims.test_weights", AssertionError("not refused")))
     assert not oracles.is_fault(raised_in("verify.cases", AssertionError()))

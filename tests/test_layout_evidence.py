@@ -16,7 +16,7 @@ from reference import checkpoints, layout, stored
 from reference.kept import TRAINED
 from reference.stored import read_tensors
 from verify.claims.test_release_layout import CLAIM, STAGE, test_layout
-from verify.core.checker import Judge
+from verify.core.checker import Discrepancy, Judge
 from verify.core.report import FAULT, Report
 from verify.engines import layout_evidence
 from verify.engines.headers import headers_of
@@ -70,7 +70,7 @@ def claim(folder, given, layers=None, prompt=None):
     request = SimpleNamespace(config=given({} if prompt is None else {"--prompt-file": str(prompt)}))
     try:
         test_layout(trial, judge, report, request)
-    except pytest.fail.Exception as error:
+    except Discrepancy as error:
         return "failed", str(error), report
     except pytest.skip.Exception as error:
         return "skipped", str(error), report

@@ -16,7 +16,7 @@ from reference import checkpoints, hf
 from reference.equations import Conventions
 from verify import FOLDER
 from verify.core import bounds, stages
-from verify.core.checker import Judge
+from verify.core.checker import Discrepancy, Judge
 from verify.core.exits import NotJudged
 from verify.core.report import FAULT, Report
 from verify.engines import lengths
@@ -62,7 +62,7 @@ def judged(trial):
             judge.stages(ours, reference, local=True, replaced=reference.injections)
         reference, ours, _, _ = trial.logits()
         judge.stages(ours, reference, local=True)
-    except pytest.fail.Exception:
+    except Discrepancy:
         return judge.report.comparisons[-1]
     return None
 
@@ -285,7 +285,7 @@ def test_a_resumed_run_says_its_faults_again(source, tmp_path):
 
             try:
                 trial.once(judge, f"layers.{layer}", check)
-            except pytest.fail.Exception as failure:
+            except Discrepancy as failure:
                 failures.append(str(failure))
         return out.comparisons, failures
 

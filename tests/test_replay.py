@@ -8,7 +8,7 @@ from verify import faults
 from verify.cases import Case, Spec
 from verify.claims import test_cache, test_mtp
 from verify.claims.replay import Row, hold, in_columns
-from verify.core.checker import Judge
+from verify.core.checker import Discrepancy, Judge
 from verify.core.report import Report
 
 
@@ -54,7 +54,7 @@ def test_a_sound_model_is_not_condemned_for_ties(few_heads, judge):
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_no_fault_hides_behind_a_tie(few_heads, judge, fault, claim):
-    with faults.seeded(fault), pytest.raises(pytest.fail.Exception, match="FAULT"):
+    with faults.seeded(fault), pytest.raises(Discrepancy, match="FAULT"):
         claim(few_heads, judge)
 
 
@@ -68,7 +68,7 @@ def test_what_lies_before_any_tie_is_held_in_a_free_run(few_heads, judge):
             logits[:, 0] += 1
         return logits
 
-    with pytest.raises(pytest.fail.Exception, match="FAULT"):
+    with pytest.raises(Discrepancy, match="FAULT"):
         hold(few_heads, judge, "prefill", [row], run)
 
 

@@ -15,6 +15,7 @@ from glm_dsa.cache import Widths
 from verify.cases import TOPK, Case, group_size
 from verify.claims.replay import filled
 from verify.core import bounds, stages
+from verify.core.checker import Discrepancy
 from verify.core.choices import as_sets, of_stage
 from verify.engines.definition import Ours, to_numpy
 
@@ -244,7 +245,7 @@ class Shrinkable:
         def check(*arguments):
             try:
                 return getattr(self.judge, name)(*arguments)
-            except pytest.fail.Exception as fault:
+            except Discrepancy as fault:
                 raise AssertionError(str(fault)) from None
 
         return check

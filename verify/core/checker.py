@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytest
 
 from . import compare, stages
 from .bounds import Bound
@@ -19,9 +18,13 @@ Array = np.ndarray
 SKIPPED_WHEN_DENSE = ("self_attn.indexer.q", "self_attn.indexer.weights", "self_attn.indexer.scores")
 
 
+class Discrepancy(Exception):
+    """What differs, in the words of the report. The gate makes a failed test of it."""
+
+
 @dataclass
 class Judge:
-    """One test's hand on the report. Every check records a comparison; a failed one fails the test with its message."""
+    """One test's hand on the report. Every check records a comparison; one that fails raises `Discrepancy`."""
 
     report: Report
     claim: str
@@ -155,4 +158,4 @@ class Judge:
         agreed = f"stages before it agree (worst: {worst.stage}, {worst.share:.2g} of its bound)" if worst else ""
         self.report.add(Comparison(self.claim, case, stage, FAULT, error, bound, note=lines[0]))
         text = [f"{stage}   FAULT   [case {case}, seed {self.seed}]", *lines, agreed, f"again: {self.again}"]
-        pytest.fail("\n  ".join(line for line in text if line), pytrace=False)
+        raise Discrepancy("\n  ".join(line for line in text if line))

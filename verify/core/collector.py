@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
-
 from . import stages
-from .checker import Judge
+from .checker import Discrepancy, Judge
 from .report import FAULT, Comparison
 
 
@@ -63,7 +61,7 @@ class Collector(Judge):
         self.record(Fault(case, stage, lines, cause=cause))
 
     def finish(self) -> None:
-        """Fails the test, with all that was met: the same fault in several layers, or prompts, is told once."""
+        """Raises `Discrepancy`, with all that was met: the same fault in several layers, or prompts, is told once."""
         if not self.faults:
             return
         groups: dict[tuple[str, str], list[Fault]] = {}
@@ -77,4 +75,4 @@ class Collector(Judge):
             lines += [f"looks like: {first.cause}"] if first.cause and first.cause not in first.lines else []
             lines += [f"the same in {stages.layers_of(layers)}"] if layers else []
             texts.append("\n  ".join(lines))
-        pytest.fail("\n".join([*texts, f"again: {self.again}"]), pytrace=False)
+        raise Discrepancy("\n".join([*texts, f"again: {self.again}"]))

@@ -83,9 +83,10 @@ def is_fault(error: BaseException) -> bool:
         return False
     import pytest
 
+    from ..core.checker import Discrepancy
     from .third_party import Failed
 
-    if isinstance(error, (pytest.fail.Exception, Failed)):  # of a comparison; what somebody's code did
+    if isinstance(error, (pytest.fail.Exception, Discrepancy, Failed)):  # of a comparison; what somebody's code did
         return True
     package, place = _place(error)
     if ROOMS.get(package) == GATE:

@@ -29,7 +29,7 @@ import torch
 
 from .. import cases, faults
 from ..core import report, sizes
-from ..core.checker import Judge
+from ..core.checker import Discrepancy, Judge
 from ..core.progress import Progress
 from ..core.report import FAULT, RAISES, Comparison
 from ..implementation import subject as theirs
@@ -283,7 +283,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     """Seeded faults are in force while a test runs, not while checkpoints and references are prepared."""
     with faults.seeded(*pyfuncitem.config.getoption("--fault")):
-        return (yield)
+        try:
+            return (yield)
+        except Discrepancy as found:
+            pytest.fail(str(found), pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

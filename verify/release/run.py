@@ -9,14 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from glm_dsa import ModelArgs
 from reference.equations import rms_norm
 
 from ..audit.audit import Finding
 from ..core import bounds, compare, report, stages
-from ..core.checker import Judge
+from ..core.checker import Discrepancy, Judge
 from ..core.choices import Decision, of_stage
 from ..core.compare import Distributions
 from ..core.exits import NotJudged
@@ -282,17 +281,17 @@ class Trial:
     # -- judged once, though the run be interrupted
 
     def once(self, judge: Judge, what: str, check: Callable[[], None]) -> None:
-        """Judges, or says again what an interrupted run found. `check` fails as pytest's tests do."""
+        """Judges, or says again what an interrupted run found. `check` raises `Discrepancy`."""
         if what in self.said:
             for record in self.said[what]["comparisons"]:
                 judge.report.add(report.Comparison(**record))
             if (failure := self.said[what]["failure"]) is not None:
-                pytest.fail(failure, pytrace=False)
+                raise Discrepancy(failure)
             return
         before = len(judge.report.comparisons)
         try:
             check()
-        except pytest.fail.Exception as error:
+        except Discrepancy as error:
             self._say(what, judge, before, str(error))
             raise
         self._say(what, judge, before, None)
