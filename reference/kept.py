@@ -36,7 +36,7 @@ def probes() -> dict[str, Any]:
     if not _all_of(texts, str) or not _all_of(needles, dict) or any(set(n) != {"prompt", "value"} for n in needles):
         raise ValueError(f"{file}: not as this repository keeps it; check it out again")
     if not _all_of([text for needle in needles for text in needle.values()], str):
-        raise ValueError(f"{file}: needles of texts are due; check it out again")
+        raise ValueError(f"{file}: expected needles of texts, got others; check it out again")
     return found
 
 

@@ -19,6 +19,7 @@ from glm_dsa.storage import Stored, stored_as, stored_headers
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
 CONFIG = "config.json"
+# config keys in which two sides, or a release and its original, must be alike
 SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim",
     "qk_nope_head_dim", "qk_rope_head_dim", "n_routed_experts", "moe_intermediate_size", "intermediate_size",

@@ -138,7 +138,6 @@ COST, TILE = "a form's cost, or a tile's size: results do not depend on it", "no
 HEADS, FORM = "the heads' axis, or one entry for all of them", "at so many queries, or keys, another form is cheaper"
 REFUSED = "what is refused, not what is computed"
 LONG = "no call has so many tokens"
-SEEN = "what the first query may see, the last may too"
 ROWS_9, CALL, CONTEXT, ID = (
     f"wrong from {what} on" for what in ("rows of 9", "tokens of 1,500", "tokens of 150,000", "a value of 100,000")
 )
@@ -161,7 +160,7 @@ OF_SIZES = {
     ("attention.selection_mask", f"selection: {ID}"): FORM,
     **{(f"linear.{name}.__call__", f"x: {CALL}"): HEADS
        for name in ("QuantizedMultiLinear", "MultiLinear", "QuantizedSwitchLinear", "SwitchLinear")},
-    ("mask.CausalMask.picked", f"columns: {CALL}"): SEEN, ("mask.CausalMask.picked", f"columns: {CONTEXT}"): SEEN,
+    ("mask.CausalMask.picked", f"columns: {CONTEXT}"): LONG,
     **{(where, f"{name}: wrong from a value of 150,000 on"): LONG
        for where, name in (("model.Backbone.rotation_and_mask", "length"), ("model.positions", "length"))},
     ("moe.Router.choose", f"scores: {CONTEXT}"): LONG, ("store.Columns.take", f"columns: {CONTEXT}"): LONG,
