@@ -5,6 +5,7 @@
 #   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 12 minutes
 #   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
 #   make full     judge with 60 random checkpoints, kept as the record that the tests check; diagnose; long contexts
+#   make docs     rewrites what README.md and docs/ have from code and kept records, a minute
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ TRIED := $(shell sed -nE 's/^(OLDEST|NEWEST) = "([0-9.]+)".*/\2/p' reference/ver
 UNDER := .venv-versions
 LAYOUT ?= interleaved
 
-.PHONY: verify test versions judge diagnose full mutate train lint clean
+.PHONY: verify test versions judge diagnose full mutate train docs lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
@@ -44,6 +45,9 @@ mutate: $(READY)
 train: $(READY)
 	$(BIN)/python -m reference.train --indexer-rope $(LAYOUT) --out training/$(LAYOUT) $(ARGS)
 	$(BIN)/python -m reference.measure training/$(LAYOUT)/checkpoint
+
+docs: $(READY)
+	$(BIN)/python -m docs.blocks
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,7 +24,6 @@ from verify.bench.suite import Bench, Course, alike
 from verify.commands import bench as bench_command
 from verify.engines.definition import in_tiles_of
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
 ARGS = ModelArgs.from_dict(checkpoints.glm_5_2())
 EIGHTH = ModelArgs.from_dict(contenders.read(contenders.EIGHTH))
 
@@ -307,28 +306,10 @@ def test_a_config_nested_too_deep_is_one_line(capsys, tmp_path):
     assert error.count("\n") == 1
 
 
-def test_the_readmes_table_is_that_of_the_record(capsys):
+def test_the_kept_record_is_told_with_its_targets(capsys):
     record = Bench.of_dict(json.loads(bench_command.KEPT.read_text()))
-    written = re.search(r"<!-- bench -->\n(.*?)\n<!-- end of bench -->", README, re.DOTALL)
-    assert written[1] == tables.readme_table(record)
     assert verify.__main__.main(["bench", "--kept"]) == int(not all(t.met for t in record.targets))
     assert "target" in capsys.readouterr().out
-
-
-def test_the_readmes_commands_run(capsys, tmp_path, monkeypatch):
-    """Those on paper as they stand; of the others the options."""
-    lines = re.findall(r"^python -m verify bench(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    with pytest.raises(SystemExit, match="0"):
-        verify.__main__.main(["bench", "--help"])
-    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--keep"}
-    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(lines))) == options
-    (tmp_path / "F").write_text(contenders.TRUE.read_text())
-    monkeypatch.chdir(tmp_path)
-    on_paper = [line for line in lines if "--paper" in line]
-    assert len(on_paper) == 2
-    for line in on_paper:
-        assert verify.__main__.main(["bench", *line.split()]) == 0
-        assert "together" in capsys.readouterr().out
 
 
 def test_an_interrupted_or_refused_run_leaves_nothing(capsys, tmp_path):

@@ -686,7 +686,7 @@ def test_bytes_at_glm_5_2_widths():
 @pytest.mark.parametrize("tokens", [1024, 8192, 32768])
 @pytest.mark.parametrize("quantization", [None, KvQuantization(), KvQuantization(4)], ids=str)
 def test_bytes_measured_are_those_predicted(tokens, quantization):
-    """At GLM-5.2's widths, in 16 bit, grown in chunks: the README's table."""
+    """At GLM-5.2's widths, in 16 bit, grown in chunks."""
     cache = LayerCache(Widths(512, 64, 128), quantization)
     for _ in range(tokens // 1024):
         cache.append_index_keys(mx.zeros((1, 1024, 128), mx.bfloat16))

@@ -1,6 +1,6 @@
 """python -m tests.carried: every carried fault, where it shows, and how near it comes to the catalogue's own.
 
-With --drift: how many of them `python -m verify drift` names; --keep makes that the README's table.
+With --drift: how many of them `python -m verify drift` names; --keep makes that the record that is kept; make docs then writes its table.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .compared import TOLERANCE, Trial
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.carried")
     parser.add_argument("--drift", action="store_true", help="diagnose each, as python -m verify drift does")
-    parser.add_argument("--keep", action="store_true", help="with --drift: keep the outcomes and the README's table")
+    parser.add_argument("--keep", action="store_true", help="with --drift: make it the record that is kept (run make docs then)")
     parser.add_argument(
         "--all-folds", action="store_true", help="with --drift: withhold each fifth of the catalogue in turn"
     )

@@ -1,4 +1,4 @@
-"""A run in words: tables for the terminal, and the README's."""
+"""A run in words: tables for the terminal, and for the documentation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _parts(found: Bench) -> Iterator[str]:
     yield ""
 
 
-def readme_table(found: Bench) -> str:
+def markdown(found: Bench) -> str:
     """Markdown, from the kept record of a run."""
     lines = [
         "| context | | mlx-lm | HF on torch | ours | ours, IndexShare | times mlx-lm | peak MB, ours / mlx-lm |",

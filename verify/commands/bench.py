@@ -40,11 +40,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--no-true-widths", action="store_true", help="leave out the layer of GLM-5.2's own widths")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write bench.json and a figure for each table there")
-    parser.add_argument("--kept", action="store_true", help="run nothing: the record that the README shows")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the record that the documentation shows")
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="make it the record that is kept (README's table is of it; a test says how that should read)",
+        help="make it the record that is kept (run make docs then, for the table that is made of it)",
     )
     paper = parser.add_argument_group("on paper")
     paper.add_argument(

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import FOLDER, ROOT, faults
+from .. import FOLDER, faults
 from .baselines import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, PUBLISHED_TOPK, RULES, SETTINGS, TEXT
 from .judging import is_named
 
 KEPT = FOLDER / "judged.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- judged -->\n", "<!-- end of judged -->"
 
 
 class Judged:
@@ -40,10 +38,9 @@ class Judged:
         return judged
 
     def keep(self) -> None:
-        """Makes this the record that the repository keeps, and its table the README's."""
+        """Makes this the record that the repository keeps."""
         KEPT.write_text(self.json())
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(before + BEGIN + self.markdown() + "\n" + END + rest.split(END, 1)[1])
+        print(f"{KEPT.name} is written; run make docs, for the tables that are made of it")
 
     def json(self) -> str:
         return json.dumps(self.record, indent=1) + "\n"

@@ -1,0 +1,1 @@
+"""Pages, one a question (index.md), and what makes the generated parts of them (blocks.py)."""
