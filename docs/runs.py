@@ -31,13 +31,17 @@ def said(command: str, folder: Path = ROOT) -> str:
         arguments, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     if done.returncode != 1:
-        raise ValueError(f"{command}: expected exit status 1, got {done.returncode}; it said:\n{done.stdout}{done.stderr}")
+        raise ValueError(
+            f"{command}: expected exit status 1, got {done.returncode}; it said:\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
 def failure() -> str:
     """One stage that fails, under a fault that was seeded."""
-    found = re.search(r"^E? *(layers\.0\.self_attn\.indexer\.k .*?\n.*?again: [^\n]*)", said(FAILURE), re.DOTALL | re.MULTILINE)
+    found = re.search(
+        r"^E? *(layers\.0\.self_attn\.indexer\.k .*?\n.*?again: [^\n]*)", said(FAILURE), re.DOTALL | re.MULTILINE
+    )
     if found is None:
         raise ValueError(f"{FAILURE}: expected a fault of layers.0.self_attn.indexer.k, got:\n{said(FAILURE)}")
     first, *rest = [line.removeprefix("E").strip() for line in found[1].splitlines()]

@@ -50,7 +50,9 @@ def examples() -> list[str]:
 
 def claims() -> str:
     places = {f"test_{part}": place for place, part in enumerate(plugin.ORDER)}
-    files = sorted((file.stem for file in plugin.CLAIMS.glob("test_*.py")), key=lambda f: (places.get(f, len(places)), f))
+    files = sorted(
+        (file.stem for file in plugin.CLAIMS.glob("test_*.py")), key=lambda f: (places.get(f, len(places)), f)
+    )
     modules = [importlib.import_module(f"verify.claims.{file}") for file in files]
     return table(
         ["claim", "what is held against what"],
@@ -143,7 +145,9 @@ def recipes() -> str:
     rows = []
     for name in recipe.kept():
         rules = recipe.load(name)
-        config = max((file for file in CONFIGS.glob("*.json") if name.startswith(file.stem)), key=lambda file: len(file.stem))
+        config = max(
+            (file for file in CONFIGS.glob("*.json") if name.startswith(file.stem)), key=lambda file: len(file.stem)
+        )
         total = plan.plan(config, rules).main
         rows.append([f"`{name}`", rules.purpose, f"{total.bits:.3f}", f"{total.nbytes / 2**30:.2f}"])
     return table(["recipe", "for", "bits a weight", "GiB, without MTP"], rows)

@@ -25,4 +25,6 @@ weights = InFloat32(read_tensors(folder))  # FP8 blocks and packed builds too
 # the first layers need no other one's weights
 mass = layout.captured_mass(config, weights, tokens, layers=3, embed=weights.embed)
 found = layout.evidence(mass)
-print(found.layout, found.ratio, found.mass, found.doubt)  # layout: None where the evidence does not suffice: doubt says why
+print(
+    found.layout, found.ratio, found.mass, found.doubt
+)  # layout: None where the evidence does not suffice: doubt says why

@@ -119,6 +119,7 @@ def _judge(chosen: argparse.Namespace) -> int:
         Path(chosen.json).write_text(judged.json())
     if chosen.keep:
         judged.keep()
+        _tell("kept; run make docs, which writes the tables that are made of it")
     return exits.FAULT if judged.problems() else exits.AGREES
 
 

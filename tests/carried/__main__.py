@@ -1,6 +1,6 @@
 """python -m tests.carried: every carried fault, where it shows, and how near it comes to the catalogue's own.
 
-With --drift: how many of them `python -m verify drift` names; --keep makes that the record that is kept; make docs then writes its table.
+With --drift: how many of them `python -m verify drift` names; --keep makes that the kept record, of which make docs writes a table.
 """
 
 import argparse

@@ -126,7 +126,7 @@ def main(
     print("\n" + table(records))
     if keep:
         KEPT.write_text(json.dumps(records, indent=0) + "\n")
-        print(f"{KEPT.name} is written; run make docs, for the tables that are made of it")
+        print("kept; run make docs, which writes the tables that are made of it")
     return int(not all(enough(records, kind) for kind in kinds(records)))
 
 

@@ -40,7 +40,6 @@ class Judged:
     def keep(self) -> None:
         """Makes this the record that the repository keeps."""
         KEPT.write_text(self.json())
-        print(f"{KEPT.name} is written; run make docs, for the tables that are made of it")
 
     def json(self) -> str:
         return json.dumps(self.record, indent=1) + "\n"
