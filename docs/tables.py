@@ -77,7 +77,7 @@ def results() -> str:
         ["faults that the gate catches", f"{record.caught()} of {all_of_them}", "`make judge`"],
         ["... at the claim and stage that were declared before", f"{record.named()} of {all_of_them}", ""],
         [f"... that the best of {len(scorecard.RULES)} published pass rules catches ({rule}, at {setting})",
-         f"{most} of {all_of_them}", ""],
+         f"{most} of {record.asked(rule)} asked", ""],
         ["false alarms on sound checkpoints of random shape", f"{len(record.random['false_alarms'])} of {drawn}", "`make full`"],
     ]  # fmt: skip
     records = json.loads(diagnosing.KEPT.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""python -m examples.drift [RELEASE ORIGINAL OUT]: where a build drifts, what its bits cost, and a better build of the same size.
+"""python -m examples.drift [RELEASE ORIGINAL OUT]: where a build drifts, what its bits cost, and a better build within a budget.
 
 Without arguments the small trained checkpoint is packed to 4 bit, and that is the release.
 """
