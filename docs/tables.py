@@ -65,7 +65,7 @@ def judged() -> str:
 
 
 def diagnosed() -> str:
-    return diagnosing.table(json.loads(diagnosing.KEPT.read_text(encoding="utf-8")))
+    return diagnosing.table(diagnosing.kept())
 
 
 def results() -> str:
@@ -80,7 +80,7 @@ def results() -> str:
          f"{most} of {record.asked(rule)} asked", ""],
         ["false alarms on sound checkpoints of random shape", f"{len(record.random['false_alarms'])} of {drawn}", "`make full`"],
     ]  # fmt: skip
-    records = json.loads(diagnosing.KEPT.read_text(encoding="utf-8"))
+    records = diagnosing.kept()
     for kind in diagnosing.kinds(records):
         what, where, _, _ = kind
         if what == "alone":

@@ -1,7 +1,5 @@
 """Generated blocks: what stands in README.md and docs/ is what code and records make of it."""
 
-import json
-
 import pytest
 
 from docs import blocks
@@ -45,6 +43,6 @@ def test_marks_that_cannot_be_are_refused(page, subject):
 
 
 def test_enough_of_what_was_diagnosed_was_right():
-    records = json.loads(diagnosing.KEPT.read_text(encoding="utf-8"))
+    records = diagnosing.kept()
     assert diagnosing.kinds(records)
     assert all(diagnosing.enough(records, kind) for kind in diagnosing.kinds(records))

@@ -20,9 +20,9 @@ WALLS = {
     "reference.equations, reference.layout": ("torch", "transformers", "mlx", "glm_dsa"),
 }
 FOLDERS = {
-    "glm_dsa": ("torch", "transformers", "numpy", "mlx_lm", "reference", "verify", "tests"),
-    "reference": ("mlx", "mlx_lm", "glm_dsa", "verify", "tests"),
-    "verify": ("tests",),
+    "glm_dsa": ("torch", "transformers", "numpy", "mlx_lm", "reference", "verify", "tests", "docs", "examples"),
+    "reference": ("mlx", "mlx_lm", "glm_dsa", "verify", "tests", "docs", "examples"),
+    "verify": ("tests", "docs", "examples"),
 }
 
 

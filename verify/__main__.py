@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     judging.add_argument("--json", metavar="FILE", help="write the whole record there")
     judging.add_argument(
-        "--keep", action="store_true", help="make it the record that is kept, verify/judged.json (run make docs then)"
+        "--keep", action="store_true", help="make it the record that is kept (run make docs then)"
     )
     listing = commands.add_parser("faults", help="the catalogue: what pytest verify/ --fault NAME seeds")
     listing.add_argument("name", nargs="?", help="one of them, with the change that it makes")

@@ -130,6 +130,11 @@ def main(
     return int(not all(enough(records, kind) for kind in kinds(records)))
 
 
+def kept() -> list[dict]:
+    """The records of the run that this version was tried by."""
+    return json.loads(KEPT.read_text(encoding="utf-8"))
+
+
 def kinds(records: Sequence[dict]) -> list[tuple[str, str, str, int]]:
     """(what, where, dtype, how many faults at once), in the order of the run."""
     return list(dict.fromkeys((r["what"], r["where"], r["dtype"], len(r["names"])) for r in records))
