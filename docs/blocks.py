@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import runs, tables
@@ -37,7 +38,7 @@ BLOCKS = {
     "family": Block(tables.family), "fault": Block(tables.fault),
     "failure": Block(runs.failure, is_measured=True), "drift": Block(runs.drift, is_measured=True),
     "implementation": Block(runs.implementation),
-    **{f"examples/{name}": Block(lambda name=name: tables.code(f"examples/{name}")) for name in tables.examples()},
+    **{f"examples/{name}": Block(partial(tables.code, f"examples/{name}")) for name in tables.examples()},
 }  # fmt: skip
 
 
