@@ -21,7 +21,7 @@ else:
     mlx_lm.convert(str(original), str(release), quantize=True, q_bits=4, q_group_size=32)
 
 text = Path("README.md").read_text()  # any text of yours; without one, random tokens
-found = drift.compare(str(release), against=str(original), text=text, length=128, suggest_bits=6.25)
+found = drift.compare(str(release), against=str(original), text=text, length=96, suggest_bits=6.25)
 print(found.summary())
 print(found.divergence, found.distributions["kl_mean"])  # plain objects: comparisons, causes, growth, tokens, ...
 for row in found.sensitivity.rows:

@@ -130,7 +130,7 @@ def called(program: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("program", "arguments"), commands())
-def test_a_command_line_parses(program, arguments, monkeypatch, unregistered):
+def test_a_command_line_parses(program, arguments, monkeypatch, registered):
     if program.startswith("examples."):
         assert (ROOT / f"{program.replace('.', '/')}.py").is_file()
         return
@@ -188,7 +188,7 @@ def test_every_option_of_the_gate_is_in_its_table():
     assert set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)) == options_of_the_gate()
 
 
-def test_every_option_that_a_page_names_exists(capsys, unregistered):
+def test_every_option_that_a_page_names_exists(capsys):
     known = options_of_the_gate() | ELSEWHERE
     for program in ("glm_dsa", *PROGRAMS):
         known |= options_of(program, capsys)
