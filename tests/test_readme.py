@@ -24,9 +24,10 @@ from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.mlx_lm import COMMANDS
 from glm_dsa.model import parameters_of
 from glm_dsa.planning import plan, recipe
-from reference import card, checkpoints, measure, shapes, train
+from reference import checkpoints, shapes
 from reference.kept import TRAINED
 from reference.layout import LAYOUTS
+from reference.training import card, measure, train
 from tests.carried import diagnosing
 from verify.gate import plugin as gate
 from verify.selftest import scorecard
