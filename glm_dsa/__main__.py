@@ -2,7 +2,7 @@
 
 Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
 `plan` says what a model takes, before it is converted. `attach DIR` lets any mlx-lm load a checkpoint with this definition.
-`generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm.py`).
+`generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm/`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from typing import Any
 from . import __version__, foreign, weights
 from .checkpoint import assemble, check_values
 from .config import ModelArgs
-from .console import show
+from .console import MLX_LM, show
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 from .planning import gguf, plan, recipe
+from .text import table
 
-MLX_LM = (
-    "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
-)  # fmt: skip
 UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/core/exits.py)
 REFUSED = {
     "awq": "it does not know this architecture",
@@ -172,9 +170,8 @@ def render(found: dict[str, Any], as_json: bool) -> str:
     rows = [("component", "tensors", "parameters")]
     rows += [(c, f"{n['tensors']:,}", f"{n['parameters']:,}") for c, n in found["components"].items()]
     rows.append(("total", f"{found['tensors']:,}", f"{found['parameters']:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [printable(f"{found['path']}: {found['model_type']}"), ""]
-    lines += [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
+    lines += table(rows, right=(1, 2))
     if "stored" in found:
         held = dict(found["stored"])
         sizes = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in held.pop("bytes").items())

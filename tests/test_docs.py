@@ -20,9 +20,10 @@ from glm_dsa.__main__ import MLX_LM, main
 from glm_dsa.config import OVERRIDES, ModelArgs
 from glm_dsa.model import parameters_of
 from glm_dsa.planning import recipe
-from reference import card, checkpoints
+from reference import checkpoints
 from reference.kept import TRAINED
 from reference.layout import LAYOUTS
+from reference.training import card
 from verify.bench import contenders
 from verify.gate import plugin
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 from glm_dsa import ModelArgs
 from glm_dsa.console import show
+from glm_dsa.text import parse_count
 
 from .. import FOLDER
 from ..core import exits
 from ..core.files import whole
 from ..core.progress import line
 from ..engines import oracles
+from . import options
 
+MOST_CONTEXT = 1 << 24
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
 KEPT = FOLDER / "bench" / "measured.json"
 ON_PAPER = {"config", "context", "bits", "kv_bits", "memory", "bandwidth", "rate"}
@@ -91,7 +92,7 @@ def _bench(chosen: argparse.Namespace) -> int:
             tell=tell,
         )  # fmt: skip
         found = course.run()
-    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    found.command = options.command_line()
     show("\n".join(tables.summary(found)))
     text = json.dumps(found.as_dict(), indent=1) + "\n"
     files = [] if chosen.out is None else [chosen.out / "bench.json"]
@@ -136,8 +137,7 @@ def _paper(chosen: argparse.Namespace) -> int:
 
 def tokens(text: str, option: str) -> int:
     """ "16k" -> 16384. Raises ValueError."""
-    times = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if times > 1 else text
-    if not digits.isdigit() or not 0 < int(digits) * times <= 1 << 24:
-        raise ValueError(f"{option} {text}: a number of tokens is due, 16k or 1M say")
-    return int(digits) * times
+    try:
+        return parse_count(text, MOST_CONTEXT)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from None
