@@ -96,7 +96,6 @@ class _Listening:
                 self.hearing.note(stage, None)
             return out
         chosen = to_numpy(array)
-        assert chosen is not None
         if chosen.size != self.length * chosen.shape[-1]:
             return out
         self.hearing.note(stage, chosen.reshape(self.length, -1))
@@ -109,9 +108,9 @@ class _Listening:
         weights, _ = first(out, mx.floating)
         if experts is None or weights is None or experts.size != weights.size or experts.size % self.length:
             return out
-        chosen = to_numpy(experts).reshape(self.length, -1)  # type: ignore[union-attr]
+        chosen = to_numpy(experts).reshape(self.length, -1)
         count = self.runner.args.n_routed_experts
-        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)  # type: ignore[union-attr]
+        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)
         self.hearing.note(f"{path}.topk", chosen)
         self.hearing.note(f"{path}.weights", by_expert)
         due, theirs = self.hearing.due(f"{path}.topk"), self.hearing.other(f"{path}.weights")

@@ -112,7 +112,7 @@ class Cost:
             f"({self.perplexity:.4f} times)"
         )
 
-    def over(self, limits: dict[str, float]) -> list[str]:
+    def over(self, limits: Mapping[str, float]) -> list[str]:
         """Which limits it does not keep."""
         wrong = []
         for name, limit in limits.items():

@@ -130,9 +130,7 @@ class Pass:
         last = around.after(hf.out)
         ran.hf |= {f"layers.{index}.eh_proj": x.numpy(), f"layers.{index}.shared_head": last.numpy()}
         ran.truth |= self._true_ends(index, embedded, hidden, ran.truth[f"layers.{index}.output"])
-        own_end = to_numpy(ours.seen.out[1:])
-        assert own_end is not None
-        ran.ends = last.numpy(), own_end
+        ran.ends = last.numpy(), to_numpy(ours.seen.out[1:])
         return ran
 
     def _true_ends(self, index: int, embedded: torch.Tensor, hidden: torch.Tensor, out: Array) -> dict[str, Array]:
@@ -174,11 +172,8 @@ class Pass:
         half = None if self.half is None else HalfHand(self.half, hf)
         hands = [hand for hand in (hf, original, truth, ours, half) if hand is not None]
         together(hands, lambda: self._experts(hands))
-        own = to_numpy(ours.seen.out[1:])
-        assert own is not None
-        ran = Ran(
-            hf.stages, truth.stages, ours.seen.stages, (hf.out.numpy(), own), None if half is None else half.stages
-        )
+        ends = hf.out.numpy(), to_numpy(ours.seen.out[1:])
+        ran = Ran(hf.stages, truth.stages, ours.seen.stages, ends, None if half is None else half.stages)
         ran.by = hf
         if original is not None:
             ran.original, ran.attended = original.stages, next(iter(original.attended.values()))[0]

@@ -245,8 +245,6 @@ class Trial:
             if run.original is not None:
                 parts["original"].append((of_original @ run.original.head(rows).T).numpy())
         whole = {name: np.concatenate(p, -1) for name, p in parts.items() if p}
-        mine = to_numpy(own)
-        assert mine is not None
         reference = self._reference(
             {"norm": hidden.numpy(), "logits": whole["hf"]},
             {"norm": exact, "logits": whole["truth"]},
@@ -258,7 +256,7 @@ class Trial:
         if self._has_perplexity:
             self._measure_perplexity(whole["release"], paid, run.tokens[0, asked + 1])
         ours = whole["ours"]
-        return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+        return reference, {"norm": to_numpy(own)[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
 
     @property
     def _has_perplexity(self) -> bool:
