@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from . import bounds, stages
-from .compare import as_sets
+from .compare import LOWEST, as_sets
 
 Array = np.ndarray
-LOWEST = -1e38  # HF masks with float32's lowest number where others write -inf
 
 
 @dataclass(frozen=True)

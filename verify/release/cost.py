@@ -43,8 +43,8 @@ class LayerCost:
 
 def of_layer(
     layer: int,
-    release: dict[str, Array],
-    original: dict[str, Array],
+    release: Mapping[str, Array],
+    original: Mapping[str, Array],
     attended: Array | None,
     is_sparse: bool,
     numbering: Numbering | None = None,
@@ -156,14 +156,7 @@ class Perplexity:
 
 def perplexity(logits: Array, following: Array) -> float:
     """Logits [positions, V], and the token that follows each position."""
-    return float(np.exp(_surprise(logits, following)))
-
-
-def _surprise(logits: Array, following: Array) -> float:
-    """Mean negative log likelihood, in nats."""
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return float(np.mean(np.log(np.exp(x).sum(-1)) - x[np.arange(len(following)), following]))
+    return float(np.exp(np.mean(compare.nll(compare.log_softmax(logits), following))))
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:
