@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_dsa import memory
+from glm_dsa import ModelArgs, memory
 from reference import layout
 from reference.stored import read_tensors
 
@@ -381,14 +381,14 @@ class Session:
 # -- figures
 
 
-def _unseen(args: Any, found: list[Compared]) -> list[str]:
+def _unseen(args: ModelArgs, found: list[Compared]) -> list[str]:
     """Outputs that the candidate does not show: there nothing was compared."""
     seen = {c.stage for c in found}
     due = [*(f"layers.{i}.output" for i in range(args.num_hidden_layers)), "logits"]
     return [stage for stage in due if stage not in seen]
 
 
-def _layers(args: Any) -> list[dict[str, Any]]:
+def _layers(args: ModelArgs) -> list[dict[str, Any]]:
     count = args.num_hidden_layers + args.num_nextn_predict_layers
     indexers = ["none" if not args.has_indexer else "full" if args.runs_indexer(i) else "shared" for i in range(count)]
     return [

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from glm_dsa import ModelArgs
+from reference.equations import Weights
 
 from ..audit.audit import Finding
 from ..core import bounds, compare, report, stages
@@ -83,7 +84,7 @@ class LayerReference:
 class Case:
     name: str
     args: ModelArgs
-    weights: Any
+    weights: Weights  # by HF's names
     packed: bool
 
     @property
