@@ -60,7 +60,7 @@ class OurLayers:
             return attended[name]
 
         def listener(stage: str, value: Any) -> Any:
-            seen[stage] = value
+            seen.setdefault(stage, value)  # what is computed once more is lazy: nobody asks for it
             if stage not in choices or value is None:
                 return value
             return mx.concatenate([mx.array(choices[stage]).astype(value.dtype), value[1:]])
