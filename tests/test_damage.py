@@ -16,10 +16,10 @@ from reference import checkpoints
 from reference.packed import Packing, dequantize
 from reference.stored import read_tensors
 from verify.audit import audit
+from verify.engines.base import Weights
 from verify.engines.headers import headers_of
 from verify.release import weights
 from verify.release.gaps import gap
-from verify.release.lockstep import Weights
 from verify.release.rounding import Form
 from verify.release.weights import Weighing
 

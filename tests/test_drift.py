@@ -21,7 +21,7 @@ from verify.core.report import AGREES, FAULT
 from verify.drift import stagewise
 from verify.drift.checks import same_weights
 from verify.drift.stagewise import Compared, roots
-from verify.engines import factory, runner, spec
+from verify.engines import base, registry, spec
 from verify.engines.recording import Hearing, Recording, is_given
 
 TOKENS = np.random.default_rng(3).integers(3, 160, 60).tolist()
@@ -145,7 +145,7 @@ def test_weights_are_the_same_or_not(sharing, tmp_path):
 def recorded(side, given=None, folder=None):
     into = Recording(folder)
     hearing = Hearing(into, given, lambda stage: given is not None and is_given(stage, True))
-    factory.runner_of(side).run(np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
+    base.run(registry.engine_of(side), np.array([TOKENS]), np.arange(len(TOKENS)), hearing)
     return into
 
 
@@ -160,8 +160,8 @@ def test_every_way_of_running_gives_hfs_stages(plain, sharing, monkeypatch, tmp_
     truth = recorded(side.on("equations"), reference)
     if large:
         monkeypatch.setattr(spec, "SMALL", 0)
-        monkeypatch.setattr(runner, "CHUNK", 5 * 64 * 32 * 12)
-        monkeypatch.setattr(runner, "HEAD_ROWS", 50)
+        monkeypatch.setattr(base, "CHUNK", 5 * 64 * 32 * 12)
+        monkeypatch.setattr(base, "HEAD_ROWS", 50)
     seen = recorded(side, reference, tmp_path / "recorded" if large else None)
     if is_ours:
         assert {s for s in seen if seen[s] is not None} == {s for s in reference if reference[s] is not None}

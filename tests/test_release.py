@@ -19,7 +19,7 @@ from verify.core import bounds, stages
 from verify.core.checker import Discrepancy, Judge
 from verify.core.exits import NotJudged
 from verify.core.report import FAULT, Report
-from verify.engines import lengths
+from verify.engines import base, lengths
 from verify.engines.headers import headers_of
 from verify.release import cost, request
 from verify.release.request import OnTrial
@@ -164,8 +164,6 @@ def test_in_16_bit_packed_weights_are_not_judged_on_a_cpu(source, tmp_path):
 
 
 def test_experts_come_in_chunks(source, monkeypatch):
-    from verify.release import layerwise
-
     whole, parts = trial_of(source), trial_of(source)
     parts.run.chunk = 3
     assert whole.run.chunk == CONFIG["n_routed_experts"]
@@ -173,7 +171,7 @@ def test_experts_come_in_chunks(source, monkeypatch):
         ones, others = whole.layer(layer)[0].hf, parts.layer(layer)[0].hf
         for stage in stages.in_order(ones):
             assert np.allclose(ones[stage], others[stage], atol=1e-5), stage
-    assert layerwise.CHUNK >= 1 << 20
+    assert base.CHUNK >= 1 << 20
 
 
 def test_what_it_cost_is_nothing_beside_itself_and_more_with_fewer_bits(source, tmp_path):

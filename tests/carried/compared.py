@@ -19,10 +19,11 @@ from reference.layers import Layers
 from verify import faults
 from verify.cases import Case, default_specs
 from verify.core import compare, stages
+from verify.engines.base import Underway
 from verify.engines.definition import Ours, to_numpy
+from verify.engines.run_hf import steps
 from verify.engines.third_party import Implementation
 from verify.implementation import subject as theirs
-from verify.release.lockstep import HfHand, together
 
 from .in_hf import IN_HF, Carried
 from .in_stock import IN_STOCK, write_stock
@@ -197,17 +198,15 @@ def streamed_stages(layers: Layers, tokens: np.ndarray) -> Stages:
     seen: Stages = {}
     x, selection = layers.embed(torch.as_tensor(tokens)), None
     for layer in range(layers.config["num_hidden_layers"]):
-        hand = HfHand(layers, layer, x, selection)
-        together([hand], lambda hand=hand: take_experts(hand))
-        seen |= hand.stages
-        x, selection = hand.out, hand.selection
+        run = Underway(steps(layers, layer, x, selection))
+        if run.request is not None:
+            half = layers.config["n_routed_experts"] // 2
+            for start in (0, half):
+                run.request.take(start, layers.experts(layer, start, half))
+        answer = run.finish()
+        seen |= answer.stages
+        x, selection = answer.out, answer.selection
     return seen | {"norm": layers.norm(x).numpy()}
-
-
-def take_experts(hand: HfHand) -> None:
-    half = hand.layers.config["n_routed_experts"] // 2
-    for start in (0, half) if hand.asked is not None else ():
-        hand.take(start, hand.layers.experts(hand.index, start, half))
 
 
 def first_changed(clean: Mapping[str, Any], faulty: Mapping[str, Any]) -> str:

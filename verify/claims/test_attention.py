@@ -132,5 +132,6 @@ def test_the_cheapest_form(case: Case, judge, monkeypatch):
         before += length
         selected = topk if args.has_indexer and before > topk else None
         counts = multiplications(args, length, before, selected)
-        due = {min(counts, key=counts.__getitem__)}
-        judge.holds(case.name, "form", set(ran) == due, f"{due} runs for {length} of {before} tokens (ran: {set(ran)})")
+        forms = {min(counts, key=counts.__getitem__)}
+        told = f"{forms} runs for {length} of {before} tokens (ran: {set(ran)})"
+        judge.holds(case.name, "form", set(ran) == forms, told)

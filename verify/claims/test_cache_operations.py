@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,9 +30,10 @@ def through_a_file(cache: LayerCache, folder) -> LayerCache:
     """Saved and loaded, as anyone may who knows `state` and `from_state` only."""
     parts = dict(enumerate(cache.state))
     arrays = {str(i): part for i, part in parts.items() if isinstance(part, mx.array)}
-    rest = {i: part for i, part in parts.items() if str(i) not in arrays}
-    mx.save_safetensors(str(folder / "cache.safetensors"), arrays, {"rest": json.dumps(rest)})
-    arrays, metadata = mx.load(str(folder / "cache.safetensors"), return_metadata=True)
+    others = {i: part for i, part in parts.items() if str(i) not in arrays}
+    mx.save_safetensors(str(folder / "cache.safetensors"), arrays, {"rest": json.dumps(others)})
+    loaded: Any = mx.load(str(folder / "cache.safetensors"), return_metadata=True)
+    arrays, metadata = loaded
     mx.eval(arrays)  # mx.load is lazy, and the next cache goes into the same file
     rest = {int(i): part for i, part in json.loads(metadata["rest"]).items()}
     return LayerCache.from_state([rest[i] if i in rest else arrays[str(i)] for i in range(len(parts))])
@@ -332,6 +334,7 @@ class ReadBack(LayerCache):
 
     def __init__(self, packed: LayerCache) -> None:
         super().__init__(packed.widths, model=packed.model)
+        assert packed.quantization is not None
         self.packing = packed.quantization
         if packed.length:
             self.latents.append(packed.latents.read())
@@ -383,7 +386,7 @@ class Conversations(RuleBasedStateMachine):
         """The same tokens run afresh. what: under the same choices, each held to what is chosen now; as it stands elsewhere."""
         cache, at = self.model.make_cache(**row.options), 0
         for step in row.history:
-            if not isinstance(step, list):
+            if not isinstance(step, Run):
                 cache = [c.to_quantized(self.group, 8, step) for c in cache]
             elif what:
                 self.feed_under(cache, step, at, what)
@@ -565,7 +568,7 @@ def test_rows_are_packed_from_their_own_token_on(judge, how):
         due[row, pads + START :] = to_numpy(quantization.rounded(mx.array(vectors[row, pads + START :])))
     judge.values("vectors", f"padded batch, {how}", to_numpy(cache.latents.read()), due, 0.0)
     after = [first + 12 - pads for pads in PADS]
-    judge.holds("vectors", "offset", cache.offset.tolist() == after, f"the next positions are {after}")
+    judge.holds("vectors", "offset", np.array(cache.offset).tolist() == after, f"the next positions are {after}")
     is_whole = cache.is_trimmable() and cache.size() == 12 and not cache.empty()
     judge.holds("vectors", "size", is_whole, "12 columns, which can be trimmed")
     with pytest.raises(CacheError, match="packed"):

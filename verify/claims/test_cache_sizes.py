@@ -75,7 +75,7 @@ def check_rows(judge, gate, stage: str, cache: LayerCache, rows: list[Row]) -> N
     due = [cache.length - len(row[0]) for row in rows]
     judge.holds(CASE, stage, cache.left_padding == due, f"rows behind {due} pads (found: {cache.left_padding})")
     judge.holds(CASE, stage, min(due) == 0, "no column is padding in all rows")
-    offsets = cache.offset.tolist()
+    offsets = np.array(cache.offset).tolist()
     judge.holds(CASE, stage, offsets == [len(row[0]) for row in rows], f"positions go on there (found: {offsets})")
     held = to_numpy(cache.latents.read()), to_numpy(cache.index_keys.read()[0])
     other = [
@@ -92,12 +92,12 @@ def rounded(values: np.ndarray, start: int = 0, quantization: KvQuantization = I
     """What is read back of values [T, W] that are packed from `start` on."""
     if start >= len(values):
         return values
-    back = to_numpy(mx.dequantize(*packed(values[start:], quantization), group_size=quantization.group_size,
-                                  bits=quantization.bits))  # fmt: skip
-    return np.concatenate([values[:start], back])
+    words, scales, biases = packed(values[start:], quantization)
+    back = mx.dequantize(words, scales, biases, group_size=quantization.group_size, bits=quantization.bits)
+    return np.concatenate([values[:start], to_numpy(back)])
 
 
-def packed(values: np.ndarray, quantization: KvQuantization) -> tuple[mx.array, ...]:
+def packed(values: np.ndarray, quantization: KvQuantization) -> tuple[mx.array, mx.array, mx.array]:
     return mx.quantize(mx.array(values), group_size=quantization.group_size, bits=quantization.bits)
 
 
@@ -229,8 +229,10 @@ def test_gathering_what_is_packed(judge, gate, rows):
     cache = LayerCache.from_state(state)
     for queries, chosen in ((1, CHUNK), (CHUNK, 16))[: 2 if rows == 1 else 1]:
         columns = columns_of(rows, queries, chosen, LONGEST)
-        picked = [np.take_along_axis(part[:, None], columns[..., None], axis=2) for part in (words, scales, biases)]
-        due = to_numpy(mx.dequantize(*map(mx.array, picked), group_size=32, bits=2))
+        picked = [
+            mx.array(np.take_along_axis(part[:, None], columns[..., None], axis=2)) for part in (words, scales, biases)
+        ]
+        due = to_numpy(mx.dequantize(picked[0], picked[1], picked[2], group_size=32, bits=2))
         exact(judge, f"gather ({rows} rows, packed)", cache.latents.take(mx.array(columns.astype(np.uint32))), due)
         gate.ran(selected=columns.shape[-1], batch=words.shape[0], context=cache.length)
 
@@ -279,7 +281,7 @@ def test_trimming_a_batch(judge, gate):
     for tokens in (0, 1, 2, CHUNK // 2, CHUNK):
         batch = merged(rows)
         batch.trim(tokens)
-        left = [tuple(part[: len(part) - tokens] for part in row) for row in rows]
+        left = [(latents[: len(latents) - tokens], keys[: len(keys) - tokens]) for latents, keys in rows]
         check_rows(judge, gate, "trim (batch)", batch, left)
         gate.ran(trim=tokens, batch=batch.batch)
 
@@ -294,13 +296,18 @@ def seen(first: int, rows: range, columns: np.ndarray, pads: Sequence[int] | Non
     return allowed if pads is None else allowed & (columns >= np.array(pads)[:, None, None])
 
 
+def of_bits(mask: mx.array) -> np.ndarray:
+    """As it lies in memory, not copied: the largest has 400 million entries."""
+    mx.eval(mask)
+    return np.asarray(memoryview(mask))  # type: ignore[arg-type]  # its stubs do not tell that it is a buffer
+
+
 def check_mask(judge, stage: str, ours: mx.array | None, due: np.ndarray) -> None:
     if ours is None:
         judge.holds(CASE, stage, bool(due.all()), "no mask where each sees each")
     else:
-        mx.eval(ours)
         judge.holds(
-            CASE, stage, np.array_equal(np.asarray(memoryview(ours)), due), f"masked is what is due, {due.shape}"
+            CASE, stage, np.array_equal(of_bits(ours), due), f"masked is what is due, {due.shape}"
         )
 
 
@@ -322,8 +329,8 @@ def test_the_largest_mask(judge):
     """Of a whole chunk behind the longest context: all that came before it, and its own triangle."""
     first = LONGEST - CHUNK
     whole = CausalMask(first, CHUNK).whole()
-    mx.eval(whole)
-    ours = np.asarray(memoryview(whole))
+    assert whole is not None
+    ours = of_bits(whole)
     judge.holds(CASE, "mask", ours.shape == (1, 1, CHUNK, LONGEST), f"{CHUNK} queries, {LONGEST:,} keys")
     judge.holds(CASE, "mask", ours[..., :first].all(), "each sees all that came before the chunk")
     judge.holds(
@@ -416,7 +423,10 @@ def test_chunks_of_unequal_length(judge, gate, before, comes):
     ]
     append(batch, parts, 0, longest)
     batch.finalize()
-    due = [tuple(np.concatenate(pair) for pair in zip(*both, strict=True)) for both in zip(rows, more, strict=True)]
+    due = [
+        (np.concatenate([latents, more_latents]), np.concatenate([keys, more_keys]))
+        for (latents, keys), (more_latents, more_keys) in zip(rows, more, strict=True)
+    ]
     check_rows(judge, gate, "batch (right padding)", batch, due)
     gate.ran(chunk=parts[0].shape[1])
 
@@ -441,7 +451,7 @@ def test_saved_batches(judge, gate, lengths):
     rows = rows_of(lengths)
     batch = merged(rows)
     twin = LayerCache.from_state(batch.state)
-    gate.ran(saved_pads=max(batch.left_padding))
+    gate.ran(saved_pads=max(batch.left_padding or [0]))
     check_rows(judge, gate, "batch (saved)", twin, rows)
 
 
@@ -473,10 +483,10 @@ def test_every_packing(judge, gate, bits, group):
     parts, cache = drawn(2, 600 + CHUNK + 1, widths), LayerCache(widths, quantization)
     for begin, end in ((0, 600), (600, 600 + CHUNK), (600 + CHUNK, 600 + CHUNK + 1)):
         append(cache, parts, begin, end)
-    due = packed(parts[0], quantization)
+    words, scales, biases = due = packed(parts[0], quantization)
     for name, ours, theirs in zip(("words", "scales", "biases"), cache.latents.packed.read(), due, strict=True):
         exact(judge, f"packed {name} ({bits} bit in groups of {group})", ours, to_numpy(theirs))
-    back = mx.dequantize(*due, group_size=group, bits=bits)
+    back = mx.dequantize(words, scales, biases, group_size=group, bits=bits)
     exact(judge, f"packed ({bits} bit in groups of {group})", cache.latents.read(), to_numpy(back))
     gate.ran(bits=bits, group=group, chunk=CHUNK, batch=cache.batch)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,8 @@ def test_a_missing_key_means_what_hf_takes_it_for(judge, base, key):
 
 
 YARN = {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.7}
-SAID = {  # what a config may say beside zai-org's keys, or instead: (changes, argument, what it then is)
+Said = tuple[dict[str, Any], str, Any]
+SAID: dict[str, Said] = {  # what a config may say beside zai-org's keys, or instead: (changes, argument, what it then is)
     "an MLX build's key": ({"indexer_rope_traditional": True, "indexer_rope_interleave": None}, "indexer_rope", "interleaved"),
     "an MLX build's, false": ({"indexer_rope_traditional": False, "indexer_rope_interleave": None}, "indexer_rope", "half-split"),
     "an MLX build's key against zai-org's": ({"indexer_rope_traditional": False}, "indexer_rope", "half-split"),

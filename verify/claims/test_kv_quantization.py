@@ -80,11 +80,12 @@ def test_packed_is_mx_quantize_of_the_latents(case: Case, judge, bits, cuts):
 def test_the_error_of_each_value(case: Case, judge, bits, dtype):
     """Within a bound derived from mx.quantize's own steps, group by group; in 16 bit too."""
     quantization = case.ours.model.make_cache(kv_bits=bits, kv_group_size=group_size(case.args))[0].quantization
+    assert quantization is not None
     reference = case.reference(case.long)
     for layer in range(case.args.num_hidden_layers):
-        values = mx.array(joined(reference.hf, layer)).astype(dtype)
-        back = to_numpy(quantization.rounded(values)).astype(np.float64)
-        values = to_numpy(values).astype(np.float64)
+        latents = mx.array(joined(reference.hf, layer)).astype(dtype)
+        back = to_numpy(quantization.rounded(latents)).astype(np.float64)
+        values = to_numpy(latents).astype(np.float64)
         bound = bounds.packing_error(values, quantization.group_size, bits, *DTYPES[dtype])
         share = float((np.abs(back - values) / bound).max())
         judge.at_most(
@@ -144,7 +145,9 @@ def test_forms(case: Case, judge, monkeypatch, form):
         selection = reference.hf.get(f"layers.{layer}.self_attn.selection")
         packed = model.make_cache(kv_bits=8, kv_group_size=group_size(case.args))[layer]
         plain = model.make_cache()[layer]
-        plain.append = lambda joined, plain=plain, q=packed.quantization: type(plain).append(plain, q.rounded(joined))
+        assert packed.quantization is not None
+        append, rounded = plain.append, packed.quantization.rounded
+        plain.append = lambda joined, append=append, rounded=rounded: append(rounded(joined))  # type: ignore[method-assign, misc]
         for layer_cache in (packed, plain):
             rotation, mask = model.model.rotation_and_mask(case.long, layer_cache)
             chosen = None if selection is None else mx.array(selection.astype(np.int32))
@@ -180,9 +183,7 @@ def test_what_attention_may_lose(case: Case, judge):
         errors = bounds.packing_error(tokens, group, 8)
         allowed = np.tril(np.ones((case.long, case.long), dtype=bool))[None]
         if selection is not None:
-            chosen = np.zeros((1, case.long, case.long), dtype=bool)
-            np.put_along_axis(chosen, selection.astype(np.int64), True, axis=-1)
-            allowed = allowed & chosen
+            allowed = allowed & compare.as_sets(selection, case.long)
         moved = bounds.attention_error(queries, tokens, errors, allowed, latent, attention.scale)
         bound = np.einsum("bshr,hdr->bshd", moved, np.abs(weights[:, nope:]), optimize=True).reshape(1, case.long, -1)
         bound += 2 * reference.bound(stage + "heads", local=True).absolute(reference.hf[stage + "heads"])

@@ -18,7 +18,7 @@ from verify.cases import Case, group_size
 from verify.claims.replay import in_columns
 from verify.core import bounds, compare, stages
 from verify.core.choices import of_stage
-from verify.engines.definition import Ours, to_numpy
+from verify.engines.definition import Ours, Stages, to_numpy
 
 CLAIM = "MTP, chained draft steps"
 STEPS = 4
@@ -88,7 +88,8 @@ class Oracles:
 
     def due(self, pads=0):
         """HF's choices of each step, as a cache whose rows begin with `pads` columns numbers them."""
-        first, topk, out = self.hidden.shape[1], self.case.args.index_topk, []
+        first, topk = self.hidden.shape[1], self.case.args.index_topk
+        out: list[Stages] = []
         for step, choices in enumerate(self.choices):
             at, before, width = (0, pads, first + pads) if step == 0 else (first + step - 1, 0, first + step + pads)
             out.append({})
@@ -104,7 +105,7 @@ class Oracles:
         """Ours, on the same tokens: free, or, where HF is torn between two keys or two experts, under its choices. With what
         ours would have chosen: [{stage: its choice}] by step."""
         padded = [np.pad(part, ((0, 0), (pads, 0), (0, 0))[: part.ndim]) for part in (self.hidden, self.fed[0])]
-        chosen = [{} for _ in range(self.count)]
+        chosen: list[Stages] = [{} for _ in range(self.count)]
         with drafting(model, self.due(pads) if self.is_torn else [], chosen):
             drafts = model.draft(mx.array(padded[0]), mx.array(padded[1]), cache, self.count,
                                  choose=lambda step, _: mx.array(self.fed[(step + 1) % self.count][:, 0]))  # fmt: skip
@@ -136,7 +137,7 @@ class Oracles:
 @contextmanager
 def drafting(model, choices, chosen):
     """The MTP layer's choices are noted, by draft step; where `choices` has others for the step, those go on."""
-    met = Counter()
+    met: Counter[str] = Counter()
 
     def listener(stage, value):
         if not stage.endswith(".topk"):
@@ -190,6 +191,8 @@ def check(case: Case, judge, length, overrides, **fewer):
             )
     oracles.judge_choices(judge, chosen)
     if cache.has_indexer:
+        assert oracles.keys is not None
+        assert oracles.true_keys is not None
         own = compare.values(oracles.keys[:, : oracles.true_keys.shape[1]], oracles.true_keys).error
         written = to_numpy(cache.index_keys.read()[0])
         bound = bounds.bound(
@@ -214,7 +217,7 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
     cuts = slice(0, 9), slice(9, length // 2), slice(length // 2, length)
     for rows in cuts:
         given = stages.of_rows(oracles.choices[0], rows, case.args.index_topk) if oracles.is_torn else {}
-        chosen = [{} for _ in range(STEPS)]
+        chosen: list[Stages] = [{} for _ in range(STEPS)]
         with drafting(model, [given], chosen):
             drafts = model.draft(mx.array(oracles.hidden[:, rows]), mx.array(oracles.fed[0][:, rows]), cache, STEPS)
             seen.append(drafts[0].logits)
@@ -223,8 +226,8 @@ def test_the_first_step_in_chunks_after_rejected_drafts(case: Case, judge, zero_
         judge.holds(case.name, "mtp cache", cache.trim(STEPS - 1) == STEPS - 1, f"{STEPS - 1} drafts are trimmed")
     logits = np.concatenate([to_numpy(part) for part in seen], axis=1)
     judge.values(case.name, "mtp logits (chunks, rewound)", logits, oracles.hf[0][0], oracles.bound(0, 0))
-    for rows, chosen in zip(cuts, own, strict=True):
-        oracles.judge_choices(judge, [chosen], " (chunks, rewound)", rows)
+    for rows, made in zip(cuts, own, strict=True):
+        oracles.judge_choices(judge, [made], " (chunks, rewound)", rows)
 
 
 @pytest.mark.any_layout
@@ -251,5 +254,6 @@ def test_a_packed_cache(case: Case, judge):
         model.draft(mx.array(oracles.hidden), mx.array(oracles.fed[0]), cache, 1)
     due, held = plain.length, packed.latents.packed.length
     judge.holds(case.name, "mtp cache", held == due, f"{due} tokens are packed (found: {held})")
+    assert packed.quantization is not None
     rounded = to_numpy(packed.quantization.rounded(plain.latents.read()))
     judge.values(case.name, "mtp cache (8 bit)", to_numpy(packed.latents.read()), rounded, 0.0)

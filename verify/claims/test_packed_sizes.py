@@ -47,11 +47,11 @@ def meant(module) -> tuple[np.ndarray, np.ndarray]:
         weight = to_numpy(module.weight).astype(np.float64)
         return weight, np.abs(weight)
     biases = module.get("biases")
-    parts = [torch.from_numpy(np.array(part)) for part in (module.weight, module.scales)]
+    words, scales = (torch.from_numpy(np.array(part)) for part in (module.weight, module.scales))
     packing, bias = Packing(module.bits, module.group_size, module.mode), None
     if biases is not None:
         bias = torch.from_numpy(np.array(biases))
-    weight = packed.dequantize(*parts, bias, packing, dtype=torch.float64).numpy()
+    weight = packed.dequantize(words, scales, bias, packing, dtype=torch.float64).numpy()
     if biases is None:
         return weight, np.abs(weight)
     spread = np.repeat(np.array(biases, dtype=np.float64), packing.group_size, axis=-1)
@@ -309,10 +309,10 @@ def test_vocabularies(judge, gate, tmp_path, vocabulary, family, tied, packing):
         judge.holds(
             "packed", f"draft's tokens ({name})", due.min() >= vocabulary - 64, f"one of the last wins (found: {due})"
         )
-    of_steps = [
+    of_steps, hidden = (
         np.concatenate([to_numpy(getattr(draft, part)) for draft in steps], axis=1) for part in ("logits", "hidden")
-    ]
-    fits(judge, f"draft's logits ({name})", share(*of_steps, *own[1]))
+    )
+    fits(judge, f"draft's logits ({name})", share(of_steps, hidden, *own[1]))
     gate.ran(vocabulary=logits.shape[-1])
 
 

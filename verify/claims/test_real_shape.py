@@ -46,7 +46,8 @@ def true_widths(**changes) -> dict:
 
 def test_layer(judge, request, tmp_path):
     """hidden 6144, 64 heads, latent 512, indexer 32 x 128; HF first, then ours, so that only one of them is in memory."""
-    references, seed = [], request.config.getoption("--seed")
+    references: list[Reference] = []
+    seed = request.config.getoption("--seed")
     for layout in ("interleaved", "half-split"):
         spec = Spec(f"glm-5.2 widths, {layout}", true_widths(), {"indexer_rope": layout})
         case = OneLayer(replace(spec, folder=references[0].case.folder) if references else spec, tmp_path, seed, "1GB")

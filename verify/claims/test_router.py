@@ -1,6 +1,7 @@
 """Router and experts on their own, at the published 256 experts and top 8, and in every variant that a config can ask for."""
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ CLAIM = "router and experts"
 TOKENS = 96
 
 BIG = {"n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 48, "moe_intermediate_size": 16}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "256 experts, top 8": BIG,
     "not normalized": {**BIG, "norm_topk_prob": False},
     "not scaled": {"routed_scaling_factor": 1.0},

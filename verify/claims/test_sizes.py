@@ -78,7 +78,8 @@ def check_context(case: Case, judge, gate, context):
     reference = Behind(case, context, 8)
     cache = reference.held.fill(case.ours.model.make_cache())
     ours = case.ours.forward(reference.tokens, cache, reference.injections, HEARD)
-    gate.ran(**sizes.of_call(case.args, *reference.tokens.shape, cache[0].length - reference.length))
+    batch, queries = reference.tokens.shape
+    gate.ran(**sizes.of_call(case.args, batch, queries, cache[0].length - reference.length))
     judge.stages(ours, reference, local=False, replaced=reference.injections)
 
 
@@ -89,8 +90,9 @@ def test_packed_contexts(case: Case, judge, context):
     tokens, held, model = mx.array(case.tokens(9)), Held(case, context), case.ours.model
     packed, plain = model.make_cache(kv_bits=8, kv_group_size=32), model.make_cache()
     for layer_cache, like in zip(plain, packed, strict=True):
+        assert like.quantization is not None
         append, rounded = layer_cache.append, like.quantization.rounded
-        layer_cache.append = lambda joined, append=append, rounded=rounded: append(rounded(joined))
+        layer_cache.append = lambda joined, append=append, rounded=rounded: append(rounded(joined))  # type: ignore[method-assign, misc]
     for cache in (packed, plain):
         held.fill(cache)
     for part in (slice(0, 8), slice(8, 9)):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -150,7 +151,8 @@ def test_an_mlx_build_with_the_mtp_layer_of_hf(case: Case, judge, tmp_path):
     main = {n: t for n, t in parameters_of(model).items() if not weights.is_mtp(case.args, n)}
     read = read_tensors(case.folder)
     files = {str(read.names[n]) for n in read.names if weights.is_mtp(case.args, n)}
-    mtp = {n: t for file in sorted(files) for n, t in mx.load(file).items() if weights.is_mtp(case.args, n)}
+    loaded: list[Any] = [mx.load(file) for file in sorted(files)]
+    mtp = {n: t for tensors in loaded for n, t in tensors.items() if weights.is_mtp(case.args, n)}
     (tmp_path / "mixed").mkdir()
     mx.save_safetensors(str(tmp_path / "mixed" / "model.safetensors"), main)
     mx.save_safetensors(str(tmp_path / "mixed" / "model-mtp.safetensors"), mtp)
@@ -167,17 +169,18 @@ def test_early_mlx_builds(case: Case, judge):
         )
     read, attention = read_tensors(case.folder), "model.layers.0.self_attn"
     kv_b = mx.array(read(f"{attention}.kv_b_proj.weight", torch.float32).numpy())
-    words, *floats = mx.quantize(kv_b, 32, 8)
+    words, scales, biases = mx.quantize(kv_b, 32, 8)
     for dtype in (mx.float32, mx.bfloat16):  # of scales and biases
-        parts = [words, *(part.astype(dtype) for part in floats)]
-        packed = {f"{attention}.kv_b_proj.{p}": t for p, t in zip(weights.PACKED, parts, strict=True)}
+        rounded = scales.astype(dtype), biases.astype(dtype)
+        packed = {f"{attention}.kv_b_proj.{p}": t for p, t in zip(weights.PACKED, (words, *rounded), strict=True)}
         split = weights.to_modules(case.args, packed, mx.float32)
-        meant = mx.dequantize(words, *(part.astype(mx.float32) for part in parts[1:]), group_size=32, bits=8)
+        in_full = [part.astype(mx.float32) for part in rounded]
+        meant = mx.dequantize(words, in_full[0], in_full[1], group_size=32, bits=8)
         heads = meant.reshape(case.args.num_attention_heads, -1, kv_b.shape[1])
         w_uk, w_uv = mx.split(heads, [case.args.qk_nope_head_dim], axis=1)
-        values = [split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED]
-        values[1:] = [part.astype(mx.float32) for part in values[1:]]
-        again = mx.dequantize(*values, group_size=32, bits=8)
+        held = [split[f"{attention}.unembed_out.{part}"] for part in weights.PACKED]
+        floats = [part.astype(mx.float32) for part in held[1:]]
+        again = mx.dequantize(held[0], floats[0], floats[1], group_size=32, bits=8)
         judge.values(case.name, f"unembed_out ({dtype})", to_numpy(again), to_numpy(w_uv), 0.0)
         keys, due = split[f"{attention}.embed_q.weight"], w_uk.swapaxes(-1, -2)
         judge.values(case.name, f"embed_q ({dtype})", to_numpy(keys), to_numpy(due), 0.0)

@@ -22,11 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import torch
+
+from glm_dsa import ModelArgs
 
 from . import stages
 from .compare import values
@@ -109,7 +110,7 @@ def explained_by(single: float, most: float) -> float:
     return min(max(EXPLAINED, SAFETY * single), most)
 
 
-def longest(args: Any) -> int:
+def longest(args: ModelArgs) -> int:
     """The longest reduction inside a model, for `primitive_ratio`."""
     heads = args.num_attention_heads * args.v_head_dim
     return max(args.hidden_size, args.intermediate_size, args.q_lora_rank, heads)

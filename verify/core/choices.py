@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from glm_dsa import ModelArgs
+
 from . import bounds, stages
-from .compare import as_sets
+from .compare import LOWEST, as_sets
 
 Array = np.ndarray
-LOWEST = -1e38  # HF masks with float32's lowest number where others write -inf
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def of_keys(scores: Array, topk: int, noise: float) -> Decision:
     return Decision(scores, topk, noise)
 
 
-def of_experts(logits: Array, bias: Array, args: Any, noise: float) -> Decision:
+def of_experts(logits: Array, bias: Array, args: ModelArgs, noise: float) -> Decision:
     """A router's, by sigmoid(logits) + bias. noise: of the logits. The sigmoid passes on a quarter of it at most, errs itself,
     and the sum with the bias is rounded, which counts where the bias is large."""
     scores = biased_scores(logits, bias)
@@ -149,7 +150,7 @@ def of_experts(logits: Array, bias: Array, args: Any, noise: float) -> Decision:
 
 def of_stage(
     stage: str,
-    args: Any,
+    args: ModelArgs,
     values: Callable[[str], Array],
     bound: Callable[[str], bounds.Bound],
     weights: Callable[[str], Array],
@@ -163,7 +164,7 @@ def of_stage(
     return of_keys(values(own), args.index_topk, noise)
 
 
-def made_by(stage: str, args: Any) -> str:
+def made_by(stage: str, args: ModelArgs) -> str:
     """The stage that a choice is read from: a router's logits; the scores of the full layer whose selection it is."""
     layer = stages.layer_of(stage)
     assert layer is not None

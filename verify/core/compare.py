@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Array = np.ndarray
+LOWEST = -1e38  # HF masks with float32's lowest number where others write -inf
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ def values(ours: Array, ref: Array) -> ValueDifference:
         return ValueDifference(np.inf, problem=f"shape {list(ours.shape)}, the reference has {list(ref.shape)}")
     if ref.size == 0:
         return ValueDifference(np.inf, problem="nothing to compare: the reference is empty")
-    # HF masks with float32's lowest number where others write -inf
-    ref = np.where(ref < -1e38, -np.inf, ref)
-    ours = np.where(ours < -1e38, -np.inf, ours)
+    ref, ours = (np.where(x < LOWEST, -np.inf, x) for x in (ref, ours))
     finite = np.isfinite(ref)
     for name, mine, theirs in (("NaN", np.isnan(ours), np.isnan(ref)), ("infinite", np.isinf(ours), np.isinf(ref))):
         if (mine != theirs).any():
@@ -70,12 +69,23 @@ def distributions(ours: Array, ref: Array) -> Distributions:
 
 def kl_by_position(ours: Array, ref: Array) -> Array:
     """Logits [.., V] -> KL(ref || ours), in nats, [..]."""
-    p, q = _log_softmax(np.asarray(ref, np.float64)), _log_softmax(np.asarray(ours, np.float64))
-    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
+    return kl(log_softmax(ref), log_softmax(ours))
 
 
-def _log_softmax(x: Array) -> Array:
-    x = x - x.max(-1, keepdims=True)
+def kl(p: Array, q: Array) -> Array:
+    """KL(p || q) of distributions by their logarithms [.., V], in nats, [..]."""
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)  # rounding leaves some -1e-17 where both are the same
+
+
+def nll(logs: Array, tokens: Array) -> Array:
+    """Logarithms of distributions [n, V], and the token that follows each [n] -> its negative log likelihood, in nats, [n]."""
+    return -logs[np.arange(len(tokens)), tokens]
+
+
+def log_softmax(logits: Array) -> Array:
+    """[.., V] -> float64 [.., V]."""
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
@@ -93,3 +103,15 @@ def same(ours: Array | None, ref: Array | None, allowed: Array | None = None) ->
     if allowed is not None:
         theirs = theirs & allowed[:, :size]
     return float((mine & theirs).sum() / theirs.sum())
+
+
+def same_sets(ours: Array, ref: Array) -> Array:
+    """bool [S]: where choices [S, K] are the same."""
+    if ours.shape != ref.shape:
+        return np.zeros(len(ref), bool)
+    return (np.sort(ours, -1) == np.sort(ref, -1)).all(-1)
+
+
+def spread(length: int, most: int) -> Array:
+    """So many positions of a prompt at most, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))

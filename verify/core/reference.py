@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from glm_dsa import ModelArgs
+
 from .bounds import Bound
 from .choices import Decision
 
@@ -15,7 +17,7 @@ class Named(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def args(self) -> Any: ...
+    def args(self) -> ModelArgs: ...
 
 
 class Reference(Protocol):

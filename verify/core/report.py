@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from glm_dsa.text import table
 
 from . import exits, sizes, stages
+from .plain import plain
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
 AGREES, FAULT, NOT_VERIFIED = "agrees", "FAULT", "not verified"
@@ -35,17 +35,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: infinities become strings, whatever is unknown its text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,7 @@ class Report:
     def _write(self, record: dict[str, Any]) -> None:
         if self.folder is not None:
             with (self.folder / "report.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+                stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
     def verdict_of(self, claim: str) -> str:
         outcomes = self.claims[claim]

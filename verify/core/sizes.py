@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from glm_dsa import ModelArgs
 
 CLAIM = "sizes in use"
 
@@ -147,7 +148,7 @@ NO_SIZE = {
 }
 
 
-def of_call(args: Any, batch: int, queries: int, before: int, pads: int = 0) -> dict[str, int]:
+def of_call(args: ModelArgs, batch: int, queries: int, before: int, pads: int = 0) -> dict[str, int]:
     """The sizes of a call of the model: [batch, queries] tokens behind `before` others, padding included."""
     context, topk = before + queries, args.index_topk
     found = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +16,8 @@ from glm_dsa.errors import GlmDsaError
 from .. import faults
 from ..core import compare
 from ..engines.definition import to_numpy
-from ..engines.factory import runner_of
-from ..engines.marshal import call_model, first, new_cache
-from ..engines.run_definition import OurRunner
-from ..engines.run_third_party import TheirRunner
+from ..engines.marshal import first
+from ..engines.registry import engine_of
 from ..engines.spec import OURS, Side
 from ..engines.third_party import Failed
 from ..faults.coverage import recorded
@@ -60,17 +57,10 @@ def cuts(length: int) -> list[int]:
 
 def logits(side: Side, tokens: Array) -> Array | None:
     """[S, V], in those cuts; None where there is no cache to be tried. Raises what the side's code raises."""
-    runner = runner_of(side)
-    if not isinstance(runner, (OurRunner, TheirRunner)):
-        return None
-    with side.within(None):
-        if isinstance(runner, OurRunner):
-            model: Any = runner.assembled().model
-            kv = {k: v for k, v in side.options.items() if k.startswith("kv_")}
-            cache, call = model.make_cache(**kv), lambda part: model(mx.array(part), cache)
-        else:
-            model = runner.load()
-            cache, call = new_cache(model), lambda part: call_model(model, part, cache)
+    engine = engine_of(side)
+    with side.within(engine.model):
+        if (call := engine.cached()) is None:
+            return None
         parts, start = [], 0
         for cut in cuts(tokens.shape[1]):
             out, _ = first(call(tokens[:, start : start + cut]), mx.floating)

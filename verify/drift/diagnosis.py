@@ -18,8 +18,9 @@ from glm_dsa.errors import GlmDsaError
 from .. import faults
 from ..core import stages
 from ..core.report import AGREES, FAULT
+from ..engines import base
 from ..engines.recording import Enough, Hearing, Recording, is_given
-from ..engines.run_definition import OurRunner
+from ..engines.run_definition import DefinitionEngine
 from ..engines.spec import OURS, Side
 from ..faults.coverage import recorded
 from .hypotheses import Cause, Diagnosis, Suspect, catalogue, conventions, other_config, packed_caches
@@ -195,15 +196,15 @@ class Lineup:
         """What the candidate was handed, and took: where it selects nothing at all, or skips a norm, nothing could be put in."""
         return is_given(stage, self.yard.is_sparse) and stage in self.theirs.handed
 
-    def _runner(self, suspects: Sequence[Suspect]) -> tuple[OurRunner, AbstractContextManager[None]]:
+    def _engine(self, suspects: Sequence[Suspect]) -> tuple[DefinitionEngine, AbstractContextManager[None]]:
         base = next((s.config for s in suspects if s.config is not None), self.side)
         overrides, options = dict(base.overrides), dict(base.options)
         for suspect in suspects:
             overrides |= suspect.overrides
             options |= suspect.options
         seeded = [s.fault for s in suspects if s.fault]
-        runner = OurRunner(replace(base, overrides=overrides, options=options))
-        return runner, faults.seeded(*seeded) if seeded else nullcontext()
+        engine = DefinitionEngine(replace(base, overrides=overrides, options=options))
+        return engine, faults.seeded(*seeded) if seeded else nullcontext()
 
     def whole(self, suspects: Sequence[Suspect]) -> Recording | None:
         """The definition with these mistakes, every layer on the reference's input; None where it does not run."""
@@ -211,9 +212,9 @@ class Lineup:
         hearing = Hearing(into, self.reference, self._is_given)
         hearing.hands_weights = self.hands_weights
         try:
-            runner, within = self._runner(suspects)
+            engine, within = self._engine(suspects)
             with within:
-                runner.run(self.tokens, self.at, hearing)
+                base.run(engine, self.tokens, self.at, hearing)
         except BREAKS:
             return None
         return into
@@ -228,9 +229,9 @@ class Lineup:
         hearing = _Until(into, self.reference, self._is_given, last)
         hearing.hands_weights = self.hands_weights
         try:
-            runner, within = self._runner(suspects)
+            engine, within = self._engine(suspects)
             with within:
-                runner.run_layer(layer, self.tokens, hearing)
+                engine.run_layer(layer, self.tokens, hearing)
         except Enough:
             pass
         except BREAKS:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import report, stages
 from ..core.files import whole
+from ..core.plain import plain
 from ..core.report import FAULT
 from .html import render
 from .stagewise import Compared
@@ -54,9 +52,9 @@ def report_of(found: Drift) -> dict[str, Any]:
     order = ["embed", *(k for k in stages.IN_LAYER), "norm", "logits"]
     divergence = None
     if found.divergence is not None:
-        around = [{**_plain(c), "note": c.where} for c in found.around()]
-        divergence = {**_plain(found.divergence), "where": found.divergence.where, "around": around}
-    return _finite({
+        around = [{**_row(c), "note": c.where} for c in found.around()]
+        divergence = {**_row(found.divergence), "where": found.divergence.where, "around": around}
+    return plain({
         "format": 1, "command": found.command, "seconds": round(found.seconds, 1), "date": found.date,
         "versions": report.versions(),
         "candidate": _side(found.candidate), "reference": _side(found.reference),
@@ -65,9 +63,9 @@ def report_of(found: Drift) -> dict[str, Any]:
         "elsewhere": found.elsewhere.stage if found.elsewhere else None, "same_weights": found.same_weights,
         "layers": found.labels.get("layers", []), "stages": [k for k in order if k in kinds],
         "findings": found.findings(), "divergence": divergence, "causes": _causes(found),
-        "unknown": [_plain(c) for c in (found.diagnosis.unknown if found.diagnosis else [])],
+        "unknown": [_row(c) for c in (found.diagnosis.unknown if found.diagnosis else [])],
         "component": found.diagnosis.component if found.diagnosis else "",
-        "comparisons": [{**_plain(c), "note": c.where if c.verdict == FAULT else ""} for c in found.comparisons],
+        "comparisons": [{**_row(c), "note": c.where if c.verdict == FAULT else ""} for c in found.comparisons],
         "growth": [asdict(g) for g in found.growth], "choices": [asdict(c) for c in found.choices],
         "tokens": [asdict(t) for t in found.tokens], "distributions": found.distributions,
         "cached": None if found.cached is None else asdict(found.cached),
@@ -117,25 +115,10 @@ def write(found: Drift, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def _plain(c: Compared) -> dict[str, Any]:
+def _row(c: Compared) -> dict[str, Any]:
     return {"layer": c.layer, "stage": c.kind, "run": c.run, "error": c.error, "bound": c.bound, "verdict": c.verdict,
             "ties": c.ties}  # fmt: skip
 
 
 def _side(side: Any) -> dict[str, Any]:
     return {"text": side.text, "runs": side.runs, "conventions": [str(c) for c in side.args.conventions]}
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can hold: infinities and NaN as strings, text without lone surrogates."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else f"{float(value)}")
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode()
-    return value

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..core import compare, stages
+from ..engines import base
 from ..engines.recording import Hearing, Recording
-from ..engines.runner import Runner
 
 Array = np.ndarray
 ENOUGH = 0.9  # of the KL that is explained by all components together
@@ -65,7 +65,7 @@ class Repair:
 
 
 def repair(
-    runner: Runner,
+    engine: base.Engine,
     tokens: Array,
     at: Array,
     recordings: tuple[Recording, Recording, Recording],
@@ -83,7 +83,7 @@ def repair(
         tell(f"repair: {what}")
         into = Recording()
         wanted = _wanted(kinds, layers)
-        runner.run(tokens, at, Hearing(into, reference, wanted, lambda stage: stage == "logits"))
+        base.run(engine, tokens, at, Hearing(into, reference, wanted, lambda stage: stage == "logits"))
         left = compare.distributions(into["logits"], due).kl_mean  # type: ignore[arg-type]
         touched = {stages.layer_of(s) for s in own if wanted(s)} - {None}
         return Repaired(what, tuple(kinds), tuple(sorted(touched)), left, 1 - left / kl)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from ..core import compare, stages
 from ..core.report import FAULT
 from ..engines.recording import Recording
-from ..engines.runner import same_sets
 from .stagewise import LOCAL, Yardstick, compared
 
 EXPERTS = "mlp.experts"
@@ -26,7 +25,7 @@ def remaining(local: Recording, reference: Recording, yard: Yardstick) -> str:
         own, theirs = local.get(routing), reference.get(routing)
         if mine is None or ref is None or own is None or theirs is None:
             continue
-        rows = same_sets(own, theirs)
+        rows = compare.same_sets(own, theirs)
         tokens, seen = tokens + int(rows.sum()), seen + len(rows)
         error = compare.values(mine[rows], ref[rows]).error if rows.any() else 0.0
         if not error <= yard.bound(stage).value:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from reference.layout import Evidence
+
+from ..engines.spec import Side
 from .cache_check import Cached
 from .export import report_of, write
 from .hypotheses import Cause, Diagnosis
@@ -59,8 +62,8 @@ class Token:
 class Drift:
     """All that was found; `summary` in words, `report` for machines."""
 
-    candidate: Any
-    reference: Any
+    candidate: Side
+    reference: Side
     length: int
     prompt: str
     same_weights: bool
@@ -80,7 +83,7 @@ class Drift:
     repair: Repair | None = None
     cached: Cached | None = None
     sensitivity: Sensitivity | None = None
-    mass: Any = None  # reference.layout.Evidence
+    mass: Evidence | None = None
     mass_by_layer: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)

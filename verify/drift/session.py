@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from glm_dsa import memory
+from glm_dsa import ModelArgs, memory
 from reference import layout
 from reference.stored import read_tensors
 
 from ..core import compare, stages
 from ..core.report import FAULT
-from ..engines import layout_evidence, pruning
-from ..engines.factory import runner_of
+from ..engines import base, layout_evidence, pruning
 from ..engines.recording import HIDDEN, Hearing, Recording, is_given
-from ..engines.spec import EQUATIONS, HF, OURS, Side
+from ..engines.registry import engine_of
+from ..engines.spec import EQUATIONS, HF, ORACLES, OURS, Side
 from ..engines.third_party import Failed
 from ..release import cost
 from . import sensitivity
@@ -122,7 +122,7 @@ class Session:
 
     def _run(self) -> Drift:
         args, tokens = self.reference.args, self.prompt.tokens
-        self.at = _spread(tokens.shape[1], args.vocab_size)
+        self.at = compare.spread(tokens.shape[1], max(2, LOGITS // (4 * args.vocab_size)))
         same = same_weights(self.candidate, self.reference)
         found = Drift(self.candidate, self.reference, tokens.shape[1], self.prompt.source, same)
         found.labels = {"layers": _layers(args), "layout": self.candidate.args.indexer_rope}
@@ -172,7 +172,7 @@ class Session:
         into = self._blank()
         given = given or (lambda stage: beside is not None and is_given(stage, self.is_sparse))
         with on_device(side.device):
-            runner_of(side).run(self.prompt.tokens, self.at, Hearing(into, beside, given))
+            base.run(engine_of(side), self.prompt.tokens, self.at, Hearing(into, beside, given))
         self.recordings[name] = into
         return into
 
@@ -204,7 +204,7 @@ class Session:
 
     def _check_reference(self, reference: Recording, yard: Yardstick, found: Drift) -> None:
         """A reference that is none."""
-        if self.reference.implementation in (HF, EQUATIONS):
+        if self.reference.implementation in ORACLES:
             return
         wrong = next((c for c in compared(LOCAL, reference, yard.truth, yard) if c.verdict == FAULT), None)
         if wrong is not None:
@@ -312,14 +312,14 @@ class Session:
             return
         try:
             with on_device(self.candidate.device):
-                found.repair = repair(runner_of(self.candidate), self.prompt.tokens, self.at, recordings, self.tell)
+                found.repair = repair(engine_of(self.candidate), self.prompt.tokens, self.at, recordings, self.tell)
         except (Failed, RuntimeError, ValueError) as error:
             found.reasons["repair"] = f"the candidate does not go on with the reference's outputs: {error}"
 
     def _cached(self, found: Drift, own: Recording, yard: Yardstick) -> None:
         """In several calls, where it is right in one."""
         without, length = own.get("logits"), self.prompt.tokens.shape[1]
-        if self.candidate.implementation in (HF, EQUATIONS) or not found.same_weights:
+        if self.candidate.implementation in ORACLES or not found.same_weights:
             return
         if found.divergence is not None or found.elsewhere is not None:
             return  # one thing after the other
@@ -381,19 +381,14 @@ class Session:
 # -- figures
 
 
-def _spread(length: int, vocabulary: int) -> Array:
-    most = max(2, LOGITS // (4 * vocabulary))
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
-
-
-def _unseen(args: Any, found: list[Compared]) -> list[str]:
+def _unseen(args: ModelArgs, found: list[Compared]) -> list[str]:
     """Outputs that the candidate does not show: there nothing was compared."""
     seen = {c.stage for c in found}
     due = [*(f"layers.{i}.output" for i in range(args.num_hidden_layers)), "logits"]
     return [stage for stage in due if stage not in seen]
 
 
-def _layers(args: Any) -> list[dict[str, Any]]:
+def _layers(args: ModelArgs) -> list[dict[str, Any]]:
     count = args.num_hidden_layers + args.num_nextn_predict_layers
     indexers = ["none" if not args.has_indexer else "full" if args.runs_indexer(i) else "shared" for i in range(count)]
     return [

@@ -53,7 +53,7 @@ class Likeness:
         what is computed of them; the others are as they should be."""
         if ref.shape != theirs.shape:
             return share
-        finite = np.isfinite(theirs) & (np.abs(theirs) < 1e38) & np.isfinite(ref) & np.isfinite(mine)
+        finite = np.isfinite(theirs) & (np.abs(theirs) < -compare.LOWEST) & np.isfinite(ref) & np.isfinite(mine)
         gap, effect = (np.where(finite, a, 0).astype(np.float64) - np.where(finite, theirs, 0) for a in (mine, ref))
         scale = np.sqrt(np.mean(theirs[finite].astype(np.float64) ** 2))
         apart = (np.abs(gap) > EXACT * bound * scale).mean()
@@ -85,5 +85,5 @@ class Likeness:
 
 
 def _rms(values: Array) -> float:
-    finite = values[np.isfinite(values) & (np.abs(values) < 1e38)].astype(np.float64)
+    finite = values[np.isfinite(values) & (np.abs(values) < -compare.LOWEST)].astype(np.float64)
     return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,10 @@ from glm_dsa import tiles, trace
 Stages = dict[str, Any]
 
 
+@overload
+def to_numpy(array: mx.array) -> np.ndarray: ...
+@overload
+def to_numpy(array: mx.array | None) -> np.ndarray | None: ...
 def to_numpy(array: mx.array | None) -> np.ndarray | None:
     if array is None:
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from glm_dsa.checkpoint import quantize_as_stored
 from glm_dsa.moe import Experts
 from glm_dsa.storage import Stored, read_piece
 
+from .base import Answer, AtExperts, Steps, Weights
 from .definition import to_numpy
+from .taps import exchanged
 
 Array = np.ndarray
 
@@ -28,30 +31,68 @@ class OurLayers:
         self.model, self.stored = checkpoint.assemble(folder, dtype, **overrides)  # lazy: nothing is read yet
         self.args, self.dtype = self.model.args, dtype
 
-    def run(self, layer: int, x: Any, selection: mx.array | None, given: Mapping[str, Array], answer: Any) -> Seen:
-        """x [rows, S, hidden], of which row 0 is handed `given` choices; of the MTP layer (hidden, embeddings), such both.
-        `answer` stands in the place of its experts."""
-        module = self.model.model.layers[layer]
-        if "switch_mlp" in module.mlp:
-            module.mlp.switch_mlp = answer
-        is_mtp = isinstance(x, tuple)
-        rotation, mask = self.model.model.rotation_and_mask((x[0] if is_mtp else x).shape[1], None)
+    def steps(
+        self,
+        layer: int,
+        x: mx.array,
+        selection: mx.array | None,
+        choices: Mapping[str, Array],
+        embeddings: mx.array | None = None,
+    ) -> Steps[mx.array]:
+        """As `Layered.layer` says; once, then its weights are let go. x [rows, S, hidden], of which row 0 is handed `choices`.
+        embeddings: of the MTP layer, which joins them to x."""
+        module: Any = self.model.model.layers[layer]
+        rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)
+        asked: Asked | None = None
         seen: dict[str, Any] = {}
+        attended: dict[str, Any] = {}
+
+        def answer(x: mx.array, experts: mx.array) -> mx.array:
+            nonlocal asked
+            if asked is None:
+                asked = Asked(self, layer, x, np.array(experts))
+                raise AtExperts
+            return asked.answers
+
+        def once(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if name not in attended:
+                attended[name] = call(*args, **kwargs)
+            return attended[name]
 
         def listener(stage: str, value: Any) -> Any:
-            seen[stage] = value
-            if stage not in given or value is None:
+            seen.setdefault(stage, value)  # what is computed once more is lazy: nobody asks for it
+            if stage not in choices or value is None:
                 return value
-            return mx.concatenate([mx.array(given[stage]).astype(value.dtype), value[1:]])
+            return mx.concatenate([mx.array(choices[stage]).astype(value.dtype), value[1:]])
 
-        with trace.listen(self.model, listener):
-            if is_mtp:
-                out, chosen = module.step(*x, rotation, mask, None)
-            else:
-                out, chosen = module(x, rotation, mask, None, selection)
+        def called() -> tuple[mx.array, mx.array | None]:
+            attention = {"attention": module.self_attn}
+            if "indexer" in module.self_attn:
+                attention["indexer"] = module.self_attn.indexer
+            with trace.listen(self.model, listener), exchanged(attention, once):
+                if embeddings is not None:
+                    return module.step(x, embeddings, rotation, mask, None)
+                return module(x, rotation, mask, None, selection)
+
+        if "switch_mlp" in module.mlp:
+            module.mlp.switch_mlp = AnsweredExperts(answer)
+        with suppress(AtExperts):
+            out, chosen = called()
+        if asked is not None:
+            asked.stages = seen
+            yield asked
+            out, chosen = called()
         mx.eval(out, *(v for v in seen.values() if v is not None))
-        self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]  # its weights are let go
-        return Seen({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
+        self.model.model.layers[layer] = nn.Module()  # type: ignore[call-overload]
+        return Answer({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
+
+    def mtp_embeddings(self, tokens: Array) -> mx.array:
+        """Of the first draft step over the whole prompt, int [1, S] -> [1, S, hidden]: each position is fed the next token, the
+        last one the first."""
+        embeddings = self.mtp_embed(np.roll(tokens, -1, axis=1))
+        if self.args.mtp_zero_first_embedding:
+            embeddings = mx.where((mx.arange(tokens.shape[1]) == 0)[:, None], 0, embeddings)
+        return embeddings
 
     def mtp_embed(self, tokens: Array) -> mx.array:
         own = f"model.layers.{self.args.num_hidden_layers}.embed_tokens"
@@ -113,16 +154,6 @@ class OurLayers:
         _load(module, {n.removeprefix(f"{prefix}.switch_mlp."): t for n, t in tensors.items()}, self.dtype)
         return module
 
-    def answers(self, layer: int, first: int, count: int, x: mx.array, experts: Array) -> tuple[Array, mx.array]:
-        """What some experts answer: x [.., hidden], experts int [.., k] -> (those of the flattened choices, [n, hidden])."""
-        chosen = experts.reshape(-1)
-        slots = np.flatnonzero((chosen >= first) & (chosen < first + count))
-        if not slots.size:
-            return slots, mx.zeros((0, x.shape[-1]))
-        rows = x.reshape(-1, x.shape[-1])[mx.array(slots // experts.shape[-1])]
-        answer = self.experts(layer, first, count)(rows[None], mx.array(chosen[slots] - first)[None, :, None])
-        return slots, answer[0, :, 0]
-
     def _of_experts(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         for projection in weights.PROJECTIONS:
             for suffix in (*weights.PACKED, "global_scale"):
@@ -138,14 +169,34 @@ def _load(module: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype) -> N
     module.eval()
 
 
-@dataclass
-class Seen:
-    stages: dict[str, Any]  # all rows
-    out: mx.array
-    selection: mx.array | None
+class Asked:
+    """What the definition's experts are asked, and what they answered so far. x [.., S, hidden], experts int [.., S, k]."""
+
+    def __init__(self, layers: OurLayers, layer: int, x: mx.array, experts: Array) -> None:
+        self.layers, self.layer, self.x, self.experts = layers, layer, x, experts
+        self.stages: Mapping[str, Any] = {}
+        self._answers = np.zeros((experts.size, x.shape[-1]), np.float32)
+
+    def take(self, first: int, weights: Weights) -> None:
+        """Reads them again, as they are stored."""
+        self.read(first, len(weights[1]))
+
+    def read(self, first: int, count: int) -> None:
+        chosen = self.experts.reshape(-1)
+        slots = np.flatnonzero((chosen >= first) & (chosen < first + count))
+        if slots.size:
+            rows = self.x.reshape(-1, self.x.shape[-1])[mx.array(slots // self.experts.shape[-1])]
+            experts = self.layers.experts(self.layer, first, count)
+            answers = experts(rows[None], mx.array(chosen[slots] - first)[None, :, None])
+            self._answers[slots] = to_numpy(answers[0, :, 0])
+
+    @property
+    def answers(self) -> mx.array:
+        """[.., S, k, hidden]"""
+        return mx.array(self._answers.reshape(*self.experts.shape, -1)).astype(self.x.dtype)
 
 
-class OurExperts(nn.Module):
+class AnsweredExperts(nn.Module):
     """In the place of a layer's experts: what `answer` says of x [rows, S, hidden], experts int [rows, S, k]."""
 
     def __init__(self, answer: Callable[[mx.array, mx.array], mx.array]) -> None:

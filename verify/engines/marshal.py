@@ -76,9 +76,7 @@ def choice(array: mx.array | None, due: Array) -> mx.array:
 def aligned(array: mx.array, shape: tuple[int, ...]) -> Array | None:
     """As [B, S, ..], where axes of one or flattened rows are all that differs; None where more does."""
     if array.shape == shape or (array.size == int(np.prod(shape)) and array.shape[-1] == shape[-1]):
-        values = to_numpy(array)
-        assert values is not None
-        return values.reshape(shape)
+        return to_numpy(array).reshape(shape)
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -11,18 +13,44 @@ from glm_dsa import trace
 
 from ..core import stages
 from ..core.choices import scatter
+from ..core.compare import same_sets
+from .base import MX, Calls, Steps, chunks, let_go, renumbered, vocabulary
 from .definition import to_numpy
-from .definition_streamed import OurExperts, OurLayers
+from .definition_streamed import AnsweredExperts, Asked, OurLayers
 from .recording import Hearing
-from .runner import MX, Runner, let_go, same_sets
+from .spec import Side
 
 Array = np.ndarray
 
 
-class OurRunner(Runner):
+class DefinitionEngine:
     """`seeded` faults have to be in force from the constructor on: the model is assembled in each run."""
 
-    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+    def __init__(self, side: Side) -> None:
+        self.side, self.args, self.model = side, side.args, None
+
+    @cached_property
+    def layers(self) -> OurLayers:
+        """For runs of single layers, each of which is run once."""
+        return OurLayers(self.side.folder, MX[self.side.dtype], **self.side.overrides)
+
+    def layer(
+        self,
+        index: int,
+        x: mx.array,
+        selection: mx.array | None,
+        choices: Mapping[str, Array],
+        embeddings: mx.array | None = None,
+    ) -> Steps[mx.array]:
+        """See `OurLayers.steps`."""
+        return self.layers.steps(index, x, selection, choices, embeddings)
+
+    def cached(self) -> Calls:
+        model = self.assembled().model
+        cache = model.make_cache(**{k: v for k, v in self.side.options.items() if k.startswith("kv_")})
+        return lambda part: model(mx.array(part), cache)
+
+    def whole(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         layers = self.assembled()
         model, cache = layers.model, self._cache(layers)
         embedded = None if self.side.is_small else layers.embed(tokens)
@@ -35,7 +63,7 @@ class OurRunner(Runner):
                 model.logits(hidden[:, mx.array(at)])
                 return
         parts: list[Array] = []
-        for rows in self.vocabulary():
+        for rows in vocabulary(self.args):
             logits = layers.head(hidden[:, mx.array(at)], rows)
             mx.eval(logits)
             parts.append(np.array(logits[0].astype(mx.float32)))
@@ -43,7 +71,7 @@ class OurRunner(Runner):
 
     def run_layer(self, index: int, tokens: Array, hearing: Hearing) -> None:
         """One layer on the reference's input and, where it is handed one, its selection."""
-        layers, hearing = self.assembled(), self.heard(hearing)
+        layers, hearing = self.assembled(), renumbered(self.side, hearing)
         if index == self.args.num_hidden_layers:
             with trace.listen(layers.model, Listener(hearing, self.args.n_routed_experts)):
                 hidden = hearing.other("norm")
@@ -76,14 +104,10 @@ class OurRunner(Runner):
 
     def _mtp(self, layers: OurLayers, hidden: mx.array, tokens: Array) -> None:
         """The first draft step over the whole prompt: each position is fed the next token, the last one the first."""
-        model, following = layers.model, np.roll(tokens, -1, axis=1)
-        rotation, mask = model.model.rotation_and_mask(tokens.shape[1], None)
-        embeddings = layers.mtp_embed(following)
-        if self.args.mtp_zero_first_embedding:
-            embeddings = mx.where((mx.arange(tokens.shape[1]) == 0)[:, None], 0, embeddings)
-        mtp = model.mtp
+        mtp = layers.model.mtp
         assert mtp is not None
-        mtp.step(hidden, embeddings, rotation, mask, None)
+        rotation, mask = layers.model.model.rotation_and_mask(tokens.shape[1], None)
+        mtp.step(hidden, layers.mtp_embeddings(tokens), rotation, mask, None)
 
     def _listened(self, layers: OurLayers, listener: Listener, stage: str, value: Any) -> Any:
         value = listener(stage, value)
@@ -96,20 +120,18 @@ class OurRunner(Runner):
         return value
 
     def _experts_in_chunks(self, layers: OurLayers) -> None:
-        def answer_of(layer: int) -> Any:
+        def answer_of(layer: int) -> Callable[[mx.array, mx.array], mx.array]:
             def answer(x: mx.array, experts: mx.array) -> mx.array:
-                chosen = np.array(experts)
-                out = np.zeros((chosen.size, x.shape[-1]), np.float32)
-                for first, count in self.chunks():
-                    slots, answers = layers.answers(layer, first, count, x, chosen)
-                    out[slots] = np.array(answers.astype(mx.float32))
-                return mx.array(out.reshape(*chosen.shape, -1)).astype(x.dtype)
+                asked = Asked(layers, layer, x, np.array(experts))
+                for first, count in chunks(self.args):
+                    asked.read(first, count)
+                return asked.answers
 
             return answer
 
         for index, layer in enumerate(layers.model.model.layers):
             if "switch_mlp" in layer.mlp:
-                layer.mlp.switch_mlp = OurExperts(answer_of(index))
+                layer.mlp.switch_mlp = AnsweredExperts(answer_of(index))
 
 
 class Listener:

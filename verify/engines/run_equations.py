@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 import torch
 
-from reference.equations import Equations, causal, rms_norm
+from reference.equations import Equations, add_expert, causal, rms_norm
 from reference.layers import Layers
 
 from ..core import stages
 from ..core.choices import scatter
+from .base import Answer, AtExperts, Steps, Weights, vocabulary
 from .recording import Hearing
-from .runner import Runner
+from .spec import Side
 
 Array = np.ndarray
+Read = Callable[[str], Array]
 
 
 class _Heard(Equations):
@@ -41,34 +47,110 @@ class _Heard(Equations):
         return out
 
 
-class EquationsRunner(Runner):
-    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
-        layers = Layers(self.side.folder, self.side.conventions, **self.side.changes)
-        own = _Heard(
-            layers.config, lambda name: layers.read(name, torch.float32).double().numpy(), self.side.conventions
-        )
+class _Stopping(Equations):
+    """The equations of one layer, whose experts are somebody else's to hand over."""
+
+    asked: Asked | None = None
+    attended: tuple[Array, Array | None] | None = None
+
+    def attention(self, *args: Any) -> tuple[Array, Array | None]:
+        if self.attended is None:
+            self.attended = super().attention(*args)
+        return self.attended
+
+    def routed(self, layer: int, x: Array, experts: Array, weights: Array) -> Array:
+        if self.asked is None:
+            self.asked = Asked(x, experts, weights, self.stages)
+            raise AtExperts
+        return self.asked.sum
+
+
+class Asked:
+    """x [B, S, hidden], experts and weights [B, S, k], and the sum of what was answered so far."""
+
+    def __init__(self, x: Array, experts: Array, weights: Array, seen: Mapping[str, Array]) -> None:
+        self.x, self.experts, self.weights, self.stages = x, experts, weights, seen
+        self.sum = np.zeros_like(x)
+
+    def take(self, first: int, weights: Weights) -> None:
+        for expert in range(first, first + len(weights[1])):
+            if (self.experts == expert).any():
+                gate, up = weights[0][expert - first].chunk(2)
+                parts = [w.double().numpy() for w in (gate, up, weights[1][expert - first])]
+                add_expert(self.sum, self.x, self.experts, self.weights, expert, *parts)
+
+
+class EquationsEngine:
+    def __init__(self, side: Side, layers: Layers | None = None) -> None:
+        """layers: of the same checkpoint, where somebody has them open."""
+        self.side, self.args, self.model = side, side.args, None
+        self.layers = layers or Layers(side.folder, side.conventions, **side.changes)
+
+    def cached(self) -> None:
+        return None
+
+    def whole(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+        layers = self.layers
+        own = _Heard(layers.config, self._read, self.side.conventions)
         own.hearing, own.experts_count = hearing, self.args.n_routed_experts
-        shape, ids = tokens.shape, torch.as_tensor(tokens)
-        positions = np.broadcast_to(np.arange(shape[1]), shape)
+        ids, allowed, positions = torch.as_tensor(tokens), causal(tokens.shape, None), _positions(tokens.shape)
         x, selection = own.record("embed", layers.embed(ids).double().numpy()), None
         for layer in range(self.args.num_hidden_layers):
-            x, selection = own.layer(layer, x, positions, causal(shape, None), selection)
-        hidden = own.record("norm", rms_norm(x, own.weights("model.norm.weight"), self.args.rms_norm_eps))
+            x, selection = own.layer(layer, x, positions, allowed, selection)
+        hidden = own.record("norm", self.norm(x))
         if layers.has_mtp:
-            self._mtp(own, layers, ids, hidden)
-        parts = [(hidden[0, at] @ layers.head(rows).double().numpy().T) for rows in self.vocabulary()]
+            index = self.args.num_hidden_layers
+            embedded = layers.mtp_embed(torch.roll(ids, -1, 1)).double().numpy()
+            embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
+            joined = own.record(f"layers.{index}.eh_proj", self.eh_proj(embedded, hidden))
+            out, _ = own.layer(index, joined, positions, allowed, None)
+            own.record(f"layers.{index}.shared_head", self.shared_head(out))
+        parts = [(hidden[0, at] @ layers.head(rows).double().numpy().T) for rows in vocabulary(self.args)]
         hearing.note("logits", np.concatenate(parts, -1))
 
-    def _mtp(self, own: _Heard, layers: Layers, ids: torch.Tensor, hidden: Array) -> None:
-        index, eps = self.args.num_hidden_layers, self.args.rms_norm_eps
-        embedded = layers.mtp_embed(torch.roll(ids, -1, 1)).double().numpy()
-        embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
-        w = {
-            n: own.weights(f"model.layers.{index}.{n}.weight")
-            for n in ("enorm", "hnorm", "eh_proj", "shared_head.norm")
-        }
-        joined = np.concatenate([rms_norm(embedded, w["enorm"], eps), rms_norm(hidden, w["hnorm"], eps)], -1)
-        x = own.record(f"layers.{index}.eh_proj", joined @ w["eh_proj"].T)
-        positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
-        out, _ = own.layer(index, x, positions, causal(x.shape, None), None)
-        own.record(f"layers.{index}.shared_head", rms_norm(out, w["shared_head.norm"], eps))
+    def layer(self, index: int, x: Array, selection: Array | None, choices: Mapping[str, Array]) -> Steps[Array]:
+        """See `Layered.layer`."""
+        own = _Stopping(self.layers.config, self._read, self.side.conventions, choices)
+        given = x.astype(np.float64), _positions(x.shape[:2]), causal(x.shape[:2], None), selection
+        with suppress(AtExperts):
+            out, used = own.layer(index, *given)
+        if own.asked is not None:
+            yield own.asked
+            out, used = own.layer(index, *given)
+        return Answer(own.stages, out, used)
+
+    def in_float32(
+        self, index: int, x: Array, selection: Array | None, choices: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """Stages of a layer by the same code in float32: what float32 explains."""
+        read = self.layers.read
+        own = Equations(self.layers.config, lambda n: read(n, torch.float32).numpy(), self.side.conventions, choices)
+        own.layer(index, x, _positions(x.shape[:2]), causal(x.shape[:2], None), selection)
+        return own.stages
+
+    # -- what joins the layers
+
+    def norm(self, x: Array) -> Array:
+        return rms_norm(x, self._read("model.norm.weight"), self.args.rms_norm_eps)
+
+    def eh_proj(self, embedded: Array, hidden: Array) -> Array:
+        """What goes into the MTP layer, of embeddings and the main model's hidden, both [B, S, hidden]."""
+        parts = self._normed("enorm", embedded), self._normed("hnorm", hidden)
+        return np.concatenate(parts, -1) @ self._of_mtp("eh_proj").T
+
+    def shared_head(self, out: Array) -> Array:
+        """What becomes of the MTP layer's output."""
+        return self._normed("shared_head.norm", out)
+
+    def _normed(self, name: str, x: Array) -> Array:
+        return rms_norm(x, self._of_mtp(name), self.args.rms_norm_eps)
+
+    def _of_mtp(self, name: str) -> Array:
+        return self._read(f"model.layers.{self.args.num_hidden_layers}.{name}.weight")
+
+    def _read(self, name: str) -> Array:
+        return self.layers.read(name, torch.float32).double().numpy()
+
+
+def _positions(shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(np.arange(shape[1]), shape)

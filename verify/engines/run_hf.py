@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,15 @@ from reference.mtp import Around
 
 from ..core import stages
 from ..core.choices import scatter
+from ..core.compare import same_sets
+from ..core.stages import EXPERTS, INDEXER, MODULE_OUTPUTS, ROUTER
+from .base import TORCH, Answer, AtExperts, Steps, Weights, chunks, vocabulary
 from .recording import Hearing
-from .runner import TORCH, Runner, same_sets
 from .spec import Side
 
 Array = np.ndarray
-INDEXER = "self_attn.indexer"
+# where a stage is what a module gives; not where that is a tuple, or another's place in the model
+PLACES = {m: s for m, s in MODULE_OUTPUTS.items() if m not in ("self_attn", "", "norm", "lm_head")} | {EXPERTS: EXPERTS}
 
 
 class _Embedding(torch.nn.Module):
@@ -51,18 +54,41 @@ class _Streamed(torch.nn.Module):
         return self.call(*args, **kwargs)
 
 
-class HfRunner(Runner):
+class HfEngine:
     """HF's backbone runs as it is; what it holds is read a layer at a time."""
 
     def __init__(self, side: Side) -> None:
-        super().__init__(side)
+        self.side, self.args = side, side.args
         self.layers = Layers(side.folder, side.conventions, TORCH[side.dtype], **side.changes)
 
     @property
     def model(self) -> Any:
         return self.layers.model
 
-    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+    def cached(self) -> None:
+        return None
+
+    def layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        selection: torch.Tensor | None,
+        choices: Mapping[str, Array],
+        attended: dict[str, Array] | None = None,
+        places: torch.Tensor | None = None,
+    ) -> Steps[torch.Tensor]:
+        """See `steps`."""
+        return steps(self.layers, index, x.to(self.layers.dtype), selection, choices, attended, places)
+
+    def before_mtp(self, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[Around, torch.Tensor, torch.Tensor]:
+        """The first draft step over the whole prompt: each position is fed the next token, the last one the first. tokens int
+        [1, S], hidden [B, S, hidden] after the final norm -> (HF's glue, embeddings [1, S, hidden], the layer's input)."""
+        around = self.layers.around_mtp()
+        embedded = self.layers.mtp_embed(torch.roll(tokens, -1, 1)).to(self.layers.dtype)
+        embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
+        return around, embedded, around.before(embedded.expand_as(hidden), hidden)
+
+    def whole(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         ids, backbone = torch.as_tensor(tokens), self.layers.model.model
         own = backbone.embed_tokens, backbone.layers, backbone.norm
         calls = [_Streamed(self._layer(i, hearing)) for i in range(self.args.num_hidden_layers)]
@@ -79,7 +105,7 @@ class HfRunner(Runner):
             backbone.embed_tokens, backbone.layers, backbone.norm = own
         if self.layers.has_mtp:
             self._mtp(ids, hidden, hearing)
-        parts = [(hidden[0, at].float() @ self.layers.head(rows).T).numpy() for rows in self.vocabulary()]
+        parts = [(hidden[0, at].float() @ self.layers.head(rows).T).numpy() for rows in vocabulary(self.args)]
         hearing.note("logits", np.concatenate(parts, -1))
 
     def _embedded(self, hearing: Hearing) -> Any:
@@ -126,22 +152,18 @@ class HfRunner(Runner):
             hearing.note(stage, value)
         return out
 
-    def _answer(self, layer: int) -> Any:
+    def _answer(self, layer: int) -> Callable[..., torch.Tensor]:
         def answer(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            out = torch.zeros_like(x)
-            for first, count in self.chunks():
-                parts = (part.to(self.layers.dtype) for part in self.layers.experts(layer, first, count))
-                out += self.layers.chunk(first, *parts)(x, experts, weights)
-            return out
+            asked = Asked(self.layers, x, experts, weights)
+            for first, count in chunks(self.args):
+                asked.take(first, self.layers.experts(layer, first, count))
+            return asked.sum
 
         return answer
 
     def _mtp(self, ids: torch.Tensor, hidden: torch.Tensor, hearing: Hearing) -> None:
-        index, following = self.args.num_hidden_layers, torch.roll(ids, -1, 1)
-        around: Around = self.layers.around_mtp()
-        embedded = self.layers.mtp_embed(following).to(self.layers.dtype)
-        embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
-        x = around.before(embedded, hidden)
+        index = self.args.num_hidden_layers
+        around, _, x = self.before_mtp(ids, hidden)
         hearing.note(f"layers.{index}.eh_proj", x[0].float().numpy())
         with self.layers.loaded(index, self._answer(index)) as model:
             module: Any = model.model.layers[index]  # type: ignore[union-attr, index]
@@ -151,21 +173,89 @@ class HfRunner(Runner):
         hearing.note(f"layers.{index}.shared_head", around.after(out)[0].float().numpy())
 
 
+# -- a layer by itself
+
+
+class Asked:
+    """What HF's experts are asked, and the sum of what they answered so far. x [tokens, hidden], experts and weights
+    [tokens, k]. stages: of the layer, until there."""
+
+    def __init__(self, layers: Layers, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> None:
+        self.layers, self.x, self.experts, self.weights = layers, x, experts, weights
+        self.sum, self.stages = torch.zeros_like(x), dict[str, Array]()
+
+    def take(self, first: int, weights: Weights) -> None:
+        gate_up, down = (part.to(self.layers.dtype) for part in weights)
+        self.sum += self.layers.chunk(first, gate_up, down)(self.x, self.experts, self.weights)
+
+
+def steps(
+    layers: Layers,
+    index: int,
+    x: torch.Tensor,
+    selection: torch.Tensor | None = None,
+    choices: Mapping[str, Array] | None = None,
+    attended: dict[str, Array] | None = None,
+    places: torch.Tensor | None = None,
+) -> Steps[torch.Tensor]:
+    """One layer of HF's, as `Layered.layer` says. attended: filled with how much attention each key gets. places: the numbers
+    under which whoever hands experts over knows them, int [E]."""
+    asked: Asked | None = None
+
+    def answer(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        if asked is None:
+            asked = Asked(layers, x, experts if places is None else places[experts], weights)
+            raise AtExperts
+        return asked.sum
+
+    seen: dict[str, Array] = {}
+    with layers.loaded(index, answer) as model:
+        module: Any = model.model.layers[index]  # type: ignore[union-attr, index]
+        module.self_attn.forward = _Once(module.self_attn.forward)
+        chosen = {stage.removesuffix(".topk"): choice for stage, choice in (choices or {}).items()}
+
+        def called() -> tuple[torch.Tensor, torch.Tensor | None]:
+            # not held while others run: what HF's attention calls is exchanged in its module, and put back in order
+            with choosing(model, chosen), capture(model, attended) as stages:
+                try:
+                    return layers.run(index, x, selection)
+                finally:
+                    seen.update(stages)
+
+        with suppress(AtExperts):
+            out, used = called()
+        if asked is not None:
+            asked.stages = seen
+            yield asked
+            out, used = called()
+    return Answer(seen, out, used)
+
+
+class _Once:
+    """In the place of a forward: runs it once, and gives that again."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward, self.out = forward, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.out is None:
+            self.out = self.forward(*args, **kwargs)
+        return self.out
+
+
+# -- the whole model under others' values
+
+
 @contextmanager
 def _putting(module: torch.nn.Module, prefix: str, hearing: Hearing) -> Iterator[None]:
     """Replaced outputs of HF's modules, where a stage is one's output."""
-    places = {
-        "input_layernorm": "input_layernorm", "self_attn.q_a_layernorm": "self_attn.q_latent",
-        "self_attn.kv_a_layernorm": "self_attn.kv_latent", "self_attn.o_proj": "self_attn.output",
-        "post_attention_layernorm": "post_attention_layernorm", "mlp.experts": "mlp.experts",
-        "mlp.shared_experts": "mlp.shared_experts", "mlp": "mlp_output",
-    }  # fmt: skip
     hooks, modules = [], dict(module.named_modules())
     routing = hearing.due(f"{prefix}.{stages.ROUTING}")
-    if routing is not None and "mlp.gate" in modules:
+    if routing is not None and ROUTER in modules:
         weights = hearing.other(f"{prefix}.{stages.ROUTING_WEIGHTS}")
-        hooks.append(modules["mlp.gate"].register_forward_hook(lambda m, a, out: _routed(out, routing, weights)))
-    for path, stage in places.items():
+        hooks.append(modules[ROUTER].register_forward_hook(lambda m, a, out: _routed(out, routing, weights)))
+    for path, stage in PLACES.items():
         due = hearing.due(f"{prefix}.{stage}") if path in modules else None
         if due is not None:
             hooks.append(modules[path].register_forward_hook(lambda m, a, out, due=due: _like(due, out)))

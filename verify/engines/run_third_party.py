@@ -9,11 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.choices import scatter
+from ..core.compare import same_sets
 from ..core.stages import INDEXER, MODULE_OUTPUTS, ROUTER, kind_of
+from .base import MX, Calls, let_go
 from .definition import to_numpy
-from .marshal import aligned, arrays, call_model, first, with_input
+from .marshal import aligned, arrays, call_model, first, new_cache, with_input
 from .recording import Hearing
-from .runner import MX, Runner, let_go, same_sets
 from .spec import Side
 from .taps import paths_of, tapped
 from .third_party import Implementation, others_code
@@ -24,11 +25,11 @@ STAGES = {kind: stage for kind, stage in MODULE_OUTPUTS.items() if kind not in (
 HEADS = "self_attn.o_proj"
 
 
-class TheirRunner(Runner):
+class ThirdPartyEngine:
     """A large model is loaded lazily, and each layer let go when it has answered: one layer is in memory, with its experts."""
 
     def __init__(self, side: Side) -> None:
-        super().__init__(side)
+        self.side, self.args, self.model = side, side.args, None
         self.implementation = Implementation.of(side.implementation, "")
 
     def load(self) -> Any:
@@ -40,7 +41,12 @@ class TheirRunner(Runner):
         dtype = MX[self.side.dtype]
         return self.implementation.load(self.side.folder, changes, shared, dtype, lazy=not self.side.is_small)
 
-    def _run(self, tokens: Array, at: Array, hearing: Hearing) -> None:
+    def cached(self) -> Calls:
+        model = self.load()
+        cache = new_cache(model)
+        return lambda part: call_model(model, part, cache)
+
+    def whole(self, tokens: Array, at: Array, hearing: Hearing) -> None:
         model = self.load()
         modules = paths_of(model)
         listening = _Listening(self, hearing, tokens.shape[1], modules)
@@ -53,8 +59,8 @@ class TheirRunner(Runner):
 
 
 class _Listening:
-    def __init__(self, runner: TheirRunner, hearing: Hearing, length: int, modules: dict[str, Any]) -> None:
-        self.runner, self.hearing, self.length = runner, hearing, length
+    def __init__(self, engine: ThirdPartyEngine, hearing: Hearing, length: int, modules: dict[str, Any]) -> None:
+        self.engine, self.hearing, self.length = engine, hearing, length
         self.modules = modules
 
     def __call__(self, path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,7 +82,7 @@ class _Listening:
         array, put = first(out, mx.floating)
         stage = f"{prefix}.{STAGES[kind]}".lstrip(".") if prefix else STAGES[kind]
         out = self._value(stage, array, put) if array is not None else out
-        if kind == "" and not self.runner.side.is_small:
+        if kind == "" and not self.engine.side.is_small:
             let_go(self.modules[path])
         return out
 
@@ -96,7 +102,6 @@ class _Listening:
                 self.hearing.note(stage, None)
             return out
         chosen = to_numpy(array)
-        assert chosen is not None
         if chosen.size != self.length * chosen.shape[-1]:
             return out
         self.hearing.note(stage, chosen.reshape(self.length, -1))
@@ -109,9 +114,9 @@ class _Listening:
         weights, _ = first(out, mx.floating)
         if experts is None or weights is None or experts.size != weights.size or experts.size % self.length:
             return out
-        chosen = to_numpy(experts).reshape(self.length, -1)  # type: ignore[union-attr]
-        count = self.runner.args.n_routed_experts
-        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)  # type: ignore[union-attr]
+        chosen = to_numpy(experts).reshape(self.length, -1)
+        count = self.engine.args.n_routed_experts
+        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)
         self.hearing.note(f"{path}.topk", chosen)
         self.hearing.note(f"{path}.weights", by_expert)
         due, theirs = self.hearing.due(f"{path}.topk"), self.hearing.other(f"{path}.weights")

@@ -28,6 +28,7 @@ from .pruning import Numberings
 from .third_party import Implementation
 
 OURS, HF, EQUATIONS = "glm_dsa", "hf", "equations"
+ORACLES = (HF, EQUATIONS)
 DTYPES = ("float32", "bfloat16", "float16")
 SMALL = 1 << 30  # bytes of a checkpoint that is held in memory whole
 OPTION = re.compile(r",(\w+)=([^,=]*)$")
@@ -103,11 +104,28 @@ class Side:
     def same_weights(self, other: Side) -> bool:
         return self.folder.resolve() == other.folder.resolve()
 
+    @classmethod
+    def of(cls, release: Release, implementation: str, **how: Any) -> Side:
+        """On a checkpoint whose headers were read."""
+        side = cls(f"{implementation}@{release.origin}", implementation, release.origin, **how)
+        side.__dict__["release"] = release
+        return side
+
+    def in_dtype(self, dtype: str) -> Side:
+        return self._again(options={**self.options, "dtype": dtype})
+
+    def _again(self, **changes: Any) -> Side:
+        """With other fields; headers that were read are not read again."""
+        side = replace(self, **changes)
+        if "release" in self.__dict__:
+            side.__dict__["release"] = self.release
+        return side
+
     def on(self, implementation: str, **changes: Any) -> Side:
         """Another implementation on the same weights, as they are meant; nothing of how this side runs is kept."""
         kept = {k: v for k, v in self.options.items() if k == "revision"}
         text = f"{implementation}@{self.checkpoint}"
-        return replace(self, text=text, implementation=implementation, options=kept, within=nullcontext, **changes)
+        return self._again(text=text, implementation=implementation, options=kept, within=nullcontext, **changes)
 
 
 def sides_of(candidate: str, against: str | None, default: str) -> tuple[Side, Side]:
@@ -163,7 +181,7 @@ def _parsed(text: str) -> Side:
 def _is_code(text: str) -> bool:
     """`hf`, `package.module`, `package.module:Class`, `folder/file.py`; a repository's name has a slash, and no .py."""
     name = text.partition(":")[0]
-    if text in (OURS, HF, EQUATIONS) or name.endswith(".py"):
+    if text in (OURS, *ORACLES) or name.endswith(".py"):
         return True
     return not Path(text).is_dir() and "/" not in name and "." in name.strip(".")
 
@@ -192,7 +210,7 @@ def _plain(value: str) -> Any:
 
 def _check(side: Side) -> None:
     """What cannot run, before anything does."""
-    if side.implementation in (HF, EQUATIONS):
+    if side.implementation in ORACLES:
         if side.device != "cpu":
             raise ValueError(f"{printable(side.text)}: HF and the equations run on the CPU here")
         if side.implementation == EQUATIONS and "dtype" in side.options:

@@ -5,7 +5,7 @@ Nothing of their code is touched: each module's class is exchanged, for a while,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,16 +30,25 @@ def paths_of(model: Any) -> dict[str, Any]:
 @contextmanager
 def tapped(model: Any, paths: Collection[str], see: See) -> Iterator[None]:
     """`see(path, call, args, kwargs)` stands in the place of each module's call. mx.compile is off: it would hide arrays."""
-    own = [(path, module, type(module)) for path, module in paths_of(model).items() if path in paths]
     mx.disable_compile()
     try:
-        for path, module, kind in own:
-            object.__setattr__(module, "__class__", _listening(path, kind, see))
+        with exchanged({path: module for path, module in paths_of(model).items() if path in paths}, see):
+            yield
+    finally:
+        mx.enable_compile()
+
+
+@contextmanager
+def exchanged(modules: Mapping[str, Any], see: See) -> Iterator[None]:
+    """As `tapped`, of modules by names of one's own, and nothing else is changed."""
+    own = [(module, type(module)) for module in modules.values()]
+    try:
+        for name, module in modules.items():
+            object.__setattr__(module, "__class__", _listening(name, type(module), see))
         yield
     finally:
-        for _, module, kind in own:
+        for module, kind in own:
             object.__setattr__(module, "__class__", kind)
-        mx.enable_compile()
 
 
 def _listening(path: str, kind: type, see: See) -> type:

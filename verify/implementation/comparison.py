@@ -210,7 +210,7 @@ class Watch:
         if experts is None or weights is None or experts.size != due.size or weights.size != due.size:
             self.unread[path] = f"gives {describe(out)}: no experts with weights that can be read"
             return out
-        ours = to_numpy(experts).reshape(due.shape)  # type: ignore[union-attr]
+        ours = to_numpy(experts).reshape(due.shape)
         if max_of(ours) >= case.args.n_routed_experts:
             self.unread[path] = f"names expert {max_of(ours)} of {case.args.n_routed_experts}"
             return out
@@ -218,7 +218,7 @@ class Watch:
 
         def mend() -> Any:
             mine, theirs = scatter(due_weights, due, count), choice(experts, due)
-            order = to_numpy(theirs).reshape(due.shape).astype(np.int64)  # type: ignore[union-attr]
+            order = to_numpy(theirs).reshape(due.shape).astype(np.int64)
             put = put_experts(theirs)
             return first(put, mx.floating)[1](in_place_of(weights, np.take_along_axis(mine, order, -1)))
 
@@ -233,7 +233,7 @@ class Watch:
             lambda: causes.of_routing(self.reference, path, ours, logits, decision),
         )
         if fault is None and not found.differing:
-            mine = scatter(to_numpy(weights).reshape(due.shape), ours, count)  # type: ignore[union-attr]
+            mine = scatter(to_numpy(weights).reshape(due.shape), ours, count)
             bound = reference.bound(f"{path}.weights", local=True)
             fault = self.collector.check(
                 lambda: self.collector.values(

@@ -14,15 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core import compare
+from ..core.plain import plain
+
 Array = np.ndarray
 BEST = 5
-
-
-def log_softmax(logits: Array) -> Array:
-    """float32 [n, V] -> float64 [n, V]."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,8 @@ class Gathered:
 
     def add(self, base: Array, candidate: Array, targets: Array, places: Array, fresh: Array, is_plain: bool) -> None:
         """Logits [n, V] of both, the tokens that follow [n], their places in the text, and which are scored here, bool [n]."""
-        p, q = log_softmax(base), log_softmax(candidate)
-        rows = np.arange(len(targets))
-        pair = -p[rows, targets], -q[rows, targets]
+        p, q = compare.log_softmax(base), compare.log_softmax(candidate)
+        pair = compare.nll(p, targets), compare.nll(q, targets)
         for side, values in enumerate(pair):
             self.nll[side].append(values[fresh])
             if is_plain:
@@ -77,8 +72,7 @@ class Gathered:
         if not len(p):
             return
         self.places.append(places[fresh])
-        # rounding leaves some -1e-17 where both are the same
-        self.kl.append(np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0))
+        self.kl.append(compare.kl(p, q))
         self.top1.append(base.argmax(-1) == candidate.argmax(-1))
         count = min(BEST, base.shape[-1])
         ours, theirs = (np.argpartition(-x, count - 1, axis=-1)[:, :count] for x in (base, candidate))
@@ -137,7 +131,7 @@ class Quality:
         def perplexities(pair: Any) -> Any:
             return both(None if pair is None else [vars(p) for p in pair])
 
-        return _finite({
+        return plain({
             "candidate": self.candidate, "base": self.base, "text": self.source, "tokens": self.tokens,
             "context": self.context, "stride": self.stride, "windows": self.windows,
             "kl": {"mean": self.kl.value, "standard_error": self.kl.error} | self.percentiles,
@@ -145,7 +139,7 @@ class Quality:
             "top1": vars(self.top1), "top5": vars(self.top5),
             "perplexity": {"strided": perplexities(self.strided), "plain": perplexities(self.plain)},
             "bits_per_byte": both(self.bits_per_byte), "versions": self.versions, "command": self.command,
-        })  # fmt: skip
+        }, not_finite=lambda _: None)  # fmt: skip
 
     def _cut(self) -> str:
         if self.windows == 1:
@@ -177,10 +171,3 @@ class Quality:
             base, candidate = self.bits_per_byte
             out.append(f"{'bits per byte':<16} {base:>20.5f} {candidate:>20.5f} {candidate / base:>9.5f}")
         return [*out, "", self.versions]
-
-
-def _finite(value: Any) -> Any:
-    """What JSON has no word for is null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,10 +17,10 @@ from glm_dsa import memory
 from glm_dsa.cache import LayerCache
 from glm_dsa.store import KvQuantization
 
+from ..engines import base
 from ..engines.definition_streamed import OurLayers
-from ..engines.factory import runner_of
 from ..engines.recording import Hearing, Recording
-from ..engines.runner import MX, let_go
+from ..engines.registry import engine_of
 from ..engines.spec import OURS, Side
 
 Array = np.ndarray
@@ -36,12 +36,12 @@ class Run(ABC):
 
 
 def run_of(side: Side, windows: Sequence[Array], tell: Tell) -> Run:
-    return OurRun(side, windows, tell) if side.implementation == OURS else OtherRun(side, windows, tell)
+    return RUNS.get(side.implementation, OtherRun)(side, windows, tell)
 
 
 class OurRun(Run):
     def __init__(self, side: Side, windows: Sequence[Array], tell: Tell) -> None:
-        self.layers = OurLayers(side.folder, MX[side.dtype], **side.overrides)
+        self.layers = OurLayers(side.folder, base.MX[side.dtype], **side.overrides)
         model = self.layers.model
         model.drop_mtp()
         memory.check(
@@ -72,7 +72,7 @@ class OurRun(Run):
                 rotation, mask = backbone.rotation_and_mask(x.shape[1], cache)
                 hidden[i], selections[i] = layer(x, rotation, mask, cache, selections[i])
                 mx.eval(hidden[i], *([] if selections[i] is None else [selections[i]]))
-            let_go(layer)
+            base.let_go(layer)
         self.hidden = [backbone.norm(x) for x in hidden]
         mx.eval(self.hidden)
 
@@ -84,7 +84,7 @@ class OtherRun(Run):
     """The last window's logits are kept: they are asked for in order."""
 
     def __init__(self, side: Side, windows: Sequence[Array], tell: Tell) -> None:
-        self.runner, self.windows, self.tell = runner_of(side), windows, tell
+        self.engine, self.windows, self.tell = engine_of(side), windows, tell
         self.last: tuple[int, Array] | None = None
 
     def logits(self, window: int, rows: slice) -> Array:
@@ -93,12 +93,15 @@ class OtherRun(Run):
             into, tokens = Recording(), self.windows[window]
             hearing = Hearing(into, keeps=lambda stage: stage == "logits")
             self.last = None
-            self.runner.run(tokens[None], np.arange(len(tokens)), hearing)
+            base.run(self.engine, tokens[None], np.arange(len(tokens)), hearing)
             found = into.get("logits")
             if found is None:
-                raise ValueError(f"{self.runner.side.text}: it gives no logits [tokens, vocabulary]")
+                raise ValueError(f"{self.engine.side.text}: it gives no logits [tokens, vocabulary]")
             self.last = window, np.asarray(found, dtype=np.float32)
         return self.last[1][rows]
+
+
+RUNS: dict[str, Callable[[Side, Sequence[Array], Tell], Run]] = {OURS: OurRun}
 
 
 def _quantization(side: Side) -> KvQuantization | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import torch
 
-from ..engines.definition_streamed import OurExperts, OurLayers
+from ..engines.base import Underway, chunks
+from ..engines.run_definition import DefinitionEngine
+from ..engines.run_hf import Asked
 from .layerwise import Pass
 
 
@@ -22,26 +21,22 @@ class Bare:
     def seconds(self, index: int) -> float:
         run = self.run
         hf, selection, own, own_selection = self.given
-        ours = OurLayers(run.theirs.read.folder, run.ours.dtype, **run.overrides)  # names and shapes only
-        asked: list[Any] = []
+        theirs, ours = run.theirs.layers, DefinitionEngine(run.ours.side)  # names and shapes only
+        asked: list[Asked] = []
 
-        def of_torch(*given: torch.Tensor) -> torch.Tensor:
-            asked.append(given)
-            return torch.zeros_like(given[0])
-
-        def of_mlx(x: mx.array, experts: mx.array) -> mx.array:
-            asked.append((x, np.array(experts)))
-            return mx.zeros((*experts.shape, x.shape[-1]))
+        def answer(*given: torch.Tensor) -> torch.Tensor:
+            asked.append(Asked(theirs, *given))
+            return asked[0].sum
 
         begun = time.monotonic()
-        with run.theirs.loaded(index, of_torch):
-            run.theirs.run(index, hf, selection)
-        ours.run(index, own, own_selection, {}, OurExperts(of_mlx))
-        if asked:
-            (x, experts, weights), (rows, chosen) = asked
-            for first in range(0, run.args.n_routed_experts, run.chunk):
-                unpacked = run.theirs.experts(index, first, min(run.chunk, run.args.n_routed_experts - first))
-                run.theirs.chunk(first, *unpacked)(x, experts, weights)
-                mx.eval(ours.answers(index, first, len(unpacked[1]), rows, chosen)[1])
+        with theirs.loaded(index, answer):
+            theirs.run(index, hf, selection)
+        mine = Underway(ours.layer(index, own, own_selection, {}))
+        if mine.request is not None:
+            for first, count in chunks(run.args, run.chunk):
+                unpacked = theirs.experts(index, first, count)
+                asked[0].take(first, unpacked)
+                mine.request.take(first, unpacked)
                 del unpacked
+        mine.finish()
         return time.monotonic() - begun

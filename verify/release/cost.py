@@ -43,8 +43,8 @@ class LayerCost:
 
 def of_layer(
     layer: int,
-    release: dict[str, Array],
-    original: dict[str, Array],
+    release: Mapping[str, Array],
+    original: Mapping[str, Array],
     attended: Array | None,
     is_sparse: bool,
     numbering: Numbering | None = None,
@@ -112,7 +112,7 @@ class Cost:
             f"({self.perplexity:.4f} times)"
         )
 
-    def over(self, limits: dict[str, float]) -> list[str]:
+    def over(self, limits: Mapping[str, float]) -> list[str]:
         """Which limits it does not keep."""
         wrong = []
         for name, limit in limits.items():
@@ -156,14 +156,7 @@ class Perplexity:
 
 def perplexity(logits: Array, following: Array) -> float:
     """Logits [positions, V], and the token that follows each position."""
-    return float(np.exp(_surprise(logits, following)))
-
-
-def _surprise(logits: Array, following: Array) -> float:
-    """Mean negative log likelihood, in nats."""
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return float(np.mean(np.log(np.exp(x).sum(-1)) - x[np.arange(len(following)), following]))
+    return float(np.exp(np.mean(compare.nll(compare.log_softmax(logits), following))))
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from glm_dsa import ModelArgs
-from reference.equations import rms_norm
+from reference.equations import Weights
 
 from ..audit.audit import Finding
 from ..core import bounds, compare, report, stages
@@ -20,8 +20,9 @@ from ..core.choices import Decision, of_stage
 from ..core.compare import Distributions
 from ..core.exits import NotJudged
 from ..core.progress import peak_memory
-from ..engines.conventions import conventions_in, conventions_of
+from ..engines.base import vocabulary
 from ..engines.definition import to_numpy
+from ..engines.spec import HF, OURS, Side
 from . import cost
 from .baseline_timing import Bare
 from .layerwise import Pass, Ran
@@ -30,7 +31,6 @@ from .resume import Saved
 from .weights import Weighing
 
 Array = np.ndarray
-HEAD_ROWS = 8192  # tokens of the vocabulary whose logits are computed at once
 HEAD_POSITIONS = 64  # of a prompt, evenly spread: a head of 154,880 x 6144 costs as much as ten layers
 COST_POSITIONS = 512  # of them where torch alone computes
 
@@ -84,7 +84,7 @@ class LayerReference:
 class Case:
     name: str
     args: ModelArgs
-    weights: Any
+    weights: Weights  # by HF's names
     packed: bool
 
     @property
@@ -119,27 +119,19 @@ class Trial:
 
     def __post_init__(self) -> None:
         release = self.release
+        options = {"dtype": "bfloat16" if release.is_half else "float32"}
+        side = Side.of(release.headers, OURS, options=options, overrides=release.overrides)
         original = None
         if release.original is not None and release.original.folder is not None:
-            own = conventions_in(release.original.config, **release.overrides)
-            original = (release.original.folder, own)
-        conventions = conventions_of(release.args)
+            original = Side.of(release.original, HF, overrides=release.overrides)
         self.run = Pass(
-            release.folder,
-            conventions,
-            release.overrides,
-            release.tokens,
-            original,
-            self._beside,
-            lambda s: self.tell(s),
-            mx.bfloat16 if release.is_half else mx.float32,
-            release.numberings,
-        )
-        theirs = None if self.run.original is None else self.run.original.read
+            side, release.tokens, original, self._beside, lambda s: self.tell(s), release.numberings,
+        )  # fmt: skip
+        theirs = None if self.run.original is None else self.run.original.layers.read
         layers = self.run.args.num_hidden_layers
-        tensors, read = release.headers.tensors, self.run.theirs.read
+        tensors, read = release.headers.tensors, self.run.theirs.layers.read
         self.weighing = Weighing(tensors, read, theirs, layers, release.numberings)
-        self.case = Case(self.name, self.run.args, self.run.theirs.read, release.headers.is_packed)
+        self.case = Case(self.name, self.run.args, read, release.headers.is_packed)
         if not self._restore():
             self.run.embed()
 
@@ -174,7 +166,7 @@ class Trial:
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
         if ran.half is None and max(self.worst.values()) > bounds.EXPLAINED:
-            errors = bounds.reference_errors(self.run.in_float32(ran), ran.truth)
+            errors = bounds.reference_errors(self.run.in_float32(index, ran), ran.truth)
             for stage, error in errors.items():
                 self.single[stages.kind(stage)] = max(self.single.get(stages.kind(stage), 0.0), error)
         local: dict[str, Any] = {s: v if v is None else v[:1] for s, v in ran.ours.items()}
@@ -192,7 +184,7 @@ class Trial:
         return reference, local, self._drift(index, ran)
 
     def _reference(
-        self, hf: dict[str, Array], truth: dict[str, Array], half: dict[str, Array] | None
+        self, hf: dict[str, Array], truth: Mapping[str, Array], half: Mapping[str, Array] | None
     ) -> LayerReference:
         """Bounds are by HF's own errors: those of float32, or of bfloat16 where ours runs in it."""
         for stage, error in bounds.reference_errors(half or hf, truth).items():
@@ -218,47 +210,45 @@ class Trial:
         run, args = self.run, self.run.args
         self.upto(self.release.layers[-1])
         length = run.tokens.shape[1]
-        at = _spread(length, HEAD_POSITIONS)
-        asked = _spread(length - 1, COST_POSITIONS)  # those that a token follows
-        hidden, own = run.theirs.norm(run.hf[:, at]), run.ours.norm(run.own[:, mx.array(at)])
-        weight = run.theirs.read("model.norm.weight").astype(np.float64)
-        exact = rms_norm(run.hf[:, at].double().numpy(), weight, args.rms_norm_eps)
-        half = run.half.norm(run.hf[:, at].bfloat16()) if run.half is not None else None
+        at = compare.spread(length, HEAD_POSITIONS)
+        asked = compare.spread(length - 1, COST_POSITIONS)  # those that a token follows
+        theirs, ours = run.theirs.layers, run.ours.layers
+        original = None if run.original is None else run.original.layers
+        hidden, own = theirs.norm(run.hf[:, at]), ours.norm(run.own[:, mx.array(at)])
+        exact = run.truth.norm(run.hf[:, at].double().numpy())
+        half = run.half.layers.norm(run.hf[:, at].bfloat16()) if run.half is not None else None
         parts: dict[str, list[Array]] = {p: [] for p in ("hf", "truth", "ours", "half", "release", "original")}
-        is_asked = run.original is not None or self._has_perplexity
-        of_release = run.theirs.norm(run.hf[0, asked])
-        if run.original is not None:
-            of_original = run.original.norm(run.first[1, asked])
-        for start in range(0, args.vocab_size, HEAD_ROWS):
-            self.tell(f"logits, token {start:,} of {args.vocab_size:,}")
-            rows = slice(start, min(start + HEAD_ROWS, args.vocab_size))
-            head = run.theirs.head(rows)
+        is_asked = original is not None or self._has_perplexity
+        of_release = theirs.norm(run.hf[0, asked])
+        if original is not None:
+            of_original = original.norm(run.first[1, asked])
+        for rows in vocabulary(args):
+            self.tell(f"logits, token {rows.start:,} of {args.vocab_size:,}")
+            head = theirs.head(rows)
             parts["hf"].append((hidden @ head.T).numpy())
             parts["truth"].append((exact @ head.double().numpy().T).astype(np.float32))
-            logits = run.ours.head(own, rows)
+            logits = ours.head(own, rows)
             mx.eval(logits)
             parts["ours"].append(np.array(logits.astype(mx.float32)))
             if half is not None:
                 parts["half"].append((half @ head.bfloat16().T).float().numpy())
             if is_asked:
                 parts["release"].append((of_release @ head.T).numpy())
-            if run.original is not None:
-                parts["original"].append((of_original @ run.original.head(rows).T).numpy())
+            if original is not None:
+                parts["original"].append((of_original @ original.head(rows).T).numpy())
         whole = {name: np.concatenate(p, -1) for name, p in parts.items() if p}
-        mine = to_numpy(own)
-        assert mine is not None
         reference = self._reference(
             {"norm": hidden.numpy(), "logits": whole["hf"]},
             {"norm": exact, "logits": whole["truth"]},
             None if half is None else {"norm": half.float().numpy(), "logits": whole["half"]},
         )
         paid = None
-        if run.original is not None:
+        if original is not None:
             paid = cost.of_logits(whole["release"], whole["original"], run.tokens[0, asked + 1])
         if self._has_perplexity:
             self._measure_perplexity(whole["release"], paid, run.tokens[0, asked + 1])
-        ours = whole["ours"]
-        return reference, {"norm": mine[:1], "logits": ours[:1]}, compare.distributions(ours[1:], whole["hf"]), paid
+        mine = whole["ours"]
+        return reference, {"norm": to_numpy(own)[:1], "logits": mine[:1]}, compare.distributions(mine[1:], whole["hf"]), paid
 
     @property
     def _has_perplexity(self) -> bool:
@@ -323,7 +313,3 @@ class Trial:
         self.costs = {int(i): cost.LayerCost(**c) for i, c in facts["costs"].items()}
         self.findings = {int(i): [Finding(**f) for f in found] for i, found in facts["findings"].items()}
         return True
-
-
-def _spread(length: int, most: int) -> Array:
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))

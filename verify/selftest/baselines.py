@@ -156,7 +156,7 @@ class Subject:
             said.append(int(mx.argmax(logits[0, -1])))
             logits = model(mx.array([said[-1:]]), cache)
         stages = {stage: to_numpy(value) for stage, value in seen.items()}
-        return Run(tokens, stages["logits"], of_modules(stages), np.array(said, dtype=np.int64))  # type: ignore[arg-type]
+        return Run(tokens, stages["logits"], of_modules(stages), np.array(said, dtype=np.int64))
 
     def rejects(
         self, known: Collection[tuple[str, str]] = (), changed: Collection[str] | None = None
