@@ -27,7 +27,7 @@ from glm_dsa.planning import plan, recipe
 from reference import card, checkpoints, measure, shapes, train
 from reference.kept import TRAINED
 from reference.layout import LAYOUTS
-from tests.carried import diagnosing
+from tests.carried import diagnosing, kept
 from verify.gate import plugin as gate
 from verify.selftest import scorecard
 
@@ -291,7 +291,7 @@ def without_figures(text):
 
 def test_the_table_of_what_was_diagnosed_is_the_kept_one():
     written = README.split("<!-- diagnosed -->\n")[1].split("\n<!-- end of diagnosed -->")[0]
-    records = json.loads(diagnosing.KEPT.read_text())
+    _, records = kept.read()
     assert written == diagnosing.table(records), "python -m tests.carried --drift --keep writes it"
     assert all(diagnosing.enough(records, kind) for kind in diagnosing.kinds(records))
 
