@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(config, items):
 def is_left_out(item, paths):
     """Of a slow test: whether neither its file nor one of its subjects, which are the beginnings of paths, changed."""
     mark = item.get_closest_marker("slow")
-    subjects = (*(mark.args if mark else ()), f"tests/{item.path.name}")
+    own = item.path.relative_to(item.config.rootpath).as_posix()
+    subjects = (*(mark.args if mark else ()), own)
     return mark is not None and "*" not in paths and not any(path.startswith(subjects) for path in paths)
 
 
