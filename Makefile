@@ -1,11 +1,13 @@
 # Two commands do everything on a fresh machine with Python >= 3.11 and make:
-#   make verify   the gate        make test   tests of the code
+#   make verify   the gate        make test   tests of the code, those that are not slow
 # And beside them:
-#   make judge    the gate itself on trial, 12 minutes      make mutate   each line of the definition changed in turn, hours
+#   make slow     the slow tests of the code                make mutate   each line of the definition changed in turn, hours
+#   make judge    the gate itself on trial, 20 minutes; ARGS='--changed --keep': what a change made untrue of its record
 #   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 12 minutes
 #   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
-#   make full     judge with 60 random checkpoints, kept as the record that the tests check; diagnose; long contexts
+#   make full     all of it: judge with 60 random checkpoints and diagnose, kept as records; slow tests; long contexts
 #   make docs     rewrites what README.md and docs/ have from code and kept records, a minute
+#   make release-check   is there a release to be made? Not where a full run was of other code than this
 #   make train    repeats the training of the small checkpoint, two hours (LAYOUT=half-split for the other one)
 PYTHON ?= python3
 VENV := .venv
@@ -16,13 +18,16 @@ TRIED := $(shell sed -nE 's/^(OLDEST|NEWEST) = "([0-9.]+)".*/\2/p' reference/ver
 UNDER := .venv-versions
 LAYOUT ?= interleaved
 
-.PHONY: verify test versions judge diagnose full mutate train docs lint clean
+.PHONY: verify test slow versions judge diagnose full release-check mutate train docs lint clean
 
 verify: $(READY)
 	$(BIN)/python -m pytest verify/ $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+slow: $(READY)
+	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile -m slow $(ARGS)
 
 versions: $(TRIED:%=$(UNDER)/%/.ready)
 	for version in $(TRIED); do echo "transformers $$version"; \
@@ -36,8 +41,13 @@ diagnose: $(READY)
 
 full: $(READY)
 	$(BIN)/python -m verify judge --random 60 --keep
-	$(BIN)/python -m tests.carried --drift
+	$(BIN)/python -m tests.carried --drift --keep
+	$(BIN)/python -m pytest tests/ -n 2 --dist loadfile
 	$(BIN)/python -m pytest verify/claims/test_long.py --long
+
+release-check: $(READY)
+	$(BIN)/python -m verify judge --kept --release
+	$(BIN)/python -m tests.carried --release
 
 mutate: $(READY)
 	$(BIN)/python -m verify.selftest.mutation $(ARGS)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from glm_dsa import KvQuantization, LayerCache, Widths
 from glm_dsa.cache import cache_bytes
 from glm_dsa.planning import plan, recipe
-from tests.carried import diagnosing
+from tests.carried import diagnosing, kept
 from verify import faults
 from verify.bench import tables as bench_tables
 from verify.bench.suite import Bench
@@ -65,7 +65,7 @@ def judged() -> str:
 
 
 def diagnosed() -> str:
-    return diagnosing.table(diagnosing.kept())
+    return diagnosing.table(kept.read()[1])
 
 
 def results() -> str:
@@ -80,7 +80,7 @@ def results() -> str:
          f"{most} of {record.asked(rule)} asked", ""],
         ["false alarms on sound checkpoints of random shape", f"{len(record.random['false_alarms'])} of {drawn}", "`make full`"],
     ]  # fmt: skip
-    records = diagnosing.kept()
+    records = kept.read()[1]
     for kind in diagnosing.kinds(records):
         what, where, _, _ = kind
         if what == "alone":

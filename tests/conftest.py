@@ -8,12 +8,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch comes in: workers that u
 import logging
 import pkgutil
 import sys
+from pathlib import Path
 
 import mlx_lm.models.cache
 import pytest
 
 import glm_dsa.mlx_lm
 from verify.gate import options
+
+
+def pytest_addoption(parser):
+    parser.addoption("--changed", metavar="FILE", help="of slow tests, only those whose subject is among these paths, one a line")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --changed (or with a line "*" in it: it cannot be told) slow tests run as others do."""
+    if config.getoption("--changed") is None:
+        return
+    paths = Path(config.getoption("--changed")).read_text().splitlines()
+    left_out = [item for item in items if is_left_out(item, paths)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def is_left_out(item, paths):
+    """Of a slow test: whether neither its file nor one of its subjects, which are the beginnings of paths, changed."""
+    mark = item.get_closest_marker("slow")
+    own = item.path.relative_to(item.config.rootpath).as_posix()
+    subjects = (*(mark.args if mark else ()), own)
+    return mark is not None and "*" not in paths and not any(path.startswith(subjects) for path in paths)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,16 @@
 """The catalogue's faults in HF's modules and in mlx-lm's definition: that they are the same mistakes."""
 
+from dataclasses import replace
+
 import pytest
 
-from tests.carried import IN_HF, IN_STOCK, NOT_CARRIED, write_stock
+from tests.carried import IN_HF, IN_STOCK, NOT_CARRIED, diagnosing, kept, write_stock
 from tests.carried.compared import CLEAR, TOLERANCE, Trial
-from tests.carried.in_hf import Edit, patched, places
+from tests.carried.in_hf import Edit, Set, patched, places
+from verify import ROOT
 from verify.faults import CATALOGUE
 from verify.faults.edits import unwrapped
+from verify.selftest import keys
 
 SAMPLE = list(IN_HF)[::9]  # `python -m tests.carried` tries all of them
 
@@ -105,3 +109,86 @@ def test_mlx_lm_can_be_written_with_it(tmp_path, name):
     right, wrong = write_stock(tmp_path / "right.py").read_text(), write_stock(tmp_path / "wrong.py", name).read_text()
     assert right != wrong
     compile(wrong, name, "exec")
+
+
+# -- the record of what drift names
+
+
+@pytest.fixture
+def rows():
+    """The record as if a full run had diagnosed this tree."""
+    each = {kept.of_task(task): task for task in diagnosing.tasks()}
+    found = {kept.identity(row): row for row in kept.read()[1]}
+    made = [{**next(iter(found.values())), "what": i[0], "names": list(i[1]), "where": i[2], "dtype": i[3]} for i in each]
+    return [
+        {k: v for k, v in {**found.get(kept.identity(row), row), "key": kept.key(each[kept.identity(row)])}.items() if k != "since"}
+        for row in made
+    ]
+
+
+def test_the_record_is_of_these_mistakes():
+    stale = kept.stale(diagnosing.tasks(), kept.read()[1])
+    assert not stale, "run `python -m tests.carried --drift --changed --keep`"
+    full, found = kept.read()
+    assert kept.KEPT.read_text() == kept.as_lines(full, found), "written again it is the same"
+    assert "seconds" not in kept.KEPT.read_text()
+
+
+def test_a_mistake_that_changes_is_due(rows, monkeypatch):
+    tasks = diagnosing.tasks()
+    assert kept.due(tasks, kept.core(), rows, keep=False) == []
+    name = "indexer-no-relu"
+    monkeypatch.setitem(IN_HF, name, replace(IN_HF[name], changes=(Edit("Indexer.forward", "F.relu(scores)", "-scores"),)))
+    due = kept.due(tasks, kept.core(), rows, keep=False)
+    assert {task.names for task in due if len(task.names) == 1} == {(name,)}
+    assert {task.where for task in due} == {kept.HF}
+
+
+def test_what_stands_in_an_attributes_place_is_in_the_key():
+    def key_of(value):
+        return kept.carried_text(replace(IN_HF["indexer-eps"], changes=(Set("k_norm", "eps", value),)))
+
+    one = key_of(lambda m, c: 1e-5)
+    other = key_of(lambda m, c: 1e-4)
+    assert one != other
+    assert all(kept.text_of(c.value) for f in IN_HF.values() for c in f.changes if isinstance(c, Set))
+
+
+def test_another_core_asks_for_sentinels_of_each_kind(rows):
+    due = kept.due(diagnosing.tasks(), "another", rows, keep=True)
+    assert len(due) == kept.SENTINELS
+    assert {(task.what, task.where) for task in due} == {(row["what"], row["where"]) for row in rows}
+    assert kept.caption("another", rows) == "full run at another; core changed since"
+
+
+def test_the_core_of_drift_has_the_definition_and_no_table(monkeypatch):
+    before, code = kept.core.__wrapped__(), keys.named_code
+    for file in ("drift/session.py", "engines/run_hf.py", "faults/edits.py"):
+        changed = ROOT / "verify" / file
+        monkeypatch.setattr(keys, "named_code", lambda f, changed=changed: code(f) + ("x" if f == changed else ""))
+        assert kept.core.__wrapped__() != before, file
+    monkeypatch.setattr(keys, "named_code", lambda f: code(f) + ("x" if f == ROOT / "glm_dsa" / "rope.py" else ""))
+    assert kept.core.__wrapped__() != before
+    assert all((ROOT / table).read_text().count(kept.BEFORE) == 1 for table in kept.TABLES)
+
+
+def test_what_is_no_longer_right_is_told(rows):
+    row = rows[0]
+    name = f"alone {row['names'][0]} in hf, float32"
+    assert kept.differences(rows, [row]) == []
+    wrong = {**row, "right": False, "found": "ValueError: no"}
+    assert kept.differences(rows, [wrong]) == [f"{name}: expected it named as the record has it, got ValueError: no"]
+    elsewhere = {**row, "found": {**row["found"], "stage": "norm"}}
+    assert kept.differences(rows, [elsewhere]) == [
+        f"{name}: expected {row['found']['stage']}, as the record has it, got norm"
+    ]
+
+
+def test_rows_that_were_diagnosed_again_are_marked(rows):
+    tasks = diagnosing.tasks()
+    old = [{**rows[0], "key": "old"}, *rows[1:]]
+    found = [kept.renewed(tasks, old, [rows[0], {**rows[1], "right": False}])[i] for i in (0, 1)]
+    assert found == [rows[0] | {"since": kept.core()}, rows[1]], "a sentinel's row stays as the full run had it"
+    marked = [found[0], *rows[1:]]
+    assert kept.due(tasks, kept.core(), marked, keep=False) == [tasks[0]]
+    assert kept.due(tasks, kept.core(), marked, keep=True) == []

@@ -289,6 +289,7 @@ def test_an_oracle_that_raises_is_not_judged(tmp_path):
     assert not [c for c in found if c["verdict"] == FAULT]
 
 
+@pytest.mark.slow("verify/core", "verify/gate", "verify/engines/oracles")
 def test_references_that_disagree_are_not_judged_and_a_warning_inside_hf_is_told(tmp_path):
     """The warning is no verdict: the reason given is the disagreement."""
     status, out, (_, *found, footer) = references_with(tmp_path, WARNS_AND_IS_OFF)

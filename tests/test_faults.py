@@ -16,7 +16,7 @@ from verify.core import stages
 from verify.faults import coverage, edits
 from verify.gate import options
 from verify.gate import plugin as gate
-from verify.selftest import judging, scorecard
+from verify.selftest import judging, keys, scorecard
 
 ROOT = Path(__file__).parents[1]
 IN_FIELD = [
@@ -144,6 +144,8 @@ def test_the_catalogue_is_listed(capsys):
         "--kept --keep": "--kept runs nothing", "--keep --faults indexer-eps": "--keep keeps a record of all faults",
         "--json no/such/file": "--json no/such/file: a file in a folder", "--json verify": "--json verify: a file in a folder",
         "--kept --random 50": "--kept runs nothing", "--kept --in-order": "--kept runs nothing",
+        "--changed --kept": "--changed chooses", "--changed --faults indexer-eps": "--changed chooses",
+        "--release": "--release is asked of the kept record: add --kept",
     }.items():  # fmt: skip
         assert command.main(["judge", *arguments.split()]) == 10
         err = capsys.readouterr().err
@@ -151,17 +153,17 @@ def test_the_catalogue_is_listed(capsys):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"faults": {"faults": {"x": 1}}, "rules": {}, "random": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "1\n2", '{"rules": ["x"], "clean": [], "random": {}}'])
 def test_a_record_that_is_none(tmp_path, text):
     with pytest.raises(ValueError, match="No such file or directory; python -m verify judge --keep writes it"):
-        scorecard.Judged.read(tmp_path / "none.json")
-    (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(ValueError, match=r"odd.json: no record of a judge"):
-        scorecard.Judged.read(tmp_path / "odd.json")
+        scorecard.Judged.read(tmp_path / "none.jsonl")
+    (tmp_path / "odd.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"odd.jsonl: no record of a judge"):
+        scorecard.Judged.read(tmp_path / "odd.jsonl")
 
 
 def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
-    """One that is caught, and one that cannot show; with every part of it as a process."""
+    """Two that are caught; with every part of it as a process, and no pass before."""
     names = "experts-gelu,router-softmax"
     chosen = ["-k", "router or embedding", "-p", "no:cacheprovider"]
     arguments = [
@@ -173,17 +175,19 @@ def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
         str(tmp_path / "out"),
         "--judge-faults",
         names,
+        "--judge-lazily",
     ]
     out = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *chosen], cwd=ROOT, capture_output=True, text=True
     )
     assert out.returncode == 0, out.stdout
+    assert "without a fault: 0 tests, 0 comparisons" in out.stdout
     found = json.loads((tmp_path / "out").read_text())["faults"]
     assert {name: (f["claim"], f["stage"]) for name, f in found.items()} == {
         "experts-gelu": ("router and experts", "mlp.experts"),
         "router-softmax": ("router and experts", "mlp.gate.weights"),
     }
-    assert all(found[name]["edits"] == faults.digest(faults.named(name)) for name in found)
+    assert all(found[name]["key"] == keys.key(faults.named(name)) for name in found)
 
 
 def test_bad_options(given):
@@ -213,7 +217,7 @@ def kept():
 
 def test_every_fault_was_judged_and_named(kept):
     assert set(kept.found) == set(kept.rules["faults"]) == set(faults.CATALOGUE), (
-        "judge again: make judge, then keep its record"
+        "run `python -m verify judge --changed --keep`"
     )
     assert kept.problems() == []
     assert kept.random["cases"] >= 50
@@ -232,8 +236,7 @@ def test_values_move_far_beyond_their_bound(kept):
 
 
 def test_a_judge_that_is_not_content_says_why(kept):
-    record = {**kept.record, "faults": {**kept.record["faults"], "faults": dict(kept.found)}}
-    record["faults"]["faults"]["indexer-eps"] = {"tests": 3}
+    record = {**kept.record, "faults": {**kept.found, "indexer-eps": {"tests": 3}}}
     record["random"] = {**kept.random, "false_alarms": ["random-3, logits: error 3"]}
     problems = scorecard.Judged(record).problems()
     assert "indexer-eps: not caught; declared: self_attn.indexer.k [indexer scores and selections]" in problems

@@ -294,6 +294,7 @@ def run(*arguments):
     return out.returncode, out.stdout + out.stderr
 
 
+@pytest.mark.slow("verify/implementation", "verify/engines/third_party", "verify/gate")
 def test_the_gate_on_mlx_lms_own():
     """Red, each fault named, what was not seen listed, no traceback; and none of the claims on our own definition."""
     out = runs.said(runs.STOCK)

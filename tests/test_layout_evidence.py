@@ -26,6 +26,7 @@ from verify.release.run import Trial
 
 test_layout.__test__ = False  # the gate's, not one of these
 OTHER = {"interleaved": "half-split", "half-split": "interleaved"}
+SLOW = pytest.mark.slow("verify/engines/layout_evidence", "verify/claims/test_release_layout", "reference/layout")
 OWN, PUBLISHED = "indexer_rope_traditional", "indexer_rope_interleave"
 
 
@@ -78,7 +79,7 @@ def claim(folder, given, layers=None, prompt=None):
     return "passed", report.comparisons[-1].note, report
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=SLOW)])
 def test_kept_checkpoints_agree_and_turned_round_are_a_fault_with_its_key(kept, four_bit, bits, tmp_path, given):
     folder = TRAINED / kept if bits == 16 else four_bit
     outcome, line, _ = claim(folder, given)
@@ -141,7 +142,9 @@ def alike(config, seed):
     return change
 
 
-@pytest.mark.parametrize("how", ["rows", "among layers", "alike 0", "alike 1", "alike 3"])
+@pytest.mark.parametrize(
+    "how", ["rows", *(pytest.param(how, marks=SLOW) for how in ("among layers", "alike 0", "alike 1", "alike 3"))]
+)
 def test_shuffled_indexers_are_not_verified(kept, tmp_path, given, how):
     """Under either layout in config.json: no fault. The last three fooled a verdict that asked all layers together alone."""
     source = TRAINED / kept

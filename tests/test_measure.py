@@ -203,6 +203,7 @@ def test_evidence_names_no_layout_without_grounds(folder):
 
 
 @pytest.mark.parametrize("kept", FOLDERS, ids=lambda f: f.name)
+@pytest.mark.slow("reference/layout", "verify/engines/layout_evidence")
 def test_indexers_that_never_learned_have_no_layout(kept):
     """Each would favour one by luck of its weights, at ratios up to 1.6; what they catch is what chance does."""
     config, read = json.loads((kept / "config.json").read_text()), weights_of(kept)

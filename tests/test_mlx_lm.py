@@ -480,6 +480,7 @@ def test_kv_bits_that_were_never_reached_are_said_so(folder):
     assert "not quantized. --kv-bits begins at token 5000 (--quantized-kv-start), this run ended at" in out
 
 
+@pytest.mark.slow("glm_dsa/mlx_lm", "glm_dsa/cache")
 def test_a_prompt_cache_by_commands(registered, folder, tmp_path, monkeypatch, capsys):
     file = tmp_path / "cache.safetensors"
     common = ["--model", folder, "--prompt-cache-file", file]
@@ -491,6 +492,7 @@ def test_a_prompt_cache_by_commands(registered, folder, tmp_path, monkeypatch, c
     assert "packed already, 8 bit in groups of 64; ask for the same" in capsys.readouterr().err
 
 
+@pytest.mark.slow("glm_dsa/mlx_lm", "glm_dsa/linear")
 def test_lora_trains_fuses_and_loads(registered, four_bit, tmp_path):
     """A few steps on the quantized model, experts included."""
     for split in ("train", "valid"):
@@ -587,6 +589,7 @@ class Server:
         return answer["choices"][0]["message"]["content"], used
 
 
+@pytest.mark.slow("glm_dsa/mlx_lm", "glm_dsa/cache")
 def test_server_with_four_clients_and_prompt_reuse(loaded, folder, tmp_path):
     questions = [TEXT, TEXT + "And then?", "What?", TEXT * 2]
     with Server(folder, tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
@@ -630,6 +633,7 @@ print("held:", sum(value.size for name, value in tree_flatten(model.parameters()
 """
 
 
+@pytest.mark.slow("glm_dsa/mlx_lm", "glm_dsa/sharding")
 def test_two_processes_share_the_work(loaded, folder, tmp_path):
     """mlx.launch, with mlx-lm's own sharded loading: the same text, beyond index_topk, from little more than half of the
     layers in each (routers, indexers and latent projections are in both)."""
@@ -663,6 +667,7 @@ def test_what_cannot_be_divided_is_left_whole():
     assert {name: value.shape for name, value in tree_flatten(model.parameters())} == before
 
 
+@pytest.mark.slow("glm_dsa/mlx_lm")
 def test_attached_any_mlx_lm_loads_it(registered, folder, tmp_path, capsys):
     target = tmp_path / "attached"
     shutil.copytree(folder, target)

@@ -102,6 +102,7 @@ def test_what_does_not_load_is_refused_with_its_reason(release, tmp_path, given)
     assert any("mlp.gate.weight: packed" in what for what in faults), faults
 
 
+@pytest.mark.slow("verify/release", "verify/core/report", "verify/gate")
 def test_interrupted_and_resumed_the_report_is_the_same(release, source, tmp_path):
     """By SIGINT, and once more by SIGKILL."""
     report = tmp_path / "report"

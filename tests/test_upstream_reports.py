@@ -11,6 +11,7 @@ REPORTS = Path(__file__).parents[1] / "docs" / "upstream"
 RUNNING = sorted(REPORTS.glob("*.py"))
 
 
+@pytest.mark.slow("docs/upstream", "constraints.txt")
 @pytest.mark.parametrize("report", RUNNING, ids=lambda file: file.stem)
 def test_the_bug_is_there_still(report, tmp_path):
     """As a process of its own: other tests put this definition in mlx-lm's place."""

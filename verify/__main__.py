@@ -61,10 +61,22 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument(
         "--kept", action="store_true", help="run nothing: the table of the run that this version was judged by"
     )
+    judging.add_argument(
+        "--changed",
+        action="store_true",
+        help="what a change may have made untrue of the kept record: rows whose edits, modules or claim are others; sentinels",
+    )
+    judging.add_argument(
+        "--release", action="store_true", help="with --kept: refuse a record whose full run was of another core"
+    )
     judging.add_argument("--json", metavar="FILE", help="write the whole record there")
     judging.add_argument(
-        "--keep", action="store_true", help="make it the record that is kept (run make docs then)"
+        "--keep",
+        action="store_true",
+        help="make it the record that is kept, verify/records/judged.jsonl (run make docs then); with --changed, the rows "
+        "that were judged",
     )
+    judging.add_argument("--processes", type=int, default=2, help="with --changed: at once (default 2)")
     listing = commands.add_parser("faults", help="the catalogue: what pytest verify/ --fault NAME seeds")
     listing.add_argument("name", nargs="?", help="one of them, with the change that it makes")
     chosen = parser.parse_args(arguments)
@@ -107,20 +119,33 @@ def _judge(chosen: argparse.Namespace) -> int:
     random = RANDOM if chosen.random is None else chosen.random
     if random < 1:
         raise ValueError(f"--random {random}: 1 or more is due")
+    if chosen.changed and (chosen.kept or chosen.in_order or chosen.faults or chosen.random):
+        raise ValueError("--changed chooses what it judges: nothing but --keep, --json and --processes goes with it")
+    if chosen.release and not chosen.kept:
+        raise ValueError("--release is asked of the kept record: add --kept")
     if chosen.kept and (chosen.keep or chosen.in_order or chosen.faults or chosen.random):
-        raise ValueError("--kept runs nothing: nothing but --json goes with it")
+        raise ValueError("--kept runs nothing: nothing but --json and --release goes with it")
     if chosen.keep and len(names) < len(faults.CATALOGUE):
         raise ValueError("--keep keeps a record of all faults: no --faults beside it")
     if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
-    judged = scorecard.Judged.read() if chosen.kept else judge_command.judge(names, random, chosen.in_order, _tell)
+    differs: list[str] = []
+    if chosen.kept:
+        judged = scorecard.Judged.read()
+    elif chosen.changed:
+        judged, differs = judge_command.judge_changed(chosen.keep, chosen.processes, _tell)
+    else:
+        judged = judge_command.judge(names, random, chosen.in_order, _tell)
     print(judged.text())
+    problems = [*differs, *(judged.unfit() if chosen.release else judged.problems())]
+    if chosen.release or chosen.changed:
+        print("\n".join(["", *(problems or ["nothing differs from what was declared"])]))
     if chosen.json:
         Path(chosen.json).write_text(judged.json())
     if chosen.keep:
         judged.keep()
         _tell("kept; run make docs, which writes the tables that are made of it")
-    return exits.FAULT if judged.problems() else exits.AGREES
+    return exits.FAULT if problems else exits.AGREES
 
 
 def _tell(line: str) -> None:

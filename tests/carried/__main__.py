@@ -26,7 +26,13 @@ def main() -> int:
     )
     parser.add_argument("--dtypes", default="float32", help="with --drift: what HF runs in, separated by commas")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--changed", action="store_true", help="with --drift: what a change may have made untrue of the record")
+    parser.add_argument("--release", action="store_true", help="run nothing: refuse a record whose full run was of other code")
     asked = parser.parse_args()
+    if asked.release:
+        return diagnosing.release()
+    if asked.drift and asked.changed:
+        return diagnosing.changed(asked.processes, asked.keep)
     if asked.drift:
         folds = range(diagnosing.FOLDS) if asked.all_folds else (0,)
         return diagnosing.main(asked.processes, folds, asked.dtypes.split(","), asked.keep)

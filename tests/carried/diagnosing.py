@@ -5,12 +5,11 @@ Each alone, in HF and in mlx-lm; a fifth of the catalogue withheld, in HF; and t
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,12 +18,13 @@ import torch
 
 from verify.faults import CATALOGUE
 
+from . import kept
 from .compared import Trial
 from .diagnosed import HF, STOCK, Diagnosed, diagnose
 from .in_hf import IN_HF
 from .in_stock import IN_STOCK
+from .kept import Task
 
-KEPT = Path(__file__).with_name("diagnosed.json")
 FOLDS = 5
 PAIRS, TRIPLES = 20, 10
 LEAST = 0.95
@@ -36,15 +36,6 @@ TOLD_AS = {
 }  # fmt: skip
 
 _trial: list[Trial] = []
-
-
-@dataclass(frozen=True)
-class Task:
-    what: str
-    names: tuple[str, ...]
-    where: str
-    dtype: str = "float32"
-    without: tuple[str, ...] = ()
 
 
 def fold(name: str, folds: int = FOLDS) -> int:
@@ -102,7 +93,10 @@ def record(task: Task, found: Diagnosed | str) -> dict:
     said = asdict(task) | {"names": list(task.names), "right": is_right(task, found)}
     del said["without"]
     is_error = isinstance(found, str)
-    return said | {"seen": is_error or bool(found.stage), "found": found if is_error else asdict(found)}
+    said |= {"key": kept.key(task), "seen": is_error or bool(found.stage), "found": found if is_error else asdict(found)}
+    if not is_error:
+        del said["found"]["names"], said["found"]["seconds"]
+    return said
 
 
 def component_is_right(name: str, found: Diagnosed) -> bool:
@@ -113,9 +107,42 @@ def component_is_right(name: str, found: Diagnosed) -> bool:
 def main(
     processes: int = 2, folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",), keep: bool = False
 ) -> int:
+    full = kept.core()
+    records = diagnosed(tasks(folds, dtypes), processes)
+    print("\n" + table(records))
+    if keep:
+        keep_all(full, records)
+    return int(not all(enough(records, kind) for kind in kinds(records)))
+
+
+def changed(processes: int, keep: bool) -> int:
+    """What a change may have made untrue of the record is diagnosed again (kept.due)."""
+    full, rows = kept.read()
+    every = tasks()
+    due = kept.due(every, full, rows, keep)
+    print(f"{len(due)} of {len(every)} to diagnose; {kept.caption(full, rows)}", flush=True)
+    found = diagnosed(due, processes) if due else []
+    lines = kept.differences(rows, found)
+    print("\n".join(["", *(lines or ["nothing differs from the record"])]))
+    if keep:
+        keep_all(full, kept.renewed(every, rows, found))
+    return int(bool(lines))
+
+
+def release() -> int:
+    """Refuses a record that is not of a full run on this code."""
+    full, rows = kept.read()
+    print(kept.caption(full, rows))
+    wrong = [f"stale: {t.what} {'+'.join(t.names)} in {t.where}; run make full" for t in kept.stale(tasks(), rows)]
+    wrong += [] if full == kept.core() else [f"expected a full run at core {kept.core()}, got {full}; make full renews it"]
+    print("\n".join(wrong) or "fit for a release")
+    return int(bool(wrong))
+
+
+def diagnosed(chosen: Sequence[Task], processes: int) -> list[dict]:
     records = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for task, found in pool.map(judged, tasks(folds, dtypes)):
+        for task, found in pool.map(judged, chosen):
             right = is_right(task, found)
             told = found if isinstance(found, str) else f"{found.stage or '-'}: {found.named or 'unknown'}"
             left = "" if isinstance(found, str) or not found.left else f"; left: {', '.join(found.left)}"
@@ -123,16 +150,11 @@ def main(
             print(f"{'     ' if right else 'WRONG'} {task.what} {'+'.join(task.names)} in {task.where}, {task.dtype}: "
                   f"{told}{component}{left}", flush=True)  # fmt: skip
             records.append(record(task, found))
-    print("\n" + table(records))
-    if keep:
-        KEPT.write_text(json.dumps(records, indent=0) + "\n")
-        print("kept; run make docs, which writes the tables that are made of it")
-    return int(not all(enough(records, kind) for kind in kinds(records)))
+    return records
 
 
-def kept() -> list[dict]:
-    """The records of the run that this version was tried by."""
-    return json.loads(KEPT.read_text(encoding="utf-8"))
+def keep_all(full: str, records: Sequence[dict]) -> None:
+    kept.KEPT.write_text(kept.as_lines(full, records), encoding="utf-8")
 
 
 def kinds(records: Sequence[dict]) -> list[tuple[str, str, str, int]]:

@@ -64,6 +64,8 @@ def write_stock(path: str | Path, name: str | None = None) -> Path:
     return path
 
 
+# -- the table
+
 # fmt: off
 
 

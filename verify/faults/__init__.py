@@ -4,7 +4,7 @@
 """
 
 from .catalogue import CATALOGUE, ONCE_PASSED, PARTS
-from .fault import OWN, Fault, digest
+from .fault import OWN, Fault
 from .seeding import chosen, described, listed, named, seeded
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Fault",
     "chosen",
     "described",
-    "digest",
     "listed",
     "named",
     "seeded",

@@ -40,16 +40,23 @@ def functions() -> dict[str, FunctionType]:
     return found
 
 
-@contextmanager
-def recorded() -> Iterator[set[str]]:
-    """The names of the definition's functions that run inside the block."""
-    ran: set[str] = set()
+@cache
+def noting() -> dict[FunctionType, CodeType]:
+    """The code of each function as it is when it first notes its own name."""
     codes: dict[FunctionType, CodeType] = {}
     for name, function in functions().items():
         tree = ast.parse(edits.source_of(function))
         note = ast.parse(f"{RAN}.add({name!r})").body
         tree.body[0].body[:0] = note  # type: ignore[attr-defined]
         codes[function] = edits.compiled(tree, function)
+    return codes
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The names of the definition's functions that run inside the block."""
+    ran: set[str] = set()
+    for function in noting():
         function.__globals__[RAN] = ran
-    with edits.swapped(codes):
+    with edits.swapped(noting()):
         yield ran

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from .edits import Edit
@@ -35,8 +34,3 @@ class Fault:
     origin: str = OWN
     equivalent: str = ""
     corrected: str = ""
-
-
-def digest(fault: Fault) -> str:
-    """Of what it changes: a verdict on other changes under the same name is none on these."""
-    return hashlib.sha256(repr(fault.edits).encode()).hexdigest()[:12]

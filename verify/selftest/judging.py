@@ -2,7 +2,8 @@
 
 A pytest plugin (`pytest verify/ -p verify.selftest.judging --judge-out FILE`). References are built in a first pass, without a
 fault; after it only MLX runs again. That pass also notes which functions of the definition each test runs: a fault can change the
-outcome of those tests alone that run what it changes, so only they are repeated, up to the first that fails.
+outcome of those tests alone that run what it changes, so only they are repeated, up to the first that fails. Of a few faults, with
+--judge-lazily, the tests of their claims alone are asked, each without a fault when it is first needed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..core import exits, stages
 from ..core.report import FAULT, Report
 from ..faults import Fault
 from ..faults.coverage import recorded
+from . import keys
 
 
 def is_named(fault: Fault, claim: str, stage: str) -> bool:
@@ -40,6 +42,10 @@ class Court:
 
         self.config, self.gate = config, plugin
         self.seconds: dict[pytest.Item, float] = {}
+        self.reached: dict[pytest.Item, set[str]] = {}  # what each test runs of the definition, without a fault
+        self.built_by: dict[
+            str, set[str]
+        ] = {}  # by case: what building its model runs, which any of its tests may rely on
 
     @property
     def built(self) -> dict[str, Case]:
@@ -51,24 +57,30 @@ class Court:
         writer.flush()
 
     def as_it_is(self, items: list[pytest.Item]) -> Mapping[pytest.Item, set[str]]:
-        """What each test runs of the definition. Stops where one fails: then there is nothing to judge by."""
+        """What each test runs of the definition."""
+        for item in items:
+            self.run_clean(item)
+        return self.reached
+
+    def run_clean(self, item: pytest.Item) -> None:
+        """Notes what a test runs. Stops where it fails: then there is nothing to judge by."""
+        with recorded() as ran:
+            started = time.time()
+            if any(report.failed for report in self.run(item)):
+                pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=exits.NOT_JUDGED)
+            self.reached[item], self.seconds[item] = set(ran), time.time() - started
+            case = self.built.get(self.gate.name_of(item))
+            if case is not None and case.name not in self.built_by:
+                self.built_by[case.name] = self.building(case, ran)
+            self.reached[item] |= self.built_by[case.name] if case is not None else set()
+
+    @staticmethod
+    def without_shrinking() -> None:
+        """Hypothesis: that an example fails is all that is asked."""
         hypothesis.settings.register_profile(
             "no shrinking", hypothesis.settings(), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
         )
         hypothesis.settings.load_profile("no shrinking")
-        reached: dict[pytest.Item, set[str]] = {}
-        built: dict[str, set[str]] = {}  # by case: what building its model runs, which any of its tests may rely on
-        with recorded() as ran:
-            for item in items:
-                ran.clear()
-                started = time.time()
-                if any(report.failed for report in self.run(item)):
-                    pytest.exit(f"{item.nodeid} fails without a change: mend that first", returncode=exits.NOT_JUDGED)
-                reached[item], self.seconds[item] = set(ran), time.time() - started
-                case = self.built.get(self.gate.name_of(item))
-                if case is not None:
-                    reached[item] |= built.get(case.name) or built.setdefault(case.name, self.building(case, ran))
-        return reached
 
     @staticmethod
     def building(case: Case, ran: set[str]) -> set[str]:
@@ -93,48 +105,61 @@ class Court:
 class Judging(Court):
     """Seeds each of `names`. The claim that is to notice it is asked first, the others after it; or all in the gate's order."""
 
-    def __init__(self, config: pytest.Config, names: list[str], out: Path, in_order: bool) -> None:
+    def __init__(self, config: pytest.Config, names: list[str], out: Path, in_order: bool, lazily: bool) -> None:
         super().__init__(config)
-        self.names, self.out, self.in_order = names, out, in_order
+        self.names, self.out, self.in_order, self.lazily = names, out, in_order, lazily
+        self.keys = {name: keys.key(faults.named(name)) for name in names}  # of what this process has loaded
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.without_shrinking()
         started = time.time()
-        reached = self.as_it_is(session.items)
+        if not self.lazily:
+            self.as_it_is(session.items)
         comparisons, clean = self.config.stash[self.gate.REPORT].judged, time.time() - started
-        self.say(f"without a fault: {len(reached)} tests, {comparisons} comparisons, {clean:.0f} s")
+        self.say(f"without a fault: {len(self.reached)} tests, {comparisons} comparisons, {clean:.0f} s")
         found = {}
         for name in self.names:
-            found[name] = self.under(name, reached)
+            found[name] = self.under(name, session.items)
             self.say(f"{name}: {found[name].get('stage', 'not caught')}  [{found[name].get('claim', '-')}]")
-        kept = {
-            "faults": found, "tests": len(reached), "comparisons": comparisons,
-            "seconds": {"without a fault": round(clean), "faults": round(time.time() - started - clean)},
-        }  # fmt: skip
+        self.say(f"{len(found)} faults on {len(self.reached)} tests, {time.time() - started:.0f} s")
+        kept = {"faults": found, "tests": len(self.reached), "comparisons": comparisons}
         self.out.write_text(json.dumps(kept, indent=1) + "\n")
         self.fresh_report()  # this run gives no verdict on the definition
         return True
 
-    def under(self, name: str, reached: Mapping[pytest.Item, set[str]]) -> dict[str, Any]:
+    def under(self, name: str, items: list[pytest.Item]) -> dict[str, Any]:
         """The first comparison that fails under a fault, with the figures around it; few where none does."""
-        fault = faults.named(name)
+        fault, asked = faults.named(name), 0
         changed = {edit.where for edit in fault.edits}
         report = self.fresh_report()
-        self.config.option.fault = [name]
         self.forget_models()
-        started = time.time()
-        affected = [item for item, ran in reached.items() if ran & changed]
-        if not self.in_order:
-            affected.sort(key=lambda item: fault.claim != item.module.CLAIM)  # type: ignore[attr-defined]
-        for number, item in enumerate(affected):
-            self.run(item)
+        for item in self.in_turn(fault, items):
+            if item not in self.reached:
+                self.run_clean(item)
+                self.forget_models()  # those that it built have no fault in them
+            if not self.reached[item] & changed:
+                continue
+            self.config.option.fault, asked = [name], asked + 1
+            try:
+                self.run(item)
+            finally:
+                self.config.option.fault = []
             first = next((c for c in report.comparisons if c.verdict == FAULT), None)
             if first is not None:
                 return {
                     "claim": first.claim, "stage": first.stage, "case": first.case, "note": first.note,
-                    "bounds": first.share if first.bound else None, "edits": faults.digest(fault),
-                    "tests_before": number, "seconds": round(time.time() - started, 1),
+                    "bounds": first.share if first.bound else None, "key": self.keys[name],
                 }  # fmt: skip
-        return {"tests": len(affected), "edits": faults.digest(fault)}
+        return {"tests": asked, "key": self.keys[name]}
+
+    def in_turn(self, fault: Fault, items: list[pytest.Item]) -> list[pytest.Item]:
+        """The tests to ask, those of the claim that is to notice first; lazily, no others."""
+        if self.lazily:
+            files = keys.claim_files(fault)
+            items = [item for item in items if item.path in files]
+        if self.in_order:
+            return items
+        return sorted(items, key=lambda item: fault.claim != item.module.CLAIM)  # type: ignore[attr-defined]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -143,6 +168,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--judge-faults", metavar="NAMES", help="of these faults only, separated by commas")
     group.addoption(
         "--judge-in-order", action="store_true", help="all tests in the gate's order: which claim meets it first?"
+    )
+    group.addoption(
+        "--judge-lazily",
+        action="store_true",
+        help="of each fault the tests of its claim alone, and no pass before them",
     )
 
 
@@ -154,5 +184,5 @@ def pytest_configure(config: pytest.Config) -> None:
         names = faults.chosen(config.getoption("--judge-faults"))
     except LookupError as error:
         pytest.exit(str(error), returncode=exits.UNREADABLE)
-    out, in_order = Path(config.getoption("--judge-out")), config.getoption("--judge-in-order")
-    config.pluginmanager.register(Judging(config, names, out, in_order))
+    out, how = Path(config.getoption("--judge-out")), ("--judge-in-order", "--judge-lazily")
+    config.pluginmanager.register(Judging(config, names, out, *map(config.getoption, how)))

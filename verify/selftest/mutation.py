@@ -54,7 +54,8 @@ class Mutation(Court):
         self.noticed: Counter[tuple[str, pytest.Item]] = Counter()  # by function ("" for any) and test
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self.reached = self.as_it_is(session.items)
+        self.without_shrinking()
+        self.as_it_is(session.items)
         self.say(f"{len(self.reached)} tests, {sum(self.seconds.values()):.0f} s")
         done = self.done()
         wanted = [m for m in mutants() if m.where.startswith(self.only) and (m.of_size or not self.sizes)]

@@ -9,39 +9,51 @@ from typing import Any
 
 from glm_dsa.text import table
 
-from .. import FOLDER, faults
+from .. import faults
+from . import changed, keys
+from . import record as records
 from .baselines import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, PUBLISHED_TOPK, RULES, SETTINGS, TEXT
 from .judging import is_named
 
-KEPT = FOLDER / "judged.json"
+AGAIN = "run `python -m verify judge --changed --keep`"
+
+
+def undeclared(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of faults as they were met: those that were not met where they are declared to be."""
+    lines = []
+    for fault in (faults.CATALOGUE[name] for name in found if name in faults.CATALOGUE):
+        row = found[fault.name]
+        is_met = bool(row.get("claim"))
+        if (is_met and is_named(fault, row["claim"], row["stage"]) and fault.stage) or (not is_met and not fault.stage):
+            continue
+        seen = f"met first at {row['stage']} [{row['claim']}]" if is_met else "not caught"
+        due = f"{fault.stage} [{fault.claim}]" if fault.stage else "seen at no stage"
+        lines.append(f"{fault.name}: {seen}; declared: {'equivalent, ' if fault.equivalent else ''}{due}")
+    return lines
 
 
 class Judged:
-    """The record of one `python -m verify judge`: {"faults": .., "rules": .., "random": .., "versions": ..}."""
+    """The record of one `python -m verify judge`: {"full": .., "faults": .., "rules": .., "random": .., "versions": ..}."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record = record
-        self.found, self.rules, self.random = record["faults"]["faults"], record["rules"], record["random"]
+        self.found, self.rules, self.random = record["faults"], record["rules"], record["random"]
         self.real = [f for f in faults.CATALOGUE.values() if not f.equivalent and f.name in self.found]
         self.equivalent = [f for f in faults.CATALOGUE.values() if f.equivalent and f.name in self.found]
 
     @classmethod
-    def read(cls, path: Path = KEPT) -> Judged:
+    def read(cls, path: Path = records.KEPT) -> Judged:
         """Raises ValueError, in one line, where there is no such record."""
+        judged = cls(records.read(path))
         try:
-            judged = cls(json.loads(path.read_text(encoding="utf-8")))
             judged.text()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}; python -m verify judge --keep writes it") from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: no record of a judge ({type(error).__name__}: {error}); check it out again"
-            ) from None
+            raise records.no_record(path, error) from None
         return judged
 
     def keep(self) -> None:
         """Makes this the record that the repository keeps."""
-        KEPT.write_text(self.json())
+        records.KEPT.write_text(records.as_lines(self.record), encoding="utf-8")
 
     def json(self) -> str:
         return json.dumps(self.record, indent=1) + "\n"
@@ -91,23 +103,26 @@ class Judged:
 
     def problems(self) -> list[str]:
         """What keeps this gate from being content with itself."""
-        lines = []
-        for fault in self.real:
-            found = self.found[fault.name]
-            if not self.is_named(fault):
-                seen = f"met first at {found['stage']} [{found['claim']}]" if found.get("claim") else "not caught"
-                lines.append(f"{fault.name}: {seen}; declared: {fault.stage} [{fault.claim}]")
-        for fault in self.equivalent:
-            found = self.found[fault.name]
-            if bool(found.get("claim")) != bool(fault.stage) or (fault.stage and not self.is_named(fault)):
-                lines.append(
-                    f"{fault.name}: equivalent, declared to be seen at {fault.stage or 'no stage'}; found: {found}"
-                )
-        others = [f.name for f in (*self.real, *self.equivalent) if self.found[f.name].get("edits") != faults.digest(f)]
-        lines += [f"{name}: judged when it changed something else" for name in others]
+        lines = undeclared(self.found)
+        stale = [name for name in changed.stale_rows(self.found) if name in self.found]
+        lines += [f"{name}: judged when its edits, modules or claim were others; {AGAIN}" for name in stale]
         if self.random["false_alarms"]:
             lines.append(f"false alarms: {'; '.join(self.random['false_alarms'])}")
         return lines
+
+    def caption(self) -> str:
+        """How far the record is of the code as it is."""
+        since = sum("since" in row for row in self.found.values())
+        parts = [f"full run at {self.record['full']}"]
+        parts += [f"{since} rows judged since"] if since else []
+        parts += ["core changed since"] if self.record["full"] != keys.core() else []
+        return "; ".join(parts)
+
+    def unfit(self) -> list[str]:
+        """What keeps a release from being made: whatever is a problem, and a core that no full run has judged."""
+        full, core = self.record["full"], keys.core()
+        is_other = f"expected a full run at core {core}, got {full}; make full renews it"
+        return [*self.problems(), *([is_other] if full != core else [])]
 
     # -- pictures
 
@@ -157,7 +172,12 @@ class Judged:
             f"this gate catches {self.caught()} of {len(self.real)} faults and names {self.named()} where they were declared; "
             f"{len(self.random['false_alarms'])} false alarms over {self.random['cases']} random checkpoints"
         )
-        return [*self.problems(), line, f"the strongest other rule catches {count}: {rule}, at {setting}"]
+        return [
+            *self.problems(),
+            line,
+            f"the strongest other rule catches {count}: {rule}, at {setting}",
+            self.caption(),
+        ]
 
     def markdown(self) -> str:
         """The sums over all faults, and a row for each that was seen in the field, or that this gate once passed."""
@@ -180,9 +200,8 @@ class Judged:
             ]
             for f in field
         ]
-        return "\n".join(
-            [*_markdown(head, rows), "", *_markdown(signs, parts), "", *(f"- {line}" for line in self.legend())]
-        )
+        legend = [f"- {line}" for line in (self.caption(), *self.legend())]
+        return "\n".join([*_markdown(head, rows), "", *_markdown(signs, parts), "", *legend])
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
