@@ -123,7 +123,7 @@ class Underway(Generic[T]):
 
 class AtExperts(Exception):
     """Raised out of a layer where its experts are due. Nobody's forward can be left in the middle and taken up again: it is
-    run anew, and its attention, which is what it costs, gives again what it gave."""
+    called anew, and its attention, and whatever else costs before the experts, gives again what it gave."""
 
 
 # -- what is done at once

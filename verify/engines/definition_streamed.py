@@ -22,6 +22,8 @@ from .definition import to_numpy
 from .taps import exchanged
 
 Array = np.ndarray
+# of a layer, what comes before its experts and costs: it is called once, though the layer is called again behind them
+COSTLY = ("eh_proj", "self_attn.indexer", "self_attn", "mlp.gate")
 
 
 class OurLayers:
@@ -45,7 +47,7 @@ class OurLayers:
         rotation, mask = self.model.model.rotation_and_mask(x.shape[1], None)
         asked: Asked | None = None
         seen: dict[str, Any] = {}
-        attended: dict[str, Any] = {}
+        given: dict[str, Any] = {}
 
         def answer(x: mx.array, experts: mx.array) -> mx.array:
             nonlocal asked
@@ -55,9 +57,9 @@ class OurLayers:
             return asked.answers
 
         def once(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if name not in attended:
-                attended[name] = call(*args, **kwargs)
-            return attended[name]
+            if name not in given:
+                given[name] = call(*args, **kwargs)
+            return given[name]
 
         def listener(stage: str, value: Any) -> Any:
             seen.setdefault(stage, value)  # what is computed once more is lazy: nobody asks for it
@@ -66,16 +68,15 @@ class OurLayers:
             return mx.concatenate([mx.array(choices[stage]).astype(value.dtype), value[1:]])
 
         def called() -> tuple[mx.array, mx.array | None]:
-            attention = {"attention": module.self_attn}
-            if "indexer" in module.self_attn:
-                attention["indexer"] = module.self_attn.indexer
-            with trace.listen(self.model, listener), exchanged(attention, once):
+            with trace.listen(self.model, listener), exchanged(costly, once):
                 if embeddings is not None:
                     return module.step(x, embeddings, rotation, mask, None)
                 return module(x, rotation, mask, None, selection)
 
         if "switch_mlp" in module.mlp:
             module.mlp.switch_mlp = AnsweredExperts(answer)
+        parts = dict(module.named_modules())
+        costly = {name: parts[name] for name in COSTLY if name in parts}
         with suppress(AtExperts):
             out, chosen = called()
         if asked is not None:
