@@ -1,4 +1,4 @@
-"""The two checkpoints that this repository keeps, trained by reference/train.py, and what is asked of them."""
+"""The two checkpoints that this repository keeps, trained by reference/training/train.py, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .card import MEASURED
-from .measure import digests
+from .training.card import MEASURED
+from .training.measure import digests
 
 TRAINED = Path(__file__).parent / "trained"
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference import card, checkpoints, corpus, hf, layout, measure
+from reference import checkpoints, corpus, hf, layout
 from reference.capture import capture
 from reference.equations import Conventions
 from reference.kept import TRAINED, probes
 from reference.stored import read_tensors, weights_of
+from reference.training import card, measure
 from verify.gate import plugin as gate
 
 FOLDERS = sorted(file.parent for file in TRAINED.glob("*/config.json"))

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from reference import checkpoints, corpus, hf, train
-from reference import trainee as pupil
+from reference import checkpoints, corpus, hf
 from reference.capture import capture
 from reference.stored import read_tensors
+from reference.training import train
+from reference.training import trainee as pupil
 
 SMALL = checkpoints.glm_5_2(
     hidden_size=32, intermediate_size=32, moe_intermediate_size=16, kv_lora_rank=32, q_lora_rank=32, index_topk=8,

@@ -22,8 +22,8 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import apply_rotary_pos_emb_interleave
 
-from . import checkpoints, corpus, hf
-from .mtp import FirstOutput, Placeholder
+from .. import checkpoints, corpus, hf
+from ..mtp import FirstOutput, Placeholder
 
 DRAFTS = 3  # MTP steps trained
 BIAS_STEP = 2e-3  # of the correction bias, after each step, towards even load (noaux_tc, DeepSeek-V3 section 2.1.2)

@@ -1,0 +1,1 @@
+"""The small checkpoint that this repository keeps (`trained/`): trained from nothing, measured, its card written."""
