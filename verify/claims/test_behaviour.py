@@ -9,8 +9,8 @@ import pytest
 from glm_dsa import trace
 from reference import corpus, hf, layout
 from reference.kept import probes
-from reference.measure import drafted, greedy
 from reference.mtp import Mtp
+from reference.training.measure import drafted, greedy
 from verify.cases import Case, group_size
 from verify.core.report import MEASURED, Comparison
 

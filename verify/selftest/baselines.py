@@ -22,7 +22,7 @@ import torch
 
 from reference import hf
 from reference.capture import capture
-from reference.measure import greedy
+from reference.training.measure import greedy
 
 from .. import cases, faults
 from ..cases import Case
