@@ -2,7 +2,7 @@
 
 Reads headers only, so that 1.5 TB take seconds; `--values` reads every tensor too, looking for NaN and infinity.
 `plan` says what a model takes, before it is converted. `attach DIR` lets any mlx-lm load a checkpoint with this definition.
-`generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm.py`).
+`generate`, `server`, `convert` and the others are mlx-lm's own commands, run on this definition (`mlx_lm/`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from typing import Any
 from . import __version__, foreign, weights
 from .checkpoint import assemble, check_values
 from .config import ModelArgs
-from .console import show
+from .console import MLX_LM, show
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 from .planning import gguf, plan, recipe
 
-MLX_LM = (
-    "benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server", "evaluate", "dwq",
-)  # fmt: skip
 UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/core/exits.py)
 REFUSED = {
     "awq": "it does not know this architecture",

@@ -7,6 +7,20 @@ import os
 import sys
 from collections.abc import Sequence
 
+MLX_LM = {  # mlx-lm's commands that load a model, and the module of each; named here, where no mlx-lm need be installed
+    "benchmark": "benchmark",
+    "cache_prompt": "cache_prompt",
+    "chat": "chat",
+    "convert": "convert",
+    "fuse": "fuse",
+    "generate": "generate",
+    "lora": "lora",
+    "perplexity": "perplexity",
+    "server": "server",
+    "evaluate": "evaluate",
+    "dwq": "quant.dwq",
+}
+
 
 def show(text: str) -> None:
     """To the standard output, all of it, or as much as is read of it (`| head` has seen enough)."""

@@ -69,7 +69,7 @@ def test_transformers_never_reads_the_number_of_dense_layers_of_glm4_moe_lite():
 
 
 def test_mlx_lm_leaves_matrices_per_head_packed():
-    """glm_dsa/mlx_lm.py, _dequantize_model. Proven on mlx-lm's own class."""
+    """glm_dsa/mlx_lm/conversion.py, dequantize_model. Proven on mlx-lm's own class."""
     model = nn.Module()
     model.layers = [MultiLinear(64, 64, 2)]
     nn.quantize(model)
@@ -77,7 +77,7 @@ def test_mlx_lm_leaves_matrices_per_head_packed():
 
 
 def test_mlx_lms_keys_outgrow_their_caches_after_speculative_decoding(tmp_path):
-    """glm_dsa/mlx_lm.py, _insert_cache. Its server files prompt and text under a cache that lacks the last token."""
+    """glm_dsa/mlx_lm/generation.py, insert_cache. Its server files prompt and text under a cache that lacks the last token."""
     args = glm_dsa.ModelArgs.from_dict(checkpoints.glm_5_2(num_hidden_layers=4, num_nextn_predict_layers=0))
     model, prompt = glm_dsa.Model(args), list(range(3, 23))
     lacking = []

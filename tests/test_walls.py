@@ -51,7 +51,7 @@ def test_no_file_names_what_is_behind_a_wall(folder):
     """Imports inside functions too, which no import of the module would show."""
     crossed = []
     for file in sorted((ROOT / folder).glob("**/*.py")):
-        if file == ROOT / "glm_dsa" / "mlx_lm.py" or (folder == "verify" and file.name.startswith("test_")):
+        if file.parent == ROOT / "glm_dsa" / "mlx_lm" or (folder == "verify" and file.name.startswith("test_")):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -21,11 +21,14 @@ RAN = "_functions_that_ran"  # the name under which a definition's module holds 
 
 def modules(package: ModuleType = glm_dsa) -> dict[str, Any]:
     """The definition's modules by name, those of subpackages too; not what only others import (NO_PART)."""
-    prefix = f"{package.__name__}."
-    names = (info.name.removeprefix(prefix) for info in pkgutil.walk_packages(package.__path__, prefix))
-    return {
-        name: importlib.import_module(prefix + name) for name in names if name.partition(".")[0] not in NO_PART
-    }
+    found: dict[str, Any] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name in NO_PART:  # not even imported: mlx-lm need not be installed
+            continue
+        found[info.name] = module = importlib.import_module(f"{package.__name__}.{info.name}")
+        if info.ispkg:
+            found |= {f"{info.name}.{name}": inner for name, inner in modules(module).items()}
+    return found
 
 
 @cache
