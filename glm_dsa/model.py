@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 
 from . import layouts, weights
 from .block import DecoderLayer
-from .cache import LayerCache, Widths, check_caches, check_in_step
+from .cache import LayerCache, Widths
+from .cache_checks import check_caches, check_in_step
 from .config import ModelArgs
 from .inputs import check_embeddings, check_tokens
 from .mask import CausalMask

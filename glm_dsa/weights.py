@@ -18,13 +18,14 @@ import mlx.core as mx
 
 from .config import ModelArgs
 from .errors import WeightsError
+from .store import BITS, GROUP_SIZES
 
 FP8_BLOCK = 128
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PACKED = ("weight", "scales", "biases")  # the parts of a quantized matrix in MLX
 LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.*)", re.DOTALL)
 # Only affine keeps scales in the weights' dtype; each other mode has one (bits, group size) and scales of one byte.
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+AFFINE_BITS, AFFINE_GROUPS = BITS, GROUP_SIZES
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 

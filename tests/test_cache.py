@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_dsa.cache import LayerCache, Widths, cache_bytes, check_caches
+from glm_dsa.cache import LayerCache, Widths, cache_bytes
+from glm_dsa.cache_checks import check_caches
 from glm_dsa.errors import CacheError
 from glm_dsa.mask import CausalMask
 from glm_dsa.store import STEP, Columns, KvQuantization

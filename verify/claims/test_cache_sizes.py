@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from glm_dsa import CacheError, KvQuantization, LayerCache
-from glm_dsa.cache import Widths, check_caches, check_in_step
+from glm_dsa.cache import Widths
+from glm_dsa.cache_checks import check_caches, check_in_step
 from glm_dsa.mask import CausalMask
 from glm_dsa.model import positions
 from glm_dsa.mtp import last_selection

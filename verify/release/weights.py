@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from glm_dsa import weights
 from glm_dsa.storage import Stored
+from glm_dsa.weights import LAYER, PROJECTIONS
 from reference.packed import Packing
 from reference.stored import read_tensors
 
@@ -25,7 +25,6 @@ from .gaps import Gap, gap
 from .lockstep import Weights
 from .rounding import Form
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SAME = 0.9  # correlation of what is the same but for rounding
 WIDE = 4096  # values that stand for a matrix where it is looked for
 ROWS = 8192  # of embedding and head at once
@@ -183,7 +182,7 @@ class Weighing:
 
     def _beside(self, name: str, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         """Of the original's router the rows of the experts that are there; in the place of what is told by itself, mine."""
-        match = weights.LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         numbering = self.numberings.get(int(match[1])) if match else None
         if numbering is None or not name.endswith((pruning.ROUTER, pruning.BIAS)):
             return theirs

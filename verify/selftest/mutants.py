@@ -168,8 +168,9 @@ OF_SIZES = {
     ("store.Columns.rows", f"indices: {ID}"): "no batch has so many rows",
     ("mtp.MtpLayer.step", f"reuse: {CALL}"): "one query's, of each row",
     ("cache.LayerCache._check_fits", f"new: {ROWS_9}"): REFUSED, ("cache.LayerCache._check_fits", f"new: {CALL}"): REFUSED,
-    ("cache.check_in_step", "rows: wrong from a value of 9 on"): REFUSED,
-    ("cache.check_in_step", "tokens: wrong from a value of 1,500 on"): REFUSED, ("cache.check_in_step", f"tokens: {ID}"): REFUSED,
+    ("cache_checks.check_in_step", "rows: wrong from a value of 9 on"): REFUSED,
+    ("cache_checks.check_in_step", "tokens: wrong from a value of 1,500 on"): REFUSED,
+    ("cache_checks.check_in_step", f"tokens: {ID}"): REFUSED,
 }  # fmt: skip
 EQUIVALENT = OF_SIZES | {
     ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",

@@ -14,7 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-FILES = ("attention", "block", "cache", "indexer", "linear", "mask", "model", "moe", "mtp", "rope", "store", "tiles")
+FILES = (
+    "attention", "block", "cache", "cache_checks", "indexer", "linear", "mask", "model", "moe", "mtp", "rope", "store", "tiles",
+)  # fmt: skip
 ROWS, CALL, CONTEXT, ID = 9, 1_500, 150_000, 100_000
 SPOIL = "_from_some_size_on"
 
