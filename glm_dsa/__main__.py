@@ -21,6 +21,7 @@ from .config import ModelArgs
 from .console import MLX_LM, show
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 from .planning import gguf, plan, recipe
+from .text import table
 
 UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/core/exits.py)
 REFUSED = {
@@ -169,9 +170,8 @@ def render(found: dict[str, Any], as_json: bool) -> str:
     rows = [("component", "tensors", "parameters")]
     rows += [(c, f"{n['tensors']:,}", f"{n['parameters']:,}") for c, n in found["components"].items()]
     rows.append(("total", f"{found['tensors']:,}", f"{found['parameters']:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [printable(f"{found['path']}: {found['model_type']}"), ""]
-    lines += [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
+    lines += table(rows, right=(1, 2))
     if "stored" in found:
         held = dict(found["stored"])
         sizes = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in held.pop("bytes").items())

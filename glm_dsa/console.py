@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
 
 MLX_LM = {  # mlx-lm's commands that load a model, and the module of each; named here, where no mlx-lm need be installed
     "benchmark": "benchmark",
@@ -52,15 +51,3 @@ class _Stderr(logging.StreamHandler):
     @stream.setter
     def stream(self, _):
         pass
-
-
-def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Lines of aligned columns; those of `right` to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -21,10 +21,10 @@ from ..cache import Widths, cache_bytes
 from ..checkpoint import read_headers
 from ..config import ModelArgs
 from ..config_reader import read_json
-from ..console import table
 from ..errors import CacheError, ConfigError, RecipeError, WeightsError, printable
 from ..storage import Stored
 from ..store import BITS, KvQuantization, fitting
+from ..text import parse_count, table
 from ..tiles import ELEMENTS
 from ..weights import TensorSpec
 from . import gguf
@@ -38,7 +38,6 @@ ITEM = 2  # bytes of a value where the model runs in 16 bit
 CHUNK = 2048  # tokens of a prompt at a time, as mlx-lm has it
 IN_FLIGHT = 12  # arrays of the largest kind that a chunk of prefill has in memory at once, at most (measured: 5 to 13)
 MOST_CONTEXT = 1 << 32
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 SIZES = {"": 1, "b": 1, "gb": 10**9, "gib": 1 << 30, "mb": 10**6, "mib": 1 << 20}
 FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 FORMATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
@@ -359,11 +358,10 @@ def _notes(path: Path) -> list[str]:
 
 def tokens(text: str) -> int:
     """ "1M" -> 2^20, "128k" -> 2^17, "1000000" -> 10^6. Raises `RecipeError`."""
-    match = re.fullmatch(r"(\d{1,12})([kKmM]?)", text)
-    count = int(match[1]) * UNITS[match[2].lower()] if match else 0
-    if not 1 <= count <= MOST_CONTEXT:
-        raise RecipeError(f"--context {text}: a number of tokens is due, up to 2^32: 1000000, 128k (2^17), 1M (2^20)")
-    return count
+    try:
+        return parse_count(text, MOST_CONTEXT)
+    except ValueError as error:
+        raise RecipeError(f"--context {text}: {error}") from None
 
 
 def nbytes(text: str) -> int:

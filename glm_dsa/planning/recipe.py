@@ -21,7 +21,6 @@ bias is float32 always. Planning, converting and auditing follow the same `Recip
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +30,13 @@ from typing import Any
 
 from ..config import ModelArgs
 from ..errors import RecipeError
+from ..text import parse_ranges
 from ..weights import LAYER, TensorSpec, module_inventory
 from .components import COMPONENTS
 from .formats import AFFINE, BYTES, Format, packed
 
 KEPT = Path(__file__).parent / "recipes"
 LARGEST, MOST_RULES = 1 << 20, 4096  # bytes of a recipe, and its rules
-RANGES = re.compile(r"\d{1,4}(-\d{1,4})?(\s*,\s*\d{1,4}(-\d{1,4})?)*")
 CORRECTION_BIAS = "e_score_correction_bias"
 
 
@@ -217,15 +216,10 @@ def _layers(said: Any, where: str) -> frozenset[int]:
     if said is None:
         return frozenset()
     text = str(said) if type(said) is int else said
-    if not isinstance(text, str) or not RANGES.fullmatch(text):
-        raise RecipeError(f'{where}: layers = {said!r}: numbers and ranges are due, e.g. "0-3,77"')
-    out: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if last and int(last) < int(first):
-            raise RecipeError(f"{where}: layers = {said!r}: ranges go from the lower number to the higher")
-        out |= set(range(int(first), int(last or first) + 1))
-    return frozenset(out)
+    try:
+        return frozenset(parse_ranges(text if isinstance(text, str) else ""))
+    except ValueError as error:
+        raise RecipeError(f"{where}: layers = {said!r}: {error}") from None
 
 
 def _dtype(said: Any, where: str) -> str:

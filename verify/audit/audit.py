@@ -10,11 +10,11 @@ import json
 from dataclasses import asdict, dataclass
 
 from glm_dsa import ModelArgs, weights
-from glm_dsa.console import table
 from glm_dsa.errors import CacheError, ConfigError, printable
 from glm_dsa.planning.components import Component
 from glm_dsa.planning.plan import MEMORIES, USABLE, Cache
 from glm_dsa.planning.recipe import Recipe
+from glm_dsa.text import table
 
 from ..core.findings import FAULT, NOTE, WARNING, Finding, Findings
 from ..engines.headers import Release

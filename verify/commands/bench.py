@@ -10,6 +10,7 @@ from pathlib import Path
 
 from glm_dsa import ModelArgs
 from glm_dsa.console import show
+from glm_dsa.text import parse_count
 
 from .. import FOLDER
 from ..core import exits
@@ -17,6 +18,7 @@ from ..core.files import whole
 from ..core.progress import line
 from ..engines import oracles
 
+MOST_CONTEXT = 1 << 24
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
 KEPT = FOLDER / "bench" / "measured.json"
 ON_PAPER = {"config", "context", "bits", "kv_bits", "memory", "bandwidth", "rate"}
@@ -136,8 +138,7 @@ def _paper(chosen: argparse.Namespace) -> int:
 
 def tokens(text: str, option: str) -> int:
     """ "16k" -> 16384. Raises ValueError."""
-    times = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if times > 1 else text
-    if not digits.isdigit() or not 0 < int(digits) * times <= 1 << 24:
-        raise ValueError(f"{option} {text}: a number of tokens is due, 16k or 1M say")
-    return int(digits) * times
+    try:
+        return parse_count(text, MOST_CONTEXT)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glm_dsa.console import listen, show
+from glm_dsa.text import parse_ranges
 
 from ..core import exits, stages
 from ..core.files import whole
@@ -107,12 +107,10 @@ def _layers(text: str | None) -> list[int] | None:
     """ "3,7-9" -> [3, 7, 8, 9]. Raises ValueError."""
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
-        raise ValueError(f"--layers {text}: numbers and ranges are due, e.g. 3,7-9")
-    parts = [part.partition("-") for part in text.split(",")]
-    if any(last and int(last) < int(first) for first, _, last in parts):
-        raise ValueError(f"--layers {text}: ranges go from the lower number to the higher")
-    return sorted({n for first, _, last in parts for n in range(int(first), int(last or first) + 1)})
+    try:
+        return sorted(parse_ranges(text))
+    except ValueError as error:
+        raise ValueError(f"--layers {text}: {error}") from None
 
 
 def _write(found: Drift, chosen: argparse.Namespace) -> None:

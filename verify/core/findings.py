@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from glm_dsa.errors import printable
+from glm_dsa.text import ranges as spelled
 
 FAULT, WARNING, NOTE = "FAULT", "warning", "note"
 ORDER = {FAULT: 0, WARNING: 1, NOTE: 2}
@@ -97,13 +98,6 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 
 def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 6] -> "0-2,6"."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    if len(parts) > RANGES:
-        return f"{numbers[0]}..{numbers[-1]}"
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    """[0, 1, 2, 6] -> "0-2,6"; where there are many, the first and the last."""
+    told = spelled(numbers)
+    return told if told.count(",") < RANGES else f"{numbers[0]}..{numbers[-1]}"

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from glm_dsa.text import table
+
 from . import exits, sizes, stages
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
@@ -271,9 +273,7 @@ class Report:
             where = f"{worst.share:.2f}  {worst.stage} [{worst.case}]" if worst else ("exact" if mine else "-")
             ties, exact = (str(sum(getattr(c, kind) for c in mine)) for kind in ("ties", "exact_ties"))
             rows.append((claim, str(len(mine)), where, ties, exact, self.verdict_of(claim)))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        out.insert(1, "  ".join("-" * width for width in widths))
+        out = table(rows, ruled=True)
         faults = self.faults()
         out += ["", "faults", *faults] if faults else []
         out += ["", "not verified"] + [f"  {line}" for line in self.open_lines()] if self.not_verified else []

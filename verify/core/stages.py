@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from glm_dsa.text import ranges
+
 LAYER = re.compile(r"layers\.(\d+)\.(.*)")
 
 IN_LAYER = (
@@ -88,13 +90,7 @@ def in_order(stages: Iterable[str]) -> list[str]:
 
 def compact(numbers: Iterable[int]) -> str:
     """{1, 2, 3, 5} -> "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ranges(sorted(set(numbers)), ", ")
 
 
 def layers_of(stages: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from glm_dsa.planning.formats import AFFINE, Format
+from glm_dsa.text import parse_ranges
 from glm_dsa.weights import AFFINE_BITS
 
 from ..core import stages
@@ -72,8 +73,8 @@ def _shares(found: Sensitivity, build: Build) -> dict[str, float]:
     layered: dict[int, float] = {}
     for row in found.rows:
         if not row.modules and row.component == "layers":
-            for layer in _layers(row.layers):
-                layered[layer] = row.alone / len(_layers(row.layers))
+            layers = parse_ranges(row.layers)
+            layered |= dict.fromkeys(sorted(layers), row.alone / len(layers))
     mean = sum(layered.values()) / len(layered) if layered else 1.0
     shares: dict[str, float] = {}
     for row in found.rows:
@@ -82,14 +83,6 @@ def _shares(found: Sensitivity, build: Build) -> dict[str, float]:
             total = sum(counts.values())
             shares |= {p: row.alone * c / total for p, c in counts.items()}
     return shares
-
-
-def _layers(text: str) -> list[int]:
-    out: list[int] = []
-    for part in text.split(", "):
-        first, _, last = part.partition("-")
-        out += range(int(first), int(last or first) + 1)
-    return out
 
 
 def group_of(width: int) -> int:

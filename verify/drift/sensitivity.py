@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from glm_dsa.text import table as aligned
+
 from ..core import compare, stages
 from .bit_allocation import Recipe, next_bit
 from .build import FULL_BYTES, Build, layer_of
@@ -75,9 +77,7 @@ class Sensitivity:
              f"{r.added_bytes / 1e6:.3g}", f"{r.per_mb:.2g}")
             for r in sorted(self.rows, key=lambda r: -r.alone)
         ]  # fmt: skip
-        widths = [max(len(row[i]) for row in out) for i in range(len(out[0]))]
-        places = [str.ljust if i < 2 else str.rjust for i in range(len(widths))]
-        return ["  ".join(p(c, w) for p, c, w in zip(places, row, widths, strict=True)).rstrip() for row in out]
+        return aligned(out, right=range(2, 8))
 
     def as_dict(self) -> dict[str, Any]:
         rows = [{**asdict(r), "modules": len(r.modules), "per_mb": r.per_mb} for r in self.rows]

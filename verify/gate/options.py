@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+
+from glm_dsa.text import parse_ranges
 
 from .. import cases, faults
 from ..audit import audit, foreign_code
@@ -292,10 +293,7 @@ def _set_device(name: str) -> None:
 def parse_layers(text: str | None) -> set[int] | None:
     if text is None:
         return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"--layers {text}: numbers and ranges such as 0-3,6 are due")
-        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return chosen
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise ValueError(f"--layers {text}: {error}") from None

@@ -24,7 +24,7 @@ OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
-LEFT_OUT = ("errors", "version", "sharding")  # words; and what takes several processes, tried in tests/test_mlx_lm.py
+LEFT_OUT = ("errors", "text", "version", "sharding")  # words; and what takes several processes, tried in tests/test_mlx_lm.py
 READERS = ("checkpoint", "config", "keys", "trace", "weights")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_dsa.text import table
+
 from .. import FOLDER, faults
 from .baselines import CAUGHT, FOUR, HALF, MISSED, NOT_ASKED, PUBLISHED_TOPK, RULES, SETTINGS, TEXT
 from .judging import is_named
@@ -134,12 +136,7 @@ class Judged:
     def text(self) -> str:
         head = ["fault", "met first at", "this gate", *(f"({i})" for i in range(1, len(RULES) + 1))]
         rows = [*self.rows(self.real), *self.rows(self.equivalent), *self.sums()]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *rows]
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = table([head, *rows], ruled=True)
         at = 2 + len(self.real)
         lines[at:at] = ["", "equivalent: no output can change"] if self.equivalent else []
         lines.insert(len(lines) - 4, "")
