@@ -20,7 +20,7 @@ from verify.core import stages
 from verify.core.report import AGREES, FAULT
 from verify.drift import stagewise
 from verify.drift.checks import same_weights
-from verify.drift.stagewise import Compared, component, roots
+from verify.drift.stagewise import Compared, roots
 from verify.engines import factory, runner, spec
 from verify.engines.recording import Hearing, Recording, is_given
 
@@ -207,7 +207,7 @@ def compared_at(*at_fault, unhanded=()):
 def test_what_is_wrong_by_itself_is_told_from_what_follows(at_fault, due, blamed):
     found = roots(compared_at(*at_fault))
     assert tuple(c.kind for c in found) == due
-    assert component(set(due)) == blamed
+    assert stages.component(set(due)) == blamed
 
 
 def test_what_could_not_be_handed_in_explains_what_follows():

@@ -14,7 +14,8 @@ import glm_dsa
 from glm_dsa import ModelArgs, checkpoint, memory
 from glm_dsa.errors import CheckpointError
 from glm_dsa.model import parameters_of
-from glm_dsa.planning import plan, recipe
+from glm_dsa.planning import recipe
+from glm_dsa.planning.stored import OnDisk
 from reference import checkpoints
 from reference.kept import TRAINED
 from verify import drift
@@ -74,7 +75,7 @@ def test_what_is_told_is_what_is_held(kind, dtype, request, caplog):
     )
     if dtype is None:  # the same as `plan` counts from the headers
         model.drop_mtp()
-        assert memory.taken(model) == plan.OnDisk.of(model.args, stored).loaded
+        assert memory.taken(model) == OnDisk.of(model.args, stored).loaded
 
 
 def test_a_build_that_cannot_fit_is_refused_before_a_weight_is_read(packed, has, monkeypatch):
@@ -104,7 +105,7 @@ def test_a_build_of_true_size(tmp_path, has, caplog):
     with caplog.at_level(logging.INFO, "glm_dsa"):
         memory.check_model(str(folder), model)
     assert "packed take 30" in caplog.text
-    assert memory.taken(model) == plan.OnDisk.of(model.args, stored).loaded
+    assert memory.taken(model) == OnDisk.of(model.args, stored).loaded
 
 
 # -- what loads by other ways

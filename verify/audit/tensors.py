@@ -11,7 +11,7 @@ from glm_dsa import ModelArgs, weights
 from glm_dsa.errors import WeightsError
 from glm_dsa.planning.components import Component
 from glm_dsa.planning.formats import Format
-from glm_dsa.planning.plan import FLOATS
+from glm_dsa.planning.stored import FLOATS
 from glm_dsa.storage import Stored
 from glm_dsa.weights import FP8_BLOCK, TensorSpec
 

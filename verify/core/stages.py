@@ -117,3 +117,28 @@ INDEXER, ROUTER, EXPERTS = "self_attn.indexer", "mlp.gate", "mlp.experts"  # mod
 def kind_of(path: str) -> str:
     """`layers.3.self_attn.o_proj` -> `self_attn.o_proj`; a layer itself -> ""."""
     return kind(path + "." if path.count(".") == 1 else path).rstrip(".")
+
+
+ROPE = "rope"
+# What is to blame for a stage that is wrong by itself. RoPE's stages are those of attention and indexer too.
+COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embedding", ("embed",)),
+    (ROPE, ("self_attn.q_rope", "self_attn.k_rope", "self_attn.indexer.k", "self_attn.indexer.q")),
+    ("indexer", tuple(f"self_attn.indexer.{part}" for part in ("k", "q", "weights", "scores", "topk"))),
+    ("IndexShare", ("self_attn.selection",)),
+    ("MLA", tuple(f"self_attn.{part}" for part in ("q_latent", "q_rope", "kv_latent", "k_rope", "heads", "output"))),
+    ("router", ("mlp.gate.logits", "mlp.gate.topk", "mlp.gate.weights")),
+    ("MoE", ("mlp.experts", "mlp.shared_experts", "mlp.output", "mlp_output")),
+    ("decoder layer", ("input_layernorm", "post_attention_layernorm", "output")),
+    ("MTP", ("eh_proj", "shared_head")),
+    ("head", ("norm", "logits")),
+)
+
+
+def component(kinds: set[str]) -> str:
+    """To blame for stages that are wrong by themselves. RoPE: where queries and keys of attention and indexer are, and only
+    they."""
+    if {"self_attn.q_rope", "self_attn.k_rope"} <= kinds <= set(dict(COMPONENTS)[ROPE]):
+        return ROPE
+    names = [name for name, own in COMPONENTS if name != ROPE and kinds & set(own)]
+    return " and ".join(names) or "unknown"

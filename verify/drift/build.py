@@ -17,7 +17,7 @@ from ..engines.spec import Side
 
 Array = np.ndarray
 FULL_BYTES = 2  # of a weight that is not packed: 16 bit
-COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (  # by the end of a module's path
+MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # by the end of a module's path
     ("indexer", (".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")),
     ("router", (".mlp.gate",)),
     ("embedding", ("embed_tokens",)),
@@ -37,7 +37,7 @@ COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (  # by the end of a modul
 
 
 def component_of(path: str) -> str | None:
-    return next((name for name, ends in COMPONENTS if any(f".{path}".endswith(end) for end in ends)), None)
+    return next((name for name, ends in MODULES if any(f".{path}".endswith(end) for end in ends)), None)
 
 
 def layer_of(path: str) -> int | None:

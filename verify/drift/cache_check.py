@@ -30,7 +30,7 @@ LAST, CHUNK = 8, 4  # single tokens at the end, and the chunk before them
 BEYOND = 100.0  # times the logits' bound: a near tie may fall the other way, and is no fault of the cache
 NATS = 1e-4
 ALIKE = 1e-3  # of the logits' rms: how near a mistake made here must come
-COMPONENTS = ("cache", "mask", "int8 cache", "rope", "MLA", "indexer")
+SUSPECTED = ("cache", "mask", "int8 cache", "rope", "MLA", "indexer")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _suspects(side: Side, tokens: Array, left_out: Sequence[str]) -> list[str]:
         logits(own, tokens)
     return [
         f.name for f in faults.CATALOGUE.values()
-        if f.component in COMPONENTS and not f.equivalent and f.name not in left_out and all(e.where in ran for e in f.edits)
+        if f.component in SUSPECTED and not f.equivalent and f.name not in left_out and all(e.where in ran for e in f.edits)
     ]  # fmt: skip
 
 

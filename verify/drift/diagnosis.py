@@ -24,7 +24,7 @@ from ..engines.spec import OURS, Side
 from ..faults.coverage import recorded
 from .hypotheses import Cause, Diagnosis, Suspect, catalogue, conventions, other_config, packed_caches
 from .similarity import EXACT, Likeness
-from .stagewise import LOCAL, Compared, Yardstick, component, roots
+from .stagewise import LOCAL, Compared, Yardstick, roots
 
 Array = np.ndarray
 NEARER = 0.5  # to the candidate, with a mistake than without, where it is beyond the bound
@@ -60,7 +60,7 @@ class Lineup:
     def diagnose(self, found: list[Compared]) -> Diagnosis:
         """found: the candidate's local comparisons."""
         left = roots(found)
-        blamed = component({c.kind for c in left})
+        blamed = stages.component({c.kind for c in left})
         causes: list[Cause] = []
         suspects = self._suspects(left) if left else []
         while left and len(causes) < MOST:

@@ -17,7 +17,7 @@ Array = np.ndarray
 ENOUGH = 0.9  # of the KL that is explained by all components together
 NEGLIGIBLE = 1e-9  # nats: float noise
 # small ones first: what fits in the first needs no larger one
-COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+REPAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("selections", ("self_attn.indexer.topk",)),
     ("routing", ("mlp.gate.topk",)),
     ("embedding", ("embed",)),
@@ -89,7 +89,7 @@ def repair(
         return Repaired(what, tuple(kinds), tuple(sorted(touched)), left, 1 - left / kl)  # type: ignore[arg-type]
 
     shown = {stages.kind(stage) for stage in own if stage in reference}
-    for what, kinds in COMPONENTS:
+    for what, kinds in REPAIRS:
         if set(kinds) <= shown and all(_differs(kind, own, reference) for kind in kinds[:1]):
             found.tried.append(replaced(what, kinds, None))
     if (alone := local.get("logits")) is not None:  # the head (and final norm) on the reference's hidden

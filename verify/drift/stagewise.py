@@ -194,28 +194,3 @@ def _explained(stage: str, at_fault: set[str], seen: set[str], handed: set[str])
         if parent in at_fault or (parent not in seen and _explained(parent, at_fault, seen, handed)):
             return True
     return False
-
-
-# Which component is to blame, by the kinds of stages that are wrong by themselves; the first that fits.
-INDEXER_PARTS = tuple(f"self_attn.indexer.{part}" for part in ("k", "q", "weights", "scores", "topk"))
-COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("embedding", ("embed",)),
-    ("rope", ("self_attn.q_rope", "self_attn.k_rope", "self_attn.indexer.k", "self_attn.indexer.q")),
-    ("indexer", INDEXER_PARTS),
-    ("IndexShare", ("self_attn.selection",)),
-    ("MLA", tuple(f"self_attn.{part}" for part in ("q_latent", "q_rope", "kv_latent", "k_rope", "heads", "output"))),
-    ("router", ("mlp.gate.logits", "mlp.gate.topk", "mlp.gate.weights")),
-    ("MoE", ("mlp.experts", "mlp.shared_experts", "mlp.output", "mlp_output")),
-    ("decoder layer", ("input_layernorm", "post_attention_layernorm", "output")),
-    ("MTP", ("eh_proj", "shared_head")),
-    ("head", ("norm", "logits")),
-)
-
-
-def component(kinds: set[str]) -> str:
-    """Of stages that are wrong by themselves. RoPE: where queries and keys of attention and indexer are, and only they."""
-    rope = set(COMPONENTS[1][1])
-    if {"self_attn.q_rope", "self_attn.k_rope"} <= kinds <= rope:
-        return "rope"
-    names = [name for name, own in COMPONENTS if name != "rope" and kinds & set(own)]
-    return " and ".join(names) or "unknown"
