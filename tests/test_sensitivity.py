@@ -4,6 +4,7 @@ Where a value is compared, the fault must move it by at least 100 times the boun
 """
 
 import copy
+import pkgutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,18 +14,7 @@ from hypothesis import Phase
 from glm_dsa import attention, cache, rope
 from glm_dsa.store import KvQuantization
 from verify import cases, faults
-from verify.claims import (
-    test_attention,
-    test_behaviour,
-    test_cache,
-    test_cache_operations,
-    test_indexer,
-    test_kv_quantization,
-    test_layers,
-    test_logits,
-    test_mtp,
-    test_rope,
-)
+from verify.claims import test_cache_operations, test_kv_quantization, test_mtp, test_rope
 from verify.core import bounds, stages
 from verify.core.checker import Discrepancy, Judge
 from verify.core.report import FAULT, RAISES, Comparison, Report
@@ -46,52 +36,51 @@ def built(tmp_path_factory):
     return get
 
 
-def caught(check, *arguments):
-    """The comparison at which the gate stops, or None where it is content."""
+def caught(check, **given):
+    """The comparison at which a check of a claim ("test_cache.test_cuts") stops, or None where it is content."""
     judge = Judge(Report(), "claim", "again", 0)
     try:
-        check(*[judge if a is Judge else a for a in arguments])
+        pkgutil.resolve_name(f"verify.claims.{check}")(judge=judge, **given)
     except Discrepancy:
         return judge.report.comparisons[-1]
     return None
 
 
 def layers(case):
-    return caught(test_layers.test_each_layer_agrees_stage_by_stage, case, Judge, "long")
+    return caught("test_layers.test_each_layer_agrees_stage_by_stage", case=case, regime="long")
 
 
 def free(case):
-    return caught(test_logits.test_logits, case, Judge, Report(), "long", "free")
+    return caught("test_logits.test_logits", case=case, gate=Report(), regime="long", run="free")
 
 
 def chunks(case):
-    return caught(test_cache.test_cuts, case, Judge, "chunks")
+    return caught("test_cache.test_cuts", case=case, name="chunks")
 
 
 def rewind(case):
-    return caught(test_cache.test_rewind, case, Judge, case.reference(case.long))
+    return caught("test_cache.test_rewind", case=case, reference=case.reference(case.long))
 
 
 def padded(case):
-    return caught(test_cache.test_left_padded_batch, case, Judge, [33, 40] + [1] * 7)
+    return caught("test_cache.test_left_padded_batch", case=case, cuts=[33, 40] + [1] * 7)
 
 
 def drafts(case):
-    return caught(test_mtp.check, case, Judge, case.lengths[-1], {"mtp_reuses_selection": True})
+    return caught("test_mtp.check", case=case, length=case.lengths[-1], overrides={"mtp_reuses_selection": True})
 
 
 def drafts_anew(case):
-    return caught(test_mtp.check, case, Judge, case.lengths[-1], {"mtp_reuses_selection": False})
+    return caught("test_mtp.check", case=case, length=case.lengths[-1], overrides={"mtp_reuses_selection": False})
 
 
 def packed(case):
     """The claim's first tests about the packed cache, in their order."""
-    cuts = [40, 37, 1, 1, 1]
-    checks = [
-        lambda: caught(test_kv_quantization.test_packed_is_mx_quantize_of_the_latents, case, Judge, 8, cuts),
-        lambda: caught(test_kv_quantization.test_the_error_of_each_value, case, Judge, 8, mx.float32),
-    ]
-    return next((found for check in checks if (found := check())), None)
+    checks = {
+        "test_kv_quantization.test_packed_is_mx_quantize_of_the_latents": {"cuts": [40, 37, 1, 1, 1]},
+        "test_kv_quantization.test_the_error_of_each_value": {"dtype": mx.float32},
+    }
+    return next((found for check, more in checks.items() if (found := caught(check, case=case, bits=8, **more))), None)
 
 
 def contents(folder):
@@ -152,7 +141,7 @@ def test_an_oracle_that_is_wrong_is_caught(built, monkeypatch):
     case = built("glm-5.2-interleaved")
     monkeypatch.setattr(case.hf.model.layers[0].self_attn.indexer.k_norm, "eps", 1e-5)
     with pytest.raises(bounds.ReferencesDisagree):
-        caught(test_indexer.test_scores_and_selection, case, Judge, "T = 4 index_topk", "small variance")
+        caught("test_indexer.test_scores_and_selection", case=case, length="T = 4 index_topk", scale="small variance")
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("glm-5.2-interleaved", 2e-4), ("trained-interleaved", 2e-3)])
@@ -180,7 +169,7 @@ def test_wrong_angles_are_caught_near_and_far(monkeypatch, wrong, position):
         return original(self, positions)
 
     monkeypatch.setattr(rope.RotaryEmbedding, "__call__", call)
-    found = caught(test_rope.test_rotation, Judge, "theta 8e6", "interleaved", position)
+    found = caught("test_rope.test_rotation", theta="theta 8e6", layout="interleaved", position=position)
     check_of(found, f"position {position}", margin=MARGIN if position < 200_000 and wrong == "off by one" else 1)
 
 
@@ -226,7 +215,7 @@ def test_four_bits_for_eight_drift_too_far(built, name, monkeypatch):
     monkeypatch.setattr(
         test_kv_quantization, "packed_run", lambda c, t, cuts, bits, **kw: original(c, t, cuts, 4, **kw)
     )
-    found = caught(test_kv_quantization.test_drift_of_the_logits, case, Judge)
+    found = caught("test_kv_quantization.test_drift_of_the_logits", case=case)
     assert found is not None
     assert "KL" in found.stage
 
@@ -235,7 +224,7 @@ def test_attention_that_loses_more_than_packing_explains_is_caught(built, monkey
     case = built("glm-5.2-interleaved")
     original = KvQuantization.unpack
     monkeypatch.setattr(KvQuantization, "unpack", lambda self, w, s, b: original(self, w, s, b * 1.1))
-    found = caught(test_kv_quantization.test_what_attention_may_lose, case, Judge)
+    found = caught("test_kv_quantization.test_what_attention_may_lose", case=case)
     assert found is not None
     assert found.stage == "layers.0.self_attn.heads"
 
@@ -281,7 +270,7 @@ def test_a_form_that_differs_is_caught(built, monkeypatch):
     monkeypatch.setattr(
         attention.MultiHeadLatentAttention, "attend_absorbed", lambda self, *a: original(self, *a) * 1.001
     )
-    found = caught(test_attention.test_forms, case, Judge, monkeypatch, attention.ABSORBED, [80])
+    found = caught("test_attention.test_forms", case=case, monkeypatch=monkeypatch, form=attention.ABSORBED, cuts=[80])
     check_of(found, "layers.0.self_attn.heads (absorbed)")
 
 
@@ -291,15 +280,15 @@ TRAINED_CASE = "trained-interleaved"
 
 
 def recall(case):
-    return caught(test_behaviour.test_recall_from_beyond_index_topk, case, Judge, Report())
+    return caught("test_behaviour.test_recall_from_beyond_index_topk", case=case, gate=Report())
 
 
 def own_drafts(case):
-    return caught(test_behaviour.test_drafts, case, Judge, Report())
+    return caught("test_behaviour.test_drafts", case=case, gate=Report())
 
 
 def layout_told(case):
-    return caught(test_behaviour.test_the_weights_tell_their_layout, case, Judge, Report())
+    return caught("test_behaviour.test_the_weights_tell_their_layout", case=case, gate=Report())
 
 
 @pytest.mark.parametrize(
