@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 from glm_dsa import ModelArgs
@@ -17,6 +15,7 @@ from ..core import exits
 from ..core.files import whole
 from ..core.progress import line
 from ..engines import oracles
+from . import options
 
 MOST_CONTEXT = 1 << 24
 CONTEXTS = "1k,2k,4k,8k,16k,32k,64k"
@@ -93,7 +92,7 @@ def _bench(chosen: argparse.Namespace) -> int:
             tell=tell,
         )  # fmt: skip
         found = course.run()
-    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    found.command = options.command_line()
     show("\n".join(tables.summary(found)))
     text = json.dumps(found.as_dict(), indent=1) + "\n"
     files = [] if chosen.out is None else [chosen.out / "bench.json"]

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_dsa.console import listen, show
+from glm_dsa.console import show
 from glm_dsa.text import parse_ranges
 
 from ..core import exits, stages
 from ..core.files import whole
-from ..core.progress import line
-from ..engines import oracles
+from . import options
 
 if TYPE_CHECKING:
     from ..drift import Drift, Recording
@@ -33,14 +29,11 @@ judged: an oracle failed, the references disagree, or the candidate agrees where
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "drift",
-        help="two models side by side: where they part first, and why",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("candidate", metavar="CANDIDATE", help="a checkpoint, an implementation, or both")
-    parser.add_argument("--against", metavar="REFERENCE", help="likewise (default: HF on the candidate's weights)")
+    parser = options.add_sides(
+        commands, "drift", "two models side by side: where they part first, and why", EPILOG,
+        candidate="a checkpoint, an implementation, or both",
+        against="likewise (default: HF on the candidate's weights)", metavar="REFERENCE",
+    )  # fmt: skip
     parser.add_argument("--prompt-file", metavar="F", type=Path, help="text to run on (default: random tokens)")
     parser.add_argument("--tokens", metavar="N", type=int, help="the prompt's length (default: 4 index_topk)")
     parser.add_argument("--seed", type=int, default=0, help="of random tokens (default 0)")
@@ -59,23 +52,16 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what lies in temporary folders is cleared away
-    oracles.check()  # brings torch and transformers in, which other commands do without
-    listen()  # what the models take in memory
-    from ..drift import compare
-    from ..engines.third_party import Failed
+    with options.running() as tell:
+        from ..drift import compare
 
-    _check(chosen)
-    try:
-        with line() as tell:
-            found = compare(
-                chosen.candidate, chosen.against, prompt_file=chosen.prompt_file, length=chosen.tokens, seed=chosen.seed,
-                layers=_layers(chosen.layers), stages=chosen.stages, thorough=chosen.thorough,
-                suggest_bits=chosen.suggest_bits, keep=_watch(chosen.watch, chosen.out or Path()), tell=tell,
-            )  # fmt: skip
-    except Failed as error:
-        raise ValueError(str(error)) from None
-    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+        _check(chosen)
+        found = compare(
+            chosen.candidate, chosen.against, prompt_file=chosen.prompt_file, length=chosen.tokens, seed=chosen.seed,
+            layers=_layers(chosen.layers), stages=chosen.stages, thorough=chosen.thorough,
+            suggest_bits=chosen.suggest_bits, keep=_watch(chosen.watch, chosen.out or Path()), tell=tell,
+        )  # fmt: skip
+    found.command = options.command_line()
     _write(found, chosen)
     return status_of(found)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import signal
-import sys
 from pathlib import Path
 
-from glm_dsa.console import listen, show
+from glm_dsa.console import show
 from glm_dsa.errors import printable
 
 from ..core import exits
 from ..core.files import whole
-from ..engines import oracles
+from . import options
 
 EPILOG = """\
 a side is a checkpoint, or an implementation on one: ./release, OWNER/NAME, hf@./release, ./release,kv_bits=8,dtype=bfloat16
@@ -22,14 +19,11 @@ a side is a checkpoint, or an implementation on one: ./release, OWNER/NAME, hf@.
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "quality",
-        help="how far a model's predictions of a text are from another's: KL, agreement, perplexity, bits per byte",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("candidate", metavar="CANDIDATE", help="a checkpoint, or an implementation on one")
-    parser.add_argument("--against", metavar="BASE", required=True, help="likewise: what it was made from")
+    parser = options.add_sides(
+        commands, "quality", "how far a model's predictions of a text are from another's: KL, agreement, perplexity, bits per byte",
+        EPILOG, candidate="a checkpoint, or an implementation on one",
+        against="likewise: what it was made from", metavar="BASE", required=True,
+    )  # fmt: skip
     parser.add_argument("--text", metavar="F", type=Path, help="the text that both are to predict")
     parser.add_argument("--tokens", metavar="N", type=int, help="its first N tokens (default: all)")
     parser.add_argument("--context", metavar="N", type=int, default=2048, help="tokens of a window (default 2048)")
@@ -44,27 +38,19 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    oracles.check()  # brings torch and transformers in, which other commands do without
-    listen()  # what the models take in memory
-    from ..core.progress import line
-    from ..engines.third_party import Failed
-    from ..quality import measure
-
-    if chosen.json is not None and not _can_be_written(chosen.json):
-        raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
     stride = chosen.stride
     if stride is None:
         stride = chosen.context // 2 if chosen.context % 2 == 0 else chosen.context
-    try:
-        with line() as tell:
-            found = measure(
-                chosen.candidate, chosen.against, text=chosen.text, length=chosen.tokens, context=chosen.context,
-                stride=stride, tell=tell,
-            )  # fmt: skip
-    except Failed as error:
-        raise ValueError(str(error)) from None
-    found.command = shlex.join(["python", "-m", "verify", *sys.argv[1:]])
+    with options.running() as tell:
+        from ..quality import measure
+
+        if chosen.json is not None and not _can_be_written(chosen.json):
+            raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+        found = measure(
+            chosen.candidate, chosen.against, text=chosen.text, length=chosen.tokens, context=chosen.context,
+            stride=stride, tell=tell,
+        )  # fmt: skip
+    found.command = options.command_line()
     if chosen.json is not None:
         with whole(chosen.json) as part:
             part.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
