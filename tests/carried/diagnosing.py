@@ -92,11 +92,12 @@ def is_right(task: Task, found: Diagnosed | str) -> bool:
 def record(task: Task, found: Diagnosed | str) -> dict:
     said = asdict(task) | {"names": list(task.names), "right": is_right(task, found)}
     del said["without"]
-    is_error = isinstance(found, str)
-    said |= {"key": kept.key(task), "seen": is_error or bool(found.stage), "found": found if is_error else asdict(found)}
-    if not is_error:
-        del said["found"]["names"], said["found"]["seconds"]
-    return said
+    said |= {"key": kept.key(task)}
+    if isinstance(found, str):
+        return said | {"seen": True, "found": found}
+    told = asdict(found)
+    del told["names"], told["seconds"]
+    return said | {"seen": bool(found.stage), "found": told}
 
 
 def component_is_right(name: str, found: Diagnosed) -> bool:

@@ -93,7 +93,7 @@ def places(edit: Edit) -> Iterator[tuple[FunctionType, str, str]]:
     if owner == "Indexer":
         for kind in INDEXERS.values():
             turn = "apply_rotary_pos_emb" + ("_interleave" if kind is glm.GlmMoeDsaIndexer else "")
-            yield (_function(kind, name), *(text.replace("TURN", turn) for text in (edit.due, edit.wrong)))
+            yield _function(kind, name), edit.due.replace("TURN", turn), edit.wrong.replace("TURN", turn)
     else:
         holder = getattr(glm, f"GlmMoeDsa{owner}") if owner else next(m for m in (glm, rope_utils) if hasattr(m, name))
         yield _function(holder, name), edit.due, edit.wrong
