@@ -2,14 +2,19 @@
 
 import ast
 import importlib
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
+import glm_dsa
+from reference.kept import TRAINED
 from verify import FOLDER, ROOT
 from verify.engines import third_party
 from verify.faults import coverage
@@ -99,17 +104,49 @@ def test_an_error_is_placed_in_their_code_and_not_in_a_room_of_this_gate(room, t
     assert told == "ValueError: no (theirs.py, line 2)"
 
 
-def test_the_wheel_holds_every_subpackage(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "glm_dsa", source / "glm_dsa", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+def pip(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("glm_dsa-*.whl")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "glm_dsa", folder / "source" / "glm_dsa", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source")
+    (file,) = folder.glob("glm_dsa-*.whl")
+    return file
+
+
+def test_the_wheel_holds_every_subpackage(wheel):
     with zipfile.ZipFile(wheel) as held:
         names = {name for name in held.namelist() if name.startswith("glm_dsa/")}
+    source = wheel.parent / "source"
     due = {str(f.relative_to(source)) for f in (source / "glm_dsa").rglob("*") if f.is_file()}
     assert names == due
-    assert "glm_dsa/storage/__init__.py" in names
+    assert {"glm_dsa/storage/__init__.py", "glm_dsa/mlx_lm/__init__.py"} <= names
+
+
+RUNS = """
+import sys, numpy, mlx.core as mx, glm_dsa
+model, tokens = glm_dsa.load(sys.argv[1]), mx.array([[*b"import sys"]])
+print(glm_dsa.__file__)
+numpy.save(sys.argv[2], numpy.array(model(tokens).astype(mx.float32)))
+"""
+
+
+def test_what_the_wheel_installs_runs_the_trained_checkpoint(wheel, tmp_path):
+    """From a folder that holds nothing else, and nowhere near this repository: the same logits as here."""
+    target, logits = tmp_path / "installed", tmp_path / "logits.npy"
+    pip("install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    command = [sys.executable, "-P", "-c", RUNS, str(TRAINED / "half-split"), str(logits)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(target)
+    here = glm_dsa.load(TRAINED / "half-split")(mx.array([[*b"import sys"]]))
+    assert np.array_equal(np.load(logits), np.array(here.astype(mx.float32)))

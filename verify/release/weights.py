@@ -76,7 +76,7 @@ class Weighing:
             other = _projections(theirs, i) if theirs is not None and expert not in strangers else None
             self.rms[expert] = [float(m.norm()) / m.numel() ** 0.5 for m in own]
             self.faces[expert] = own[0][0, :WIDE].clone()
-            for j, projection in enumerate(weights.PROJECTIONS):
+            for j, projection in enumerate(PROJECTIONS):
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
                 packed = self.mine.packing(name)
                 self._scales(name, packed)
@@ -225,7 +225,7 @@ class Weighing:
         for expert in sorted(broken):
             yield Finding(FAULT, f"{prefix}.{expert} holds NaN or infinity")
         for expert, rms in self.rms.items():
-            for projection, r in zip(weights.PROJECTIONS, rms, strict=True):
+            for projection, r in zip(PROJECTIONS, rms, strict=True):
                 if r == 0:
                     yield Finding(FAULT, f"{prefix}.{expert}.{projection} is zero throughout")
         yield from self._twins(prefix)
@@ -234,7 +234,7 @@ class Weighing:
         others, partly = defaultdict(list), dict[str, Gap]()
         moved: dict[int, int] = {}
         for expert, gaps in self.gaps.items():
-            if len(gaps) == len(weights.PROJECTIONS) and all(g.is_other for g in gaps.values()):
+            if len(gaps) == len(PROJECTIONS) and all(g.is_other for g in gaps.values()):
                 if (found := self._in_layer(self.faces[expert], self._number(layer, expert))) is not None:
                     moved[expert] = found
                 else:
@@ -287,7 +287,7 @@ class Weighing:
                 yield Finding(FAULT, f"{prefix}.{','.join(map(str, experts))} hold the same weights")
 
     def _outliers(self, prefix: str) -> Iterator[Finding]:
-        for j, projection in enumerate(weights.PROJECTIONS):
+        for j, projection in enumerate(PROJECTIONS):
             logs = {e: np.log(rms[j]) for e, rms in self.rms.items() if 0 < rms[j] < np.inf}
             median = np.median([*logs.values()]) if logs else 0.0
             spread = 1.4826 * np.median([abs(x - median) for x in logs.values()]) if logs else 0.0
