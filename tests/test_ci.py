@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -113,3 +114,70 @@ def test_every_slow_test_has_subjects_and_they_are_there():
     for file, subjects in found:
         assert subjects, file
         assert not [s for s in subjects if not list(ROOT.glob(f"{s}*"))], file
+
+
+# -- the run itself, with another make and python in the place of its own
+
+STUB = '#!/bin/sh\necho "did $*"\ncase "$*" in *"$FAILS"*) exit 3;; esac\n'
+
+
+@pytest.fixture
+def ci(repository):
+    """run(what fails, what a commit touches) -> (exit status, output)."""
+    folder = repository.folder
+    (folder / ".ci").mkdir()
+    for file in (RUN, CHANGED):
+        shutil.copy(file, folder / ".ci")
+    for stub in ("bin/make", ".venv/bin/python"):
+        (folder / stub).parent.mkdir(parents=True)
+        (folder / stub).write_text(STUB)
+        (folder / stub).chmod(0o755)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_pages.py").write_text('ROOT / "README.md"\n')
+    (folder / "tests" / "test_others.py").write_text("hypothesis.settings(max_examples=3)\n")
+    repository.git("add", "-A")
+    repository.git("commit", "-q", "-m", "ci")
+    repository.git("update-ref", "refs/remotes/origin/main", "HEAD")
+
+    def run(fails, path):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("changed")
+        repository.git("add", "-A")
+        repository.git("commit", "-q", "-m", path)
+        own = {name: value for name, value in os.environ.items() if name != "CI_BASE" and not name.startswith("GIT_")}
+        own |= {"PATH": f"{folder / 'bin'}:{own['PATH']}", "FAILS": fails}
+        done = subprocess.run([folder / ".ci" / "run"], env=own, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+STEPS = [
+    "--silent .venv/.ready", "--silent lint", "-m pytest verify/", "-m verify judge --changed",
+    "-m tests.carried --drift --changed", "-m pytest tests/",
+]  # fmt: skip
+
+
+def test_all_of_it_runs_and_is_shown(ci):
+    status, out = ci("nothing", "glm_dsa/rope.py")
+    assert status == 0, out
+    assert [step for step in STEPS if f"did {step}" not in out] == [], out
+    assert out.strip().splitlines()[-1].startswith("== passed")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_fails_fails_the_run_and_the_others_are_shown(ci, step):
+    status, out = ci(step, "glm_dsa/rope.py")
+    assert status == 1, out
+    assert "FAILED, exit status 3" in out
+    assert out.strip().splitlines()[-1].startswith("== FAILED")
+    assert (out.count("\ndid ") == len(STEPS)) == (step != STEPS[0]), "without an environment nothing else runs"
+
+
+def test_a_change_of_pages_is_linted_and_its_pages_are_tested(ci):
+    status, out = ci("nothing", "docs/gate.md")
+    assert status == 0, out
+    assert "tests/test_pages.py" in out
+    assert "tests/test_others.py" not in out
+    assert "pytest verify/" not in out
+    assert ci("tests/test_pages.py", "README.md")[0] == 1

@@ -230,6 +230,7 @@ def test_the_commands_of_quality_run(two_builds, capsys, monkeypatch):
         assert "KL(base || candidate)" in capsys.readouterr().out
 
 
+@pytest.mark.slow("verify/drift", "verify/commands", "docs/drift")
 def test_the_commands_of_drift_run(two_builds, capsys, monkeypatch):
     assert lines_of("verify drift")
     monkeypatch.chdir(two_builds)
