@@ -171,7 +171,10 @@ TESTS = (
     "verify/",
     *(
         f"tests/test_{part}.py"
-        for part in ("cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare", "bench")
+        for part in (
+            "cache", "checkpoint", "config", "linear", "model", "trace", "weights", "compare", "bench",
+            "foreign", "layouts", "memory", "plan", "recipe",
+        )  # fmt: skip
     ),
 )
 PROCESSES = 2
