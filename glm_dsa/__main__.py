@@ -107,9 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
 def planned(options: argparse.Namespace) -> plan.Plan:
     """Raises `GlmDsaError`."""
     if options.recipe is not None and (options.custom_q is not None or options.gguf is not None):
-        raise RecipeError("--recipe is an MLX build's, --custom-q and --gguf a GGUF's: one of both is due")
+        raise RecipeError("--recipe is an MLX build's, --custom-q and --gguf a GGUF's: expected one of both")
     if not 1 <= options.chunk <= 1 << 20:
-        raise RecipeError(f"--chunk {options.chunk}: 1 to {1 << 20:,} tokens are due")
+        raise RecipeError(f"--chunk {options.chunk}: expected 1 to {1 << 20:,} tokens")
     rules = None
     if options.custom_q is not None or options.gguf is not None:
         rules = gguf.rules_of(options.custom_q, "bf16" if options.gguf is None else options.gguf)

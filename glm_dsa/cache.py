@@ -260,7 +260,7 @@ class LayerCache:
         if not parts or not isinstance(parts[0], str) or parts[0] != FORMAT:
             found = parts[0] if parts and isinstance(parts[0], str) else "something else"
             raise CacheError(
-                f"this cache was saved as {found!r}, {FORMAT!r} is due: it comes from another version of "
+                f"this cache was saved as {found!r}, expected {FORMAT!r}: it comes from another version of "
                 "this definition. Make the prompt cache anew"
             )
         try:
@@ -341,7 +341,7 @@ class LayerCache:
         for columns, tokens, widths in due:
             shapes = [(rows, tokens, w) for w in widths] if tokens else []
             if [buffer.shape for buffer in columns.buffers] != shapes:
-                raise ValueError(f"tensors of {[b.shape for b in columns.buffers]}, {shapes} are due")
+                raise ValueError(f"expected tensors of {shapes}, got {[b.shape for b in columns.buffers]}")
         words, scales = self.latents.packed.buffers[:1], self.latents.packed.buffers[1:]
         kinds = [b.dtype for b in (*words, *self.latents.plain.buffers, *scales, *self.index_keys.buffers)]
         latents = {b.dtype for b in (*self.latents.plain.buffers, *scales)}
@@ -362,7 +362,7 @@ class LayerCache:
             raise CacheError("a batch of no caches")
         for cache in caches:
             if not isinstance(cache, LayerCache):
-                raise CacheError(f"a batch of LayerCache and {type(cache).__name__}: caches of one kind are due")
+                raise CacheError(f"a batch of LayerCache and {type(cache).__name__}: expected caches of one kind")
             cache._check_settled("merge")
             if cache.has_indexer and cache.index_keys.length != cache.length:
                 raise CacheError(

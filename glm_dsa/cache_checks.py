@@ -20,7 +20,7 @@ def check_caches(caches: Sequence[Any], due: Sequence[Widths], model: str, rows:
             )
         if cache.widths != widths:
             raise CacheError(
-                f"layer {layer}: a cache of {cache.widths}, {widths} is due: it is another model's; make it anew"
+                f"layer {layer}: expected a cache of {widths}, got {cache.widths}: it is another model's; make it anew"
             )
         if cache.model and cache.model != model:
             raise CacheError(

@@ -54,7 +54,7 @@ def assemble(path: str | Path, dtype: mx.Dtype | None = None, **overrides: Any) 
     path = Path(path)
     try:
         if not path.is_dir():
-            raise CheckpointError(f"{path}: not a folder; that of a checkpoint (config.json, *.safetensors) is due")
+            raise CheckpointError(f"{path}: not a folder; expected that of a checkpoint (config.json, *.safetensors)")
         args = ModelArgs.from_file(path, **overrides)
         stored = read_headers(path, args)
         if weights.is_hf_layout(stored):

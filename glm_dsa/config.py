@@ -200,7 +200,7 @@ class _Resolver:
                 raise ConfigError(f"override {name!r} is not known; allowed: {', '.join(OVERRIDES)}")
             fits, due = OVERRIDES[name]
             if value is not None and not fits(value):
-                raise ConfigError(f"override {name} = {value!r}: {due} is due")
+                raise ConfigError(f"override {name} = {value!r}: expected {due}")
 
     def overridden(self, name: str) -> bool:
         return self.overrides.get(name) is not None
@@ -217,7 +217,7 @@ def _attention(read: Reader, resolve: _Resolver, model_type: str) -> dict[str, A
     read.equal("num_key_value_heads", heads, "num_attention_heads: MLA has one latent for all heads")
     nope, rope = read.count("qk_nope_head_dim"), read.count("qk_rope_head_dim")
     if rope % 2:
-        raise ConfigError(f"qk_rope_head_dim = {rope}: RoPE turns pairs, an even width is due")
+        raise ConfigError(f"qk_rope_head_dim = {rope}: expected an even width: RoPE turns pairs")
     read.equal("qk_head_dim", nope + rope, "qk_nope_head_dim + qk_rope_head_dim")
     theta, scaling = read.rope()
     interleave = read.flag("rope_interleave", True)
@@ -330,7 +330,7 @@ def _schedule(read: Reader, layers: int) -> tuple[tuple[str, ...], str, str]:
 
 def _types(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or any(v not in (FULL, SHARED) for v in value):
-        raise ConfigError(f"{key} = {value!r}: a list of 'full' and 'shared' is due")
+        raise ConfigError(f"{key} = {value!r}: expected a list of 'full' and 'shared'")
     return tuple(value)
 
 
@@ -357,7 +357,7 @@ def _feed_forward(read: Reader, defaults: Mapping[str, Any], layers: int) -> dic
     dense = read.count("first_k_dense_replace", defaults["first_k_dense_replace"], least=0)
     types = read.raw("mlp_layer_types", [DENSE if i < dense else SPARSE for i in range(layers)])
     if not isinstance(types, (list, tuple)) or any(t not in (DENSE, SPARSE) for t in types) or len(types) < layers:
-        raise ConfigError(f"mlp_layer_types: {layers} entries of 'dense' and 'sparse' are due, got {types!r}")
+        raise ConfigError(f"mlp_layer_types: expected {layers} entries of 'dense' and 'sparse', got {types!r}")
     return {
         "mlp_layer_types": tuple(types[:layers]),
         "intermediate_size": read.count("intermediate_size"),

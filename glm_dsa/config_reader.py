@@ -97,7 +97,7 @@ class Reader:
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         if not isinstance(params, Mapping):
-            raise ConfigError(f"config: {type(params).__name__} where an object of keys and values is due")
+            raise ConfigError(f"config: {type(params).__name__}; expected an object of keys and values")
         self.params = params
         self.seen: set[str] = set()
 
@@ -115,27 +115,27 @@ class Reader:
     def required(self, key: str, default: Any, what: str) -> Any:
         value = self.raw(key, default)
         if value is _MISSING:
-            raise ConfigError(f"{key} is missing: {what} is due")
+            raise ConfigError(f"{key} is missing: expected {what}")
         return value
 
     def count(self, key: str, default: Any = _MISSING, least: int = 1, most: int = 1 << 24) -> int:
         value = self.required(key, default, "a whole number")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ConfigError(f"{key} = {value!r}: a whole number of at least {least} (and at most {most:,}) is due")
+            raise ConfigError(f"{key} = {value!r}: expected a whole number of at least {least} (and at most {most:,})")
         return value
 
     def positive(self, key: str, default: Any = _MISSING) -> float:
         value = self.required(key, default, "a number above 0")
         if not is_number(value) or not SMALLEST <= value <= LARGEST:
             raise ConfigError(
-                f"{key} = {value!r}: a finite number above 0 is due (from {SMALLEST:g} to {LARGEST:g}: float32 holds it)"
+                f"{key} = {value!r}: expected a finite number above 0 (from {SMALLEST:g} to {LARGEST:g}: float32 holds it)"
             )
         return float(value)
 
     def flag(self, key: str, default: Any) -> Any:
         value = self.raw(key, default)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{key} = {value!r}: true or false is due")
+            raise ConfigError(f"{key} = {value!r}: expected true or false")
         return value
 
     def choice(self, key: str, allowed: tuple[Any, ...]) -> Any:
@@ -161,7 +161,7 @@ class Reader:
         for key in ("rope_scaling", "rope_parameters"):
             value = self.raw(key, {})
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key} = {value!r}: an object with rope_type (and rope_theta) is due")
+                raise ConfigError(f"{key} = {value!r}: expected an object with rope_type (and rope_theta)")
             merged |= value
         inner, outer = merged.pop("rope_theta", None), self.raw("rope_theta")
         if inner is not None and outer is not None and inner != outer:
@@ -169,7 +169,7 @@ class Reader:
         theta = inner if inner is not None else outer
         if not is_number(theta) or not 1 < theta <= LARGEST:
             raise ConfigError(
-                f"rope_theta = {theta!r} (in rope_parameters, or top level): a number above 1 (and at most {LARGEST:g}) is due"
+                f"rope_theta = {theta!r} (in rope_parameters, or top level): expected a number above 1 (and at most {LARGEST:g})"
             )
         if merged.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("rope_parameters.partial_rotary_factor: only 1.0; the rotary width is qk_rope_head_dim")
@@ -210,9 +210,9 @@ def _scaling(kind: Any, rest: dict[str, Any]) -> dict[str, Any] | None:
         least = 1 if key in ("factor", "original_max_position_embeddings") else 0
         if key == "truncate":
             if not isinstance(value, bool):
-                raise ConfigError(f"rope_parameters.truncate = {value!r}: true or false is due")
+                raise ConfigError(f"rope_parameters.truncate = {value!r}: expected true or false")
         elif not is_number(value) or not least <= value <= LARGEST:
-            raise ConfigError(f"rope_parameters.{key} = {value!r}: a number from {least} to {LARGEST:g} is due")
+            raise ConfigError(f"rope_parameters.{key} = {value!r}: expected a number from {least} to {LARGEST:g}")
     return {"rope_type": kind, **rest}
 
 
@@ -229,16 +229,16 @@ def read_json(path: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
             what = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
-            raise ConfigError(f"{path}: {what}; a JSON file of at most {most:,} bytes is due")
+            raise ConfigError(f"{path}: {what}; expected a JSON file of at most {most:,} bytes")
         value = parse_json(path.read_bytes(), most)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; a checkpoint folder or a config.json is due") from None
+        raise ConfigError(f"{path}: {error.strerror or error}; expected a checkpoint folder or a config.json") from None
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {type(value).__name__} where a JSON object is due")
+        raise ConfigError(f"{path}: {type(value).__name__}; expected a JSON object")
     return value
 
 
@@ -246,7 +246,7 @@ def parse_json(text: bytes, most: int) -> Any:
     """JSON in UTF-8, no key twice, of no more parts than files of up to `most` bytes need. Raises ValueError."""
     parts = text.count(b"{") + text.count(b"[")
     if parts > most // BYTES_A_PART:
-        raise ValueError(f"{parts:,} objects and lists; at most {most // BYTES_A_PART:,} are due")
+        raise ValueError(f"{parts:,} objects and lists; expected at most {most // BYTES_A_PART:,}")
     try:
         return json.loads(text.decode(), object_pairs_hook=unique_pairs)
     except RecursionError:

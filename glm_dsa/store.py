@@ -29,9 +29,9 @@ class KvQuantization:
         """Raises `CacheError` where no group of values could be formed within the latent, or within the rotary key."""
         for name, value, allowed in (("bits", self.bits, BITS), ("group size", self.group_size, GROUP_SIZES)):
             if type(value) is not int or value not in allowed:
-                raise CacheError(f"KV quantization: {name} {value!r}; one of {', '.join(map(str, allowed))} is due")
+                raise CacheError(f"KV quantization: {name} {value!r}; expected one of {', '.join(map(str, allowed))}")
         if type(self.start) is not int or self.start < 0:
-            raise CacheError(f"KV quantization: start {self.start!r}; the number of a token, from 0 on, is due")
+            raise CacheError(f"KV quantization: start {self.start!r}; expected the number of a token, from 0 on")
         for name, width in (("latent (kv_lora_rank)", latent), ("rotary key (qk_rope_head_dim)", rope)):
             if width % self.group_size:
                 raise CacheError(

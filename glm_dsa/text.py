@@ -12,7 +12,7 @@ RANGES = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(\s*,\s*[0-9]{1,4}(-[0-9]{1,4})?)*
 def parse_ranges(text: str) -> set[int]:
     """ "0-3,6" -> {0, 1, 2, 3, 6}. Raises ValueError, to be put behind what was given."""
     if not RANGES.fullmatch(text):
-        raise ValueError("numbers and ranges are due, e.g. 0-3,6")
+        raise ValueError("expected numbers and ranges, e.g. 0-3,6")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -39,7 +39,7 @@ def parse_count(text: str, most: int) -> int:
     count = int(match[1]) * UNITS[match[2].lower()] if match else 0
     if not 1 <= count <= most:
         raise ValueError(
-            f"a number of tokens is due, up to 2^{most.bit_length() - 1}: 1000000, 128k (2^17), 1M (2^20)"
+            f"expected a number of tokens, up to 2^{most.bit_length() - 1}: 1000000, 128k (2^17), 1M (2^20)"
         )
     return count
 

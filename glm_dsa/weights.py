@@ -200,7 +200,7 @@ def report_differences(due: Mapping[str, tuple[int, ...]], found: Mapping[str, t
     """Raises `WeightsError` naming what is missing, what is not expected, and what has another shape."""
     missing = [n for n in due if n not in found]
     unexpected = [n for n in found if n not in due]
-    misshapen = [f"{n} is {list(found[n])}, {list(due[n])} is due" for n in due if n in found and found[n] != due[n]]
+    misshapen = [f"{n} is {list(found[n])}, expected {list(due[n])}" for n in due if n in found and found[n] != due[n]]
     parts = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
         for what, names in (("missing", missing), ("not expected", unexpected), ("of the wrong shape", misshapen))
@@ -240,13 +240,13 @@ def dequantize_fp8(weight: mx.array, scale: mx.array, name: str = "weight") -> m
     """e4m3 bytes [M, N] times float32 block scales [ceil(M/128), ceil(N/128)] -> bfloat16 [M, N], rounded once."""
     if weight.dtype != mx.uint8 or weight.ndim != 2 or scale.dtype != mx.float32:
         raise WeightsError(
-            f"{name}: {weight.dtype} {list(weight.shape)} beside a block scale {scale.dtype}; FP8 rows and F32 are due"
+            f"{name}: {weight.dtype} {list(weight.shape)} beside a block scale {scale.dtype}; expected FP8 rows and F32"
         )
     rows, columns = weight.shape
     due = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     if scale.shape != due:
         raise WeightsError(
-            f"{name}_scale_inv is {list(scale.shape)}, {list(due)} is due for {rows} x {columns} in blocks of 128"
+            f"{name}_scale_inv is {list(scale.shape)}, expected {list(due)} for {rows} x {columns} in blocks of 128"
         )
     scale = mx.repeat(mx.repeat(scale.astype(mx.float32), FP8_BLOCK, 0)[:rows], FP8_BLOCK, 1)[:, :columns]
     return (mx.from_fp8(weight, dtype=mx.float32) * scale).astype(mx.bfloat16)
@@ -272,7 +272,7 @@ def packing_of(path: str, tensors: Mapping[str, mx.array], width: int) -> dict[s
         if biases is None:
             raise WeightsError(f"{path}: affine scales without biases")
         if not all(mx.issubdtype(part.dtype, mx.floating) for part in (scales, biases)):
-            raise WeightsError(f"{path}: scales {scales.dtype}, biases {biases.dtype}; floating point is due")
+            raise WeightsError(f"{path}: scales {scales.dtype}, biases {biases.dtype}; expected floating point")
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
@@ -282,7 +282,7 @@ def check_dtypes(tensors: Mapping[str, mx.array]) -> None:
         path, _, part = name.rpartition(".")
         is_packed = part in ("weight", "scales") and f"{path}.scales" in tensors
         if not is_packed and not mx.issubdtype(tensor.dtype, mx.floating):
-            raise WeightsError(f"{name} is {tensor.dtype}; floating point is due, or packed weights with scales")
+            raise WeightsError(f"{name} is {tensor.dtype}; expected floating point, or packed weights with scales")
 
 
 def _stack_experts(args: ModelArgs, tensors: dict[str, mx.array], mlp: str) -> None:
@@ -326,7 +326,7 @@ def _split_kv_b(args: ModelArgs, tensors: dict[str, mx.array], attention: str, d
         weight = tensors.pop(f"{name}.weight")
     heads = (args.num_attention_heads, args.qk_nope_head_dim + args.v_head_dim, args.kv_lora_rank)
     if weight.shape != (heads[0] * heads[1], heads[2]):
-        raise WeightsError(f"{name}.weight is {list(weight.shape)}, {[heads[0] * heads[1], heads[2]]} is due")
+        raise WeightsError(f"{name}.weight is {list(weight.shape)}, expected {[heads[0] * heads[1], heads[2]]}")
     w_uk, w_uv = mx.split(weight.reshape(heads), [args.qk_nope_head_dim], axis=1)
     tensors[f"{attention}.embed_q.weight"] = mx.contiguous(w_uk.swapaxes(-1, -2))
     if not packed:

@@ -64,10 +64,10 @@ def captured_mass(
         raise ValueError("no indexer (index_topk is missing): there is no layout to tell")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens {tokens.dtype} {list(tokens.shape)}: whole numbers [texts, length] are due")
+        raise ValueError(f"tokens {tokens.dtype} {list(tokens.shape)}: expected whole numbers [texts, length]")
     if tokens.min() < 0 or tokens.max() >= config["vocab_size"]:
         raise ValueError(
-            f"tokens from {tokens.min()} to {tokens.max()}: from 0 to below vocab_size = {config['vocab_size']} are due"
+            f"tokens from {tokens.min()} to {tokens.max()}: expected from 0 to below vocab_size = {config['vocab_size']}"
         )
     if len(np.unique(tokens, axis=0)) < len(tokens):
         raise ValueError("two texts are the same: each counts as a sample of its own")
@@ -76,7 +76,7 @@ def captured_mass(
     layers = count if layers is None else layers
     if topk < 1 or 2 * topk >= length:
         raise ValueError(
-            f"{length} tokens do not suffice to tell choices of {topk} apart: at least {2 * topk + 1} are due"
+            f"{length} tokens do not suffice to tell choices of {topk} apart: expected at least {2 * topk + 1}"
         )
     if type(layers) is not int or not 1 <= layers <= count:
         raise ValueError(f"layers = {layers}: the model has {count}")

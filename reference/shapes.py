@@ -103,7 +103,7 @@ def _in_mlx_layout(name: str, shape: tuple[int, ...], config: dict[str, Any]) ->
 def write(folder: Path, layers: int, bits: int, seed: int = 0, **changes: Any) -> Path:
     """Raises ValueError for bits that do not fill words evenly."""
     if bits not in (2, 4, 8):
-        raise ValueError(f"{bits} bits: 2, 4 or 8 are due")
+        raise ValueError(f"{bits} bits: expected 2, 4 or 8")
     folder.mkdir(parents=True)
     config = config_of(layers, **changes)
     shards: list[list[Piece]] = [[]]

@@ -138,7 +138,7 @@ def test_an_indexer_on_a_shared_layer_is_a_larger_model_and_no_other(folder):
 def test_indexers_that_are_missing_are_named_by_layer(folder):
     remove(folder, "layers.1.self_attn.indexer.")
     (line,) = findings(folder)
-    assert "no indexer on layers 1 (5 tensors missing), where one is due: indexer_schedule" in line
+    assert "no indexer on layers 1 (5 tensors missing); expected one: indexer_schedule" in line
 
 
 def test_missing_and_surplus_tensors_are_named(folder):
@@ -163,8 +163,8 @@ def test_shapes_and_dtypes(folder):
         kept = {n: t for n, t in load_file(shard).items() if n not in load_file(folder / "model-more.safetensors")}
         save_file(kept, shard, {"format": "pt"})
     text = "\n".join(findings(folder))
-    assert "model.norm.weight is [3]: [64] is due" in text
-    assert "o_proj.weight is U8: floating point is due" in text
+    assert "model.norm.weight is [3]: expected [64]" in text
+    assert "o_proj.weight is U8: expected floating point" in text
     assert "q_a_proj.weight: FP8 without" in text
     assert any("correction bias: bf16 on 1 tensors" in f for f in findings(folder, audit.WARNING))
 

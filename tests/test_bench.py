@@ -251,12 +251,12 @@ def test_sides_that_compute_something_else_are_not_compared():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--contexts", "many"], "--contexts many: a number of tokens is due"),
-        (["--chunk", "0"], "1 or more is due"),
-        (["--rounds", "0"], "1 or more is due"),
+        (["--contexts", "many"], "--contexts many: expected a number of tokens"),
+        (["--chunk", "0"], "expected 1 or more"),
+        (["--rounds", "0"], "expected 1 or more"),
         (["--hf-up-to", "x"], "--hf-up-to x"),
-        (["--paper", "--context", "2k"], "more than index_topk = 2048 is due"),
-        (["--paper", "--kv-bits", "4"], "16 or 8 is due"),
+        (["--paper", "--context", "2k"], "expected more than index_topk = 2048"),
+        (["--paper", "--kv-bits", "4"], "expected 16 or 8"),
         (["--paper", "--bits", "-1"], "--bits -1: a number above 0"),
         (["--paper", "--config", "/no/such"], "No such file"),
         (["--paper", "--config", str(contenders.TRUE.with_name("glm-4.7-flash.json"))], "has no indexer"),
@@ -266,7 +266,7 @@ def test_sides_that_compute_something_else_are_not_compared():
         (["--kept", "--keep"], "--kept: --keep does not go with it"),
         (["--keep", "--contexts", "1k"], "--keep: --contexts does not go with it"),
         (["--memory", "256"], "--memory is for --paper"),
-        (["--contexts", ","], "--contexts: numbers of tokens are due"),
+        (["--contexts", ","], "--contexts: expected numbers of tokens"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(capsys, arguments, said):

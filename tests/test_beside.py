@@ -187,7 +187,7 @@ DIFFERENT = {
     "theta": (keys(CONFIG, rope_parameters={"rope_theta": 8000000, "rope_type": "default"}), FAULT, "rope_theta"),
     "positions cut": (keys(CONFIG, max_position_embeddings=128), FAULT, "max_position_embeddings"),
     "more positions": (keys(CONFIG, max_position_embeddings=None), WARNING, "max_position_embeddings = 202752"),
-    "positions that are no number": (keys(CONFIG, max_position_embeddings="many"), WARNING, "a whole number is due"),
+    "positions that are no number": (keys(CONFIG, max_position_embeddings="many"), WARNING, "expected a whole number"),
     "zai-org's key turned": (keys(CONFIG, indexer_rope_interleave=False), FAULT, "indexer_rope = half-split"),
     "zai-org's key lost": (keys(CONFIG, indexer_rope_interleave=None), FAULT, "indexer_rope = half-split"),
     "the builder's key": (keys(CONFIG, indexer_rope_traditional=False), WARNING, "CONTESTED"),
@@ -371,7 +371,7 @@ def test_without_a_prompt_the_kept_texts_are_run_by_the_tokenizer():
     [
         (gone(TOKENIZER), 50, 400, "no tokenizer.json"),
         (text(TOKENIZER, "{}"), 50, 400, "no tokenizer"),
-        (lambda folder: None, 10**6, 400, "1000000 are due"),
+        (lambda folder: None, 10**6, 400, "expected 1000000"),
         (lambda folder: None, 50, 30, "beyond the vocabulary of 30"),
     ],
 )

@@ -206,11 +206,11 @@ def test_quantizing_otherwise_than_it_is_packed(bits, group_size):
         ),
         (Widths(96, 64), 8, 64, r"latent \(kv_lora_rank\) of 96; groups of 32 do"),
         (Widths(48, 16), 8, 32, "no groups that MLX packs do: keep this cache unquantized"),
-        (WIDTHS, 7, 32, "bits 7; one of 2, 3, 4, 5, 6, 8 is due"),
+        (WIDTHS, 7, 32, "bits 7; expected one of 2, 3, 4, 5, 6, 8"),
         (WIDTHS, 0, 32, "bits 0"),
         (WIDTHS, True, 32, "bits True"),
         (WIDTHS, 8.0, 32, "bits 8.0"),
-        (WIDTHS, 8, 48, "group size 48; one of 32, 64, 128 is due"),
+        (WIDTHS, 8, 48, "group size 48; expected one of 32, 64, 128"),
         (WIDTHS, 8, 0, "group size 0"),
     ],
 )
@@ -301,7 +301,7 @@ def test_what_was_trimmed_is_not_saved():
     ("damage", "message"),
     [
         (lambda s: (), "another version"),
-        (lambda s: ("glm-dsa cache 0", *s[1:]), "saved as 'glm-dsa cache 0', 'glm-dsa cache 1' is due"),
+        (lambda s: ("glm-dsa cache 0", *s[1:]), "saved as 'glm-dsa cache 0', expected 'glm-dsa cache 1'"),
         (lambda s: (mx.zeros(3), mx.zeros(3)), "something else"),
         (lambda s: (mx.zeros(3), "a text"), "something else"),
         (lambda s: ("glm-dsa cache 0",), "saved as 'glm-dsa cache 0'"),
@@ -320,11 +320,11 @@ def test_what_was_trimmed_is_not_saved():
         (lambda s: (*s[:6], -1, *s[7:]), r"numbers \[-1, 64"),
         (lambda s: (*s[:6], 1 << 31, *s[7:]), r"numbers \[2147483648, 64"),
         (lambda s: (*s[:5], [1, 2], *s[6:]), "padding .1, 2. of 1 rows"),
-        (lambda s: (*s[:4], [0, 0], *s[5:]), "are due"),
-        (lambda s: (*s[:8], mx.zeros((1, 30, 24), mx.uint32), *[mx.zeros((1, 30, 3))] * 2, s[11]), "are due"),
+        (lambda s: (*s[:4], [0, 0], *s[5:]), "expected"),
+        (lambda s: (*s[:8], mx.zeros((1, 30, 24), mx.uint32), *[mx.zeros((1, 30, 3))] * 2, s[11]), "expected"),
         (lambda s: (*s[:7], s[7].astype(mx.int32), *s[8:]), "tensors of mlx.core.int32"),
         (lambda s: (*s[:11], s[11].astype(mx.int32)), "tensors of .*int32"),
-        (lambda s: (*s[:2], [64, 32, 0], *s[3:]), "are due"),
+        (lambda s: (*s[:2], [64, 32, 0], *s[3:]), "expected"),
     ],
 )
 def test_a_state_of_another_version_or_damaged(damage, message):
@@ -340,13 +340,13 @@ def test_a_state_of_another_version_or_damaged(damage, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: (*s[:7], s[7][:, :19], *s[8:]), "are due"),  # plain: 20 tokens are
-        (lambda s: (*s[:8], *(part[:, :9] for part in s[8:11]), s[11]), "are due"),  # packed: 10
+        (lambda s: (*s[:7], s[7][:, :19], *s[8:]), "expected"),  # plain: 20 tokens are
+        (lambda s: (*s[:8], *(part[:, :9] for part in s[8:11]), s[11]), "expected"),  # packed: 10
         (lambda s: (*s[:8], s[8].astype(mx.int32), *s[9:]), "tensors of .*int32"),
         (lambda s: (*s[:9], s[9].astype(mx.float16), *s[10:]), "tensors of .*float16"),
         (lambda s: (*s[:10], s[10].astype(mx.float16), *s[11:]), "tensors of .*float16"),
-        (lambda s: (*s[:10], s[10][..., :2], *s[11:]), "are due"),
-        (lambda s: (*s[:8], s[8][..., :2], *s[9:]), "are due"),
+        (lambda s: (*s[:10], s[10][..., :2], *s[11:]), "expected"),
+        (lambda s: (*s[:8], s[8][..., :2], *s[9:]), "expected"),
     ],
 )
 def test_a_packed_state_that_is_damaged(damage, message):

@@ -81,7 +81,7 @@ def test_words_that_do_not_stand_there_once_are_refused(trial):
     model = trial.case_of(IN_HF["indexer-no-relu"]).hf
     for due, wrong in (("no such text", ""), ("residual", ""), ("residual = hidden_states\n        h", "")):
         with (
-            pytest.raises(LookupError, match="once is due"),
+            pytest.raises(LookupError, match="expected once"),
             patched(model, (Edit("DecoderLayer.forward", due, wrong),)),
         ):
             pass

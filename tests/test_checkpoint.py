@@ -121,7 +121,7 @@ def unknown_key(folder):
 
 def wrong_shape(folder):
     edit_json(folder / "config.json", q_lora_rank=40)
-    return WQ, "[40, 64] is due"
+    return WQ, "expected [40, 64]"
 
 
 def unknown_dtype(folder):
@@ -271,7 +271,7 @@ def many_dimensions(folder):
 
 def integers_for_weights(folder):
     edit_header(shard_of(folder, WQ), lambda h: h[WQ].update(dtype="U32", shape=[48, 32]))
-    return WQ, "[48, 64] is due"
+    return WQ, "expected [48, 64]"
 
 
 def long_shard_name(folder):
@@ -320,7 +320,7 @@ def a_gap(folder):
                 entry["data_offsets"] = [n + 1 for n in entry["data_offsets"]]
 
     edit_header(file, edit, b"\0" + raw[8 + length :])
-    return file.name, "begins at data byte 1, 0 is due"
+    return file.name, "begins at data byte 1, expected 0"
 
 
 def more_than_a_tensor_has(folder):

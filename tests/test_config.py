@@ -257,7 +257,7 @@ def test_numbers_that_fit():
 
 def test_json_of_too_many_parts():
     assert parse_json(b'{"a": [[]]}', 3 * 32) == {"a": [[]]}
-    with pytest.raises(ValueError, match="3 objects and lists; at most 2 are due"):
+    with pytest.raises(ValueError, match="3 objects and lists; expected at most 2"):
         parse_json(b'{"a": [[]]}', 3 * 32 - 1)
     with pytest.raises(ValueError, match="nested too deep"):
         parse_json(b"[" * 100_000 + b"]" * 100_000, 1 << 25)

@@ -98,16 +98,16 @@ def test_a_side_without_a_checkpoint_runs_on_the_others(sharing, candidate, agai
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "a checkpoint, an implementation, or both is due"),
-        ("@{}", "IMPLEMENTATION@CHECKPOINT is due"),
-        ("hf@", "IMPLEMENTATION@CHECKPOINT is due"),
+        ("", "expected a checkpoint, an implementation, or both"),
+        ("@{}", "expected IMPLEMENTATION@CHECKPOINT"),
+        ("hf@", "expected IMPLEMENTATION@CHECKPOINT"),
         ("/no/such/folder", "/no/such/folder: no such folder"),
         ("{},bits=8", "no option is named bits"),
-        ("{},dtype=int8", "one of float32, bfloat16, float16 is due"),
-        ("{},device=tpu", "one of cpu, gpu is due"),
-        ("{},kv_bits=eight", "a whole number is due"),
+        ("{},dtype=int8", "expected one of float32, bfloat16, float16"),
+        ("{},device=tpu", "expected one of cpu, gpu"),
+        ("{},kv_bits=eight", "expected a whole number"),
         ("{},kv_bits=8,kv_bits=4", "kv_bits stands there twice"),
-        ("{},indexer_rope=both", "'interleaved' or 'half-split' is due"),
+        ("{},indexer_rope=both", "expected 'interleaved' or 'half-split'"),
         ("hf@{},device=gpu", "run on the CPU here"),
         ("hf@{},kv_bits=8", "kv_bits is for this project's definition"),
         ("equations@{},dtype=bfloat16", "the equations run in float64"),
@@ -124,7 +124,7 @@ def test_what_is_no_side_is_refused_in_one_line(sharing, text, said):
 
 
 def test_two_models_are_refused(sharing, plain):
-    with pytest.raises(ValueError, match="two of one model are due"):
+    with pytest.raises(ValueError, match="expected two of one model"):
         drift.compare(str(sharing), str(plain))
 
 
@@ -338,16 +338,16 @@ def test_the_command_reports_what_is_asked_for(plain, tmp_path, capsys):
     [
         (["/no/such"], "no such folder"),
         (["{}", "--against", "hf@/no/such"], "no such folder"),
-        (["{}", "--layers", "1-"], "numbers and ranges are due"),
+        (["{}", "--layers", "1-"], "expected numbers and ranges"),
         (["{}", "--layers", "40"], "--layers 40"),
         (["{}", "--stages", "nothing.*"], "no stage"),
         (["{}", "--watch", "layers.0.nothing"], "no such stage"),
         (["{}", "--watch", "layers.40.output"], "neither side shows it"),
-        (["{}", "--tokens", "1"], "at least 2 are due"),
-        (["{}", "--seed", "-1"], "0 or more is due"),
+        (["{}", "--tokens", "1"], "expected at least 2"),
+        (["{}", "--seed", "-1"], "expected 0 or more"),
         (["{}", "--prompt-file", "/no/such"], "no such file"),
-        (["{}", "--prompt-file", "{}/config.json"], "a tokenizer.json is due"),
-        (["{}", "--suggest-bits", "1"], "2 to 16 bits are due"),
+        (["{}", "--prompt-file", "{}/config.json"], "expected a tokenizer.json"),
+        (["{}", "--suggest-bits", "1"], "expected 2 to 16 bits"),
         (["{}", "--suggest-bits", "4"], "--suggest-bits"),
         (["{}", "--out", "{}/config.json"], "a file is there"),
         (["{},kv_bits=8"], "KV quantization"),
@@ -369,14 +369,14 @@ def test_what_cannot_be_is_said_in_one_line(sharing, capsys, arguments, said):
     ("arguments", "said"),
     [
         ({"layers": 3}, None),
-        ({"layers": "3"}, "layers '3': their numbers are due"),
-        ({"layers": []}, "their numbers are due"),
-        ({"layers": [0.5]}, "their numbers are due"),
-        ({"stages": ["norm"]}, "a pattern is due"),
-        ({"suggest_bits": "4"}, "a number is due"),
-        ({"suggest_bits": float("nan")}, "2 to 16 bits are due"),
-        ({"text": "a", "tokens": [1, 2]}, "text and tokens: one prompt is due"),
-        ({"seed": -1}, "0 or more is due"),
+        ({"layers": "3"}, "layers '3': expected their numbers"),
+        ({"layers": []}, "expected their numbers"),
+        ({"layers": [0.5]}, "expected their numbers"),
+        ({"stages": ["norm"]}, "expected a pattern"),
+        ({"suggest_bits": "4"}, "expected a number"),
+        ({"suggest_bits": float("nan")}, "expected 2 to 16 bits"),
+        ({"text": "a", "tokens": [1, 2]}, "text and tokens: expected one prompt"),
+        ({"seed": -1}, "expected 0 or more"),
     ],
 )
 def test_from_python_too_what_cannot_be_is_said(plain, arguments, said):

@@ -106,7 +106,7 @@ def test_a_change_of_nothing_that_runs_is_refused():
 @pytest.mark.parametrize("due", ["there is no such text", "axis=-1"])
 def test_words_that_do_not_stand_there_once_are_refused(due):
     edit = edits.Edit("indexer.Indexer._rotate_first", due, "")
-    with pytest.raises(LookupError, match="once is due"), edits.edited([edit]):
+    with pytest.raises(LookupError, match="expected once"), edits.edited([edit]):
         pass
 
 
@@ -140,7 +140,7 @@ def test_the_catalogue_is_listed(capsys):
         "verify: no fault is named 'indexer-esp' (indexer-eps?); `python -m verify faults` lists them"
     )
     for arguments, line in {
-        "--faults no-such": "no fault is named 'no-such'", "--random 0": "--random 0: 1 or more is due",
+        "--faults no-such": "no fault is named 'no-such'", "--random 0": "--random 0: expected 1 or more",
         "--kept --keep": "--kept runs nothing", "--keep --faults indexer-eps": "--keep keeps a record of all faults",
         "--json no/such/file": "--json no/such/file: a file in a folder", "--json verify": "--json verify: a file in a folder",
         "--kept --random 50": "--kept runs nothing", "--kept --in-order": "--kept runs nothing",

@@ -906,7 +906,7 @@ def test_prompts_and_tokenizers(layouts, tmp_path, given):
 @pytest.mark.slow("verify/gate", "verify/core/exits", "glm_dsa/storage", "glm_dsa/config")
 def test_the_gate_as_a_process(layouts, tmp_path):
     """What only a verdict refuses: in a line, and no pass; and an earlier report leads nowhere."""
-    changes, line = {"q_lora_rank": 40}, "[40, 64] is due"
+    changes, line = {"q_lora_rank": 40}, "expected [40, 64]"
     files, _ = layouts["hf"]
     folder = lay(tmp_path / "s" / "ck", files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | changes).encode()})
     report, outside = folder.parent / "report", folder.parent / "outside"

@@ -133,7 +133,7 @@ def test_bad_options_that_need_no_process(given):
         Report(Path("README.md")).clear()
     with pytest.raises(NotADirectoryError):
         Report(Path("README.md/sub")).clear()
-    with pytest.raises(ValueError, match="--seed -1: 0 or more is due"):
+    with pytest.raises(ValueError, match="--seed -1: expected 0 or more"):
         options.Asked.of(given({"--seed": -1}))
     with pytest.raises(pytest.exit.Exception, match="run it without -n"):
         gate.pytest_configure(given({"numprocesses": 2}))

@@ -105,7 +105,7 @@ FAULTS = {
     ),
     "routing weights": (
         ("scores = scores * routed_scaling_factor", "pass"),
-        "layers.1.mlp.gate.weights: 0.4 times what is due",
+        "layers.1.mlp.gate.weights: 0.4 times what was expected",
     ),
     "latent eps": (
         ("nn.RMSNorm(self.q_lora_rank, eps=1e-6)", "nn.RMSNorm(self.q_lora_rank, eps=1e-5)"),
@@ -113,7 +113,7 @@ FAULTS = {
     ),
     "shared expert": (("y = y + self.shared_experts(x)", "pass"), "layers.1.mlp: error"),
     "residual": (("return h + r", "return x + r"), "layers.0: error"),
-    "nothing": (("return h + r", "return None"), "layers.0: gives nothing (None), where an array [1, 14, 64] is due"),
+    "nothing": (("return h + r", "return None"), "layers.0: gives nothing (None); expected an array [1, 14, 64]"),
 }
 
 
@@ -216,7 +216,7 @@ def test_copies_of_indexers_are_not_indexshare(trial, tmp_path):
     faults, _ = judged(trial("glm-5.2-interleaved", patched(tmp_path, change)))
     assert [fault.split(":")[0] for fault in faults] == [f"layers.{i}.self_attn.heads" for i in (3, 4, 5, 7)]
     assert faults[0].endswith(
-        "a shared layer has an indexer of its own, where the selection of the full layer below is due"
+        "a shared layer has an indexer of its own; expected the selection of the full layer below"
     )
 
 
@@ -282,7 +282,7 @@ def test_what_is_not_there():
         "nowhere/my_glm.py": "no such file",
         "mlx_lm.models.glm_moe_dsb": "no module of that name",
         "nosuchpackage.models": "no module of that name",
-        "": "MODULE or FILE.py is due",
+        "": "expected MODULE or FILE.py",
         f"{STOCK}:Modell": "it has no class Modell",
     }.items():
         with pytest.raises(ValueError, match=due):

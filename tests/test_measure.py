@@ -149,7 +149,7 @@ def test_an_fp8_checkpoint_captures_what_its_blocks_mean(folder, tmp_path):
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (64, {"topk": 32}, "64 tokens do not suffice to tell choices of 32 apart: at least 65 are due"),
+        (64, {"topk": 32}, "64 tokens do not suffice to tell choices of 32 apart: expected at least 65"),
         (7, {}, "7 tokens do not suffice"),
         (64, {"topk": 0}, "64 tokens do not suffice"),
         (64, {"layers": 9}, "layers = 9: the model has 8"),
@@ -228,7 +228,7 @@ def test_indexers_that_never_learned_have_no_layout(kept):
     ("tokens", "message"),
     [
         (np.zeros((4, 65)), "float64 \\[4, 65\\]: whole numbers"),
-        (np.zeros(65, int), "whole numbers \\[texts, length\\] are due"),
+        (np.zeros(65, int), "expected whole numbers \\[texts, length\\]"),
         (np.zeros((0, 65), int), "whole numbers"),
         (np.full((1, 65), -1), "tokens from -1 to -1: from 0 to below vocab_size"),
         (np.full((1, 65), 10**6), "from 0 to below vocab_size"),
@@ -302,9 +302,9 @@ def test_a_users_mistakes_are_told_in_a_line(tmp_path, capsys):
         (empty / file).write_text("{}")
     for arguments, message in (
         ([str(tmp_path)], "config.json: no such file; due is the folder `checkpoint` of reference.train"),
-        ([str(tmp_path), "--texts", "0"], "a number of at least 4 is due"),
+        ([str(tmp_path), "--texts", "0"], "expected a number of at least 4"),
         ([str(empty)], "training.json: not what reference.train writes"),
-        ([str(tmp_path), "--probes", str(tmp_path / "file")], "one of them is due"),
+        ([str(tmp_path), "--probes", str(tmp_path / "file")], "expected one of them"),
         (["--probes", str(tmp_path / "no" / "file")], "No such file or directory"),
     ):
         with pytest.raises(SystemExit):

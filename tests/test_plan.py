@@ -296,13 +296,13 @@ def test_rules_from_a_file(tmp_path, capsys):
         ("nothing", "a file of rules, or PATTERN=TYPE"),
         ("", "--custom-q: empty"),
         ("a=i8", "i8 keeps whole numbers"),
-        ("=q8_0", "PATTERN=TYPE is due"),
+        ("=q8_0", "expected PATTERN=TYPE"),
         (" # =q8_0\n", "no rules"),
         ("'blk=q8_0", "a quote that is not closed"),
-        ("blk=locked", "PATTERN=TYPE is due"),
-        ("f32=locked", "PATTERN=TYPE is due"),
+        ("blk=locked", "expected PATTERN=TYPE"),
+        ("f32=locked", "expected PATTERN=TYPE"),
         ("a" * 5000 + "=q8_0", "4,096 at most"),
-        ("blk{1,2}=q8_0", "PATTERN=TYPE is due"),  # there too, commas part rules
+        ("blk{1,2}=q8_0", "expected PATTERN=TYPE"),  # there too, commas part rules
     ],
 )
 def test_bad_rules_are_one_line(rules, said, capsys):
@@ -368,7 +368,7 @@ def test_a_build_of_another_config_is_refused(tmp_path, capsys):
     params = checkpoints.packable(num_hidden_layers=4)
     formats = recipe.load("glm-5.1-4.5bit").formats(ModelArgs.from_dict(params), False)
     for change, said in (
-        ({"vocab_size": 32000}, "model.embed_tokens.weight is [320, 12]: [32000, 12] is due"),
+        ({"vocab_size": 32000}, "model.embed_tokens.weight is [320, 12]: expected [32000, 12]"),
         ({"moe_intermediate_size": 4096}, "does config.json belong to these weights?"),
     ):
         folder = write_build(tmp_path / said[:9], params, formats)
@@ -501,18 +501,18 @@ def test_index_keys_of_an_indexer_in_16_bit_stay_so_beside_other_dtypes():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--context", "0"], "--context 0: a number of tokens is due"),
+        (["--context", "0"], "--context 0: expected a number of tokens"),
         (["--context", "1T"], "--context 1T"),
         (["--kv-bits", "7"], "--kv-bits 7: 16, or one of"),
-        (["--size", "much"], "--size much: bytes are due"),
+        (["--size", "much"], "--size much: expected bytes"),
         (["--chunk", "0"], "--chunk 0"),
         (["--recipe", "no-such"], "no-such: no recipe"),
-        (["--recipe", "glm-5.1-4.5bit", "--gguf", "q8_0"], "one of both is due"),
+        (["--recipe", "glm-5.1-4.5bit", "--gguf", "q8_0"], "expected one of both"),
         (["--gguf", "q0"], "--gguf: unknown type 'q0'"),
         (["--gguf", ""], "--gguf: unknown type ''"),
         (["--gguf", "i64"], "--gguf: i64 keeps whole numbers"),
-        (["--size", "0.000001"], "--size 0.000001: bytes are due"),
-        (["--recipe", "glm-4.7-flash-8-5bit", "--custom-q", "a=q8_0"], "one of both is due"),
+        (["--size", "0.000001"], "--size 0.000001: expected bytes"),
+        (["--recipe", "glm-4.7-flash-8-5bit", "--custom-q", "a=q8_0"], "expected one of both"),
     ],
 )
 def test_bad_options_are_one_line(options, said, capsys):

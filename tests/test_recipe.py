@@ -136,7 +136,7 @@ def test_audit_rejects_one_tensor_off(build, tmp_path):
         assert len(found) == 1, (what, found)
         assert (plain if what in ("dtype", "half") else packed) in found[0]
         assert f"recipe {name}" in found[0]
-        assert "is due" in found[0]
+        assert "expected" in found[0]
 
 
 def changed(folder, to, change):
@@ -217,7 +217,7 @@ def unpacked(tensors, name, kept):
 def test_a_recipe_is_for_mlx_builds(tmp_path, capsys):
     source = checkpoints.write(tmp_path / "hf", config_of("glm-5.1-4.5bit"))
     assert verifying(["audit", str(source), "--recipe", "glm-5.1-4.5bit"]) == 1
-    assert "an MLX build is due (convert)" in capsys.readouterr().out
+    assert "expected an MLX build (convert)" in capsys.readouterr().out
 
 
 def test_another_models_recipe_is_refused_in_a_line(tmp_path, capsys):
@@ -487,8 +487,8 @@ BAD = {
     '[[rule]]\ncomponent = "experts"\nmode = "mxfp5"': r"mode 'mxfp5': one of affine, mxfp4, mxfp8, nvfp4",
     '[[rule]]\ncomponent = "experts"\nbits = 4\ndtype = "float16"': r"dtype and bits conflict",
     '[[rule]]\ncomponent = "experts"\ndtype = "fp16"': r"dtype = 'fp16': one of float32, bfloat16, float16",
-    '[[rule]]\ncomponent = "experts"': r"bits .* or dtype is due",
-    '[[rule]]\ncomponent = "experts"\ngroup_size = 64': r"bits .* or dtype is due",
+    '[[rule]]\ncomponent = "experts"': r"expected bits .* or dtype",
+    '[[rule]]\ncomponent = "experts"\ngroup_size = 64': r"expected bits .* or dtype",
     "[[rule]]\nbits = 4": r"what is it for\?",
     '[[rule]]\ncomponent = "experts"\nbit = 4': r"unknown key 'bit'",
     '[[rule]]\ntensors = "*.no_proj.weight"\nbits = 4': r"matches no tensor of this model",
@@ -512,7 +512,7 @@ BAD = {
     "rule = 3": r"no rules",
     "": r"no rules",
     "x = 1": r"unknown key 'x'",
-    "name = 3\n[[rule]]": r"name = 3: a text is due",
+    "name = 3\n[[rule]]": r"name = 3: expected a text",
     "dtype = 'int8'\n[[rule]]": r"dtype = 'int8'",
     "[[rule": r"not valid TOML",
 }  # fmt: skip

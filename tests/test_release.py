@@ -216,14 +216,14 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     text.write_text("ab")
     shared = next(i for i, t in enumerate(headers_args(headers).indexer_types) if t == "shared")
     for given, message in (
-        ({"tokens": 1}, "--tokens 1: at least 2 are due"),
+        ({"tokens": 1}, "--tokens 1: expected at least 2"),
         ({"layers": {7}}, "--layers: .* has 6 layers, from 0 on"),
         (
             {"layers": {shared}},
-            f"--layers: layer {shared} shares the selection of layer {shared - 1}, which is due too",
+            f"--layers: layer {shared} shares the selection of layer {shared - 1}, which is expected too",
         ),
-        ({"limits": {"kl_mean": 1.0}}, "--original is due too"),
-        ({"prompt": text}, "tokenizer.json is due"),
+        ({"limits": {"kl_mean": 1.0}}, "--original is expected too"),
+        ({"prompt": text}, "expected tokenizer.json"),
     ):
         with pytest.raises(ValueError, match=message):
             OnTrial.of(headers, **given)
@@ -240,7 +240,7 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     with pytest.raises(ValueError, match="kl_max has a limit already"):
         cost.parse_limits(["kl_max=1", "kl_max=2"])
     for limit in ("kl_mean", "kl_mean=x", "speed=3", "kl_mean=nan", "kl_max=-1"):
-        with pytest.raises(ValueError, match=rf"--limit {limit}: NAME=NUMBER is due, NAME one of kl_mean"):
+        with pytest.raises(ValueError, match=rf"--limit {limit}: expected NAME=NUMBER, NAME one of kl_mean"):
             cost.parse_limits([limit])
 
 

@@ -15,7 +15,7 @@ def test_ranges_are_read(written, numbers):
 
 @pytest.mark.parametrize("written", ["", "1-", "-1", "1,", "a", "1-2-3", "99999"])
 def test_what_is_no_range_is_refused(written):
-    with pytest.raises(ValueError, match="numbers and ranges are due"):
+    with pytest.raises(ValueError, match="expected numbers and ranges"):
         text.parse_ranges(written)
 
 
@@ -31,7 +31,7 @@ def test_counts_are_read(written, count):
 
 @pytest.mark.parametrize("written", ["", "0", "k", "1g", "1.5k", "-1", "17M", "1" * 13])
 def test_what_is_no_count_is_refused(written):
-    with pytest.raises(ValueError, match=r"a number of tokens is due, up to 2\^24"):
+    with pytest.raises(ValueError, match=r"expected a number of tokens, up to 2\^24"):
         text.parse_count(written, 1 << 24)
 
 

@@ -119,8 +119,8 @@ def test_a_users_mistakes_are_told_in_a_line(tmp_path: Path, capsys: pytest.Capt
     for arguments, message in (
         (["--out", str(tmp_path / "file")], "File exists"),
         (["--out", str(tmp_path / "damaged")], "state.safetensors: damaged, or not this trainer's"),
-        (["--out", str(tmp_path), "--seed", "-1"], "a whole number, not negative, below 2^63 is due"),
-        (["--out", str(tmp_path), "--seed", str(1 << 63)], "below 2^63 is due"),
+        (["--out", str(tmp_path), "--seed", "-1"], "expected a whole number, not negative, below 2^63"),
+        (["--out", str(tmp_path), "--seed", str(1 << 63)], "below 2^63"),
     ):
         with pytest.raises(SystemExit):
             train.main(arguments)

@@ -118,7 +118,7 @@ def _judge(chosen: argparse.Namespace) -> int:
     names = faults.chosen(chosen.faults)
     random = RANDOM if chosen.random is None else chosen.random
     if random < 1:
-        raise ValueError(f"--random {random}: 1 or more is due")
+        raise ValueError(f"--random {random}: expected 1 or more")
     if chosen.changed and (chosen.kept or chosen.in_order or chosen.faults or chosen.random):
         raise ValueError("--changed chooses what it judges: nothing but --keep, --json and --processes goes with it")
     if chosen.release and not chosen.kept:
@@ -128,7 +128,7 @@ def _judge(chosen: argparse.Namespace) -> int:
     if chosen.keep and len(names) < len(faults.CATALOGUE):
         raise ValueError("--keep keeps a record of all faults: no --faults beside it")
     if chosen.json and (Path(chosen.json).is_dir() or not Path(chosen.json).absolute().parent.is_dir()):
-        raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+        raise ValueError(f"--json {chosen.json}: expected a file in a folder that is there")
     differs: list[str] = []
     if chosen.kept:
         judged = scorecard.Judged.read()

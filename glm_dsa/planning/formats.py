@@ -51,7 +51,7 @@ def packed(dtype: str, bits: int | None, group_size: int | None, mode: str | Non
     mode = AFFINE if mode is None else mode
     if mode != AFFINE:
         if not isinstance(mode, str) or mode not in FIXED:
-            raise ValueError(f"mode {mode!r}: one of {AFFINE}, {', '.join(sorted(FIXED))} is due")
+            raise ValueError(f"mode {mode!r}: expected one of {AFFINE}, {', '.join(sorted(FIXED))}")
         due = FIXED[mode]
         for name, value, its in (("bits", bits, due[0]), ("group_size", group_size, due[1])):
             if value is not None and (type(value) is not int or value != its):
@@ -60,5 +60,5 @@ def packed(dtype: str, bits: int | None, group_size: int | None, mode: str | Non
     bits, group_size = 4 if bits is None else bits, 64 if group_size is None else group_size
     for name, value, allowed in (("bits", bits, AFFINE_BITS), ("group_size", group_size, AFFINE_GROUPS)):
         if type(value) is not int or value not in allowed:
-            raise ValueError(f"{name} = {value!r}: one of {', '.join(map(str, allowed))} is due")
+            raise ValueError(f"{name} = {value!r}: expected one of {', '.join(map(str, allowed))}")
     return Format(dtype, bits, group_size)

@@ -220,17 +220,17 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
     if said is None:
         return Rules((), known(base, "--gguf"))
     if not said.strip():
-        raise RecipeError("--custom-q: empty; a file of rules, or PATTERN=TYPE,... is due")
+        raise RecipeError("--custom-q: empty; expected a file of rules, or PATTERN=TYPE,...")
     source, text = "--custom-q", said
     if "=" not in said or ("\n" not in said and os.path.isfile(said)):
         source = said
         try:
             if Path(said).stat().st_size > LARGEST:
-                raise RecipeError(f"{said}: more than {LARGEST:,} bytes; a file of rules is due")
+                raise RecipeError(f"{said}: more than {LARGEST:,} bytes; expected a file of rules")
             text = Path(said).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "no text in UTF-8"
-            raise RecipeError(f"--custom-q {said}: {why}; a file of rules, or PATTERN=TYPE,... is due") from None
+            raise RecipeError(f"--custom-q {said}: {why}; expected a file of rules, or PATTERN=TYPE,...") from None
     rules = []
     lines = (re.split(r"(?:^|\s)#", line)[0] for line in text.splitlines())  # up to a comment
     for item in (unquoted(part, source) for line in lines for part in ITEM.findall(line)):
@@ -240,7 +240,7 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
         pattern, equals, kind = (part.strip() for part in rule.rpartition("="))
         pattern = unquoted(pattern, source)
         if not equals or not pattern:
-            raise RecipeError(f"{source}: {item!r}: PATTERN=TYPE is due")
+            raise RecipeError(f"{source}: {item!r}: expected PATTERN=TYPE")
         if len(pattern) > LONGEST:
             raise RecipeError(
                 f"{source}: a pattern of {len(pattern):,} signs; {LONGEST:,} at most, so part it into several"
@@ -253,7 +253,7 @@ def rules_of(said: str | None, base: str = "bf16") -> Rules:
             raise RecipeError(f"{source}: {pattern!r}: no regular expression: {error}") from None
         rules.append((pattern, known(kind, f"{source}: {pattern!r}")))
     if not rules:
-        raise RecipeError(f"{source}: no rules; PATTERN=TYPE, one a line, is due")
+        raise RecipeError(f"{source}: no rules; expected PATTERN=TYPE, one a line")
     return Rules(tuple(rules), known(base, "--gguf"), source)
 
 
@@ -274,7 +274,7 @@ def known(kind: str, where: str) -> str:
     """A type as ggml writes it, whatever its letters' case. Raises `RecipeError`."""
     found = next((name for name in ALL if name.lower() == kind.lower()), None)
     if found in INTEGERS:
-        raise RecipeError(f"{where}: {found} keeps whole numbers; a type of weights is due")
+        raise RecipeError(f"{where}: {found} keeps whole numbers; expected a type of weights")
     if found is None:
         raise RecipeError(
             f"{where}: unknown type {kind!r}; known are {', '.join(TYPES | IK_TYPES)}, and repacked {', '.join(REPACKED)}"

@@ -60,7 +60,7 @@ class Cache:
             groups = (g for g in (64, 32, 128) if args.kv_lora_rank % g == 0 and args.qk_rope_head_dim % g == 0)
             group = next(groups, None)
             if kv_bits not in BITS:
-                raise CacheError(f"--kv-bits {kv_bits}: 16, or one of {', '.join(map(str, BITS))} is due")
+                raise CacheError(f"--kv-bits {kv_bits}: expected 16, or one of {', '.join(map(str, BITS))}")
             if group is None:
                 raise CacheError(f"--kv-bits {kv_bits}: {fitting(args.kv_lora_rank, args.qk_rope_head_dim)}")
             quantization = KvQuantization(kv_bits, group)
@@ -282,7 +282,7 @@ def nbytes(text: str) -> int:
     unit = match[2].lower() if match else ""
     found = round(float(match[1]) * SIZES[unit]) if match and unit in SIZES else 0
     if not found:
-        raise RecipeError(f"--size {text}: bytes are due, e.g. 392.992GiB, 421.97GB, 421972000000")
+        raise RecipeError(f"--size {text}: expected bytes, e.g. 392.992GiB, 421.97GB, 421972000000")
     return found
 
 

@@ -131,7 +131,7 @@ def load(source: str | Path) -> Recipe:
     try:
         if not path.is_file():
             raise RecipeError(
-                f"{source}: no recipe: the name of a .toml file is due, or of one that is kept ({', '.join(kept())})"
+                f"{source}: no recipe: expected the name of a .toml file, or of one that is kept ({', '.join(kept())})"
             )
         text = path.read_bytes()
         if len(text) > LARGEST:
@@ -157,7 +157,7 @@ def parse(said: Mapping[str, Any], source: str) -> Recipe:
         raise RecipeError(f"{source}: unknown key {unknown[0]!r}; name, purpose, dtype and [[rule]] are known")
     for key in ("name", "purpose"):
         if not isinstance(said.get(key, ""), str):
-            raise RecipeError(f"{source}: {key} = {said[key]!r}: a text is due")
+            raise RecipeError(f"{source}: {key} = {said[key]!r}: expected a text")
     dtype = _dtype(said.get("dtype", "bfloat16"), source)
     rules = said.get("rule", [])
     if isinstance(rules, list) and len(rules) > MOST_RULES:
@@ -190,12 +190,12 @@ def _rule(said: Mapping[str, Any], number: int, dtype: str, source: str) -> Rule
         except ValueError as error:
             raise RecipeError(f"{where}: {error}") from None
     else:
-        raise RecipeError(f"{where}: bits (with group_size and mode, if need be) or dtype is due")
+        raise RecipeError(f"{where}: expected bits (with group_size and mode, if need be) or dtype")
     if not {"component", "tensors", "layers"} & set(said):
-        raise RecipeError(f'{where}: what is it for? component, tensors or layers is due (tensors = "*" for all)')
+        raise RecipeError(f'{where}: what is it for? expected component, tensors or layers (tensors = "*" for all)')
     tensors = said.get("tensors", "*")
     if not isinstance(tensors, str) or not tensors:
-        raise RecipeError(f"{where}: tensors = {tensors!r}: a pattern of names is due, e.g. '*.o_proj.weight'")
+        raise RecipeError(f"{where}: tensors = {tensors!r}: expected a pattern of names, e.g. '*.o_proj.weight'")
     return Rule(number, _components(said.get("component"), where), tensors, _layers(said.get("layers"), where), kept)
 
 
@@ -204,7 +204,7 @@ def _components(said: Any, where: str) -> tuple[str, ...]:
         return ()
     names = [said] if isinstance(said, str) else said
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise RecipeError(f"{where}: component = {said!r}: a name, or a list of names, is due")
+        raise RecipeError(f"{where}: component = {said!r}: expected a name, or a list of names")
     for name in names:
         if name not in COMPONENTS:
             raise RecipeError(f"{where}: unknown component {name!r}; known are {', '.join(COMPONENTS)}")
@@ -224,5 +224,5 @@ def _layers(said: Any, where: str) -> frozenset[int]:
 
 def _dtype(said: Any, where: str) -> str:
     if not isinstance(said, str) or said not in BYTES:
-        raise RecipeError(f"{where}: dtype = {said!r}: one of {', '.join(BYTES)} is due")
+        raise RecipeError(f"{where}: dtype = {said!r}: expected one of {', '.join(BYTES)}")
     return said

@@ -87,7 +87,7 @@ def _kept_as(spec: TensorSpec, stored: Mapping[str, Stored]) -> tuple[str, str]:
         kind = "fp8" if first.dtype == "F8_E4M3" else FLOATS.get(first.dtype, first.dtype)
     if first.shape != due:
         raise ConfigError(
-            f"{spec.name} is {list(first.shape)}: {list(due)} is due; does config.json belong to these weights?"
+            f"{spec.name} is {list(first.shape)}: expected {list(due)}; does config.json belong to these weights?"
         )
     return kind, dtype
 

@@ -116,7 +116,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     end = 0
     for begin, stop, name in sorted(spans):
         if begin != end:
-            raise CheckpointError(f"{file}: {name} begins at data byte {begin}, {end} is due; the header is damaged")
+            raise CheckpointError(f"{file}: expected {name} at data byte {end}, got {begin}; the header is damaged")
         end = stop
     if 8 + length + end != size:
         raise CheckpointError(f"{file}: {size - 8 - length - end} bytes after the last tensor; the header is damaged")

@@ -275,11 +275,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if chosen.probes:
             if chosen.folder is not None:
-                parser.error("--probes FILE and DIR: one of them is due")
+                parser.error("--probes FILE and DIR: expected one of them")
             chosen.probes.write_text(json.dumps(probes(), indent=1) + "\n")
             return
         if chosen.folder is None:
-            parser.error("DIR is due, or --probes FILE")
+            parser.error("expected DIR, or --probes FILE")
         for file in ("config.json", TRAINING):
             if not (chosen.folder / file).is_file():
                 raise ValueError(
@@ -311,7 +311,7 @@ def _check(folder: Path) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < layout.TEXTS:
-        raise argparse.ArgumentTypeError(f"{text}: a number of at least {layout.TEXTS} is due")
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least {layout.TEXTS}")
     return int(text)
 
 

@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number, not negative, below 2^63 is due")
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, not negative, below 2^63")
     return int(text)
 
 

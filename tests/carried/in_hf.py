@@ -73,7 +73,7 @@ def patched(model: Any, changes: tuple[Edit | Set, ...]) -> Iterator[None]:
             source = sources.get(function) or source_of(function)
             if source.count(due) != 1:
                 raise LookupError(
-                    f"{function.__qualname__}: {due!r} stands there {source.count(due)} times, once is due"
+                    f"{function.__qualname__}: {due!r} stands there {source.count(due)} times, expected once"
                 )
             sources[function] = source.replace(due, wrong)
     codes = {function: compiled(ast.parse(source), function) for function, source in sources.items()}

@@ -52,7 +52,7 @@ def base() -> str:
 def edited(text: str, edits: Edits) -> str:
     for due, wrong in edits:
         if text.count(due) != 1:
-            raise LookupError(f"mlx-lm: {due!r} stands there {text.count(due)} times, once is due")
+            raise LookupError(f"mlx-lm: {due!r} stands there {text.count(due)} times, expected once")
         text = text.replace(due, wrong)
     return text
 

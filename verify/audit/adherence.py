@@ -14,7 +14,7 @@ def judge(tensors: Tensors, recipe: Recipe, findings: Findings) -> None:
     """Raises `RecipeError` where the recipe is not for this model."""
     where = f"recipe {recipe.source}:"
     if weights.is_hf_layout(tensors.found):
-        findings.say(FAULT, f"{where} these are the original's tensors; an MLX build is due (convert)")
+        findings.say(FAULT, f"{where} these are the original's tensors; expected an MLX build (convert)")
         return
     for name, (due, rule) in recipe.decided(tensors.args, tensors.with_mtp).items():
         kept = tensors.kept.get(name)
@@ -23,7 +23,7 @@ def judge(tensors: Tensors, recipe: Recipe, findings: Findings) -> None:
                 FAULT, f"{where} {{tensors}}: not there under this name, under which convert writes it", name
             )
         elif not _is_as_due(kept, due):
-            detail = f"{_told(kept, due)}, {_told(due, kept)} is due: {rule or 'no rule names it'}"
+            detail = f"{_told(kept, due)}, expected {_told(due, kept)}: {rule or 'no rule names it'}"
             findings.tensor(FAULT, f"{where} {{tensors}}: {{detail}}", name, detail, apart=True)
 
 

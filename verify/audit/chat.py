@@ -74,7 +74,7 @@ class Files:
             return None
         try:
             if not file.is_file() or file.stat().st_size > most:
-                raise ValueError(f"a file of at most {most:,} bytes is due")
+                raise ValueError(f"expected a file of at most {most:,} bytes")
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # no UTF-8 is a ValueError
             self.findings.say(FAULT, f"{name}: cannot be read: {error}")
@@ -166,7 +166,7 @@ def ids_named(sources: Mapping[str, Mapping[str, Any]], key: str, findings: Find
         value = said.get(f"{key}_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(n) is int for n in ids):
-            findings.say(WARNING, f"{file}: {key}_id = {_short(repr(value))}: a number, or a list of numbers, is due")
+            findings.say(WARNING, f"{file}: {key}_id = {_short(repr(value))}: expected a number, or a list of numbers")
         elif ids:
             found[file] = ids
     return found

@@ -95,7 +95,7 @@ def _positions(mine: Mapping[str, Any], theirs: Mapping[str, Any], findings: Fin
     """The definition runs at any position; engines end a conversation there."""
     most, due = (LONGEST if (said := c.get(POSITIONS)) is None else said for c in (mine, theirs))
     if not is_number(most):
-        findings.say(WARNING, f"config.json: {POSITIONS} = {_short(most)}: a whole number is due")
+        findings.say(WARNING, f"config.json: {POSITIONS} = {_short(most)}: expected a whole number")
     elif is_number(due) and most != due:
         cut = most < due
         _hold(FAULT if cut else WARNING, POSITIONS, most, due, findings, "engines cut contexts there" if cut else "")

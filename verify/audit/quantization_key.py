@@ -41,7 +41,7 @@ def judge(tensors: Tensors, config: Mapping[str, Any], findings: Findings) -> No
         _by_method(tensors, twin, findings)
         return
     if not isinstance(said, Mapping) or not all(key in said for key in GLOBAL):
-        findings.say(FAULT, f"config.json's {KEY}: an object with group_size and bits is due; {REFUSES}")
+        findings.say(FAULT, f"config.json's {KEY}: expected an object with group_size and bits; {REFUSES}")
         return
     for path, module in _modules(tensors).items():
         entry = said.get(path)
@@ -95,7 +95,7 @@ def _wrong(entry: Any, module: _Module, said: Mapping[str, Any]) -> str:
     if entry is True:
         entry = {k: said[k] for k in (*GLOBAL, "mode") if k in said}
     if not isinstance(entry, Mapping):
-        return f"{printable(repr(entry))[:80]}, where an object, true or false is due"
+        return f"{printable(repr(entry))[:80]}; expected an object, true or false"
     if packing is None:
         return "it is stored unpacked; remove the entry"
     unknown = [k for k, v in entry.items() if k not in packing and k != "global_scale" and (k != "quantize_input" or v)]
@@ -122,7 +122,7 @@ def _told(packing: Mapping[str, Any]) -> str:
 def _by_method(tensors: Tensors, twin: Any, findings: Findings) -> None:
     """A config that carries the method of what it was made from is stale, not wrong: nobody computes another model by it."""
     if twin and not isinstance(twin, Mapping):
-        findings.say(FAULT, f"config.json's {TWIN}: an object is due; {REFUSES}")
+        findings.say(FAULT, f"config.json's {TWIN}: expected an object; {REFUSES}")
         return
     method = twin.get("quant_method") if twin else None
     if twin and "quant_method" not in twin:

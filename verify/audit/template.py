@@ -51,7 +51,7 @@ def compile_error(template: str) -> str:
     """Why a chat template does not compile under HF's environment; empty where it does. Parsed, never run: jinja2's compiler
     computes constants, and 'a' * 10 ** 10 is one."""
     if len(template) > LARGEST:
-        return f"{len(template):,} characters, at most {LARGEST:,} are due"
+        return f"{len(template):,} characters, expected at most {LARGEST:,}"
     environment = _environment()
     try:
         for node in _unknown(environment.parse(template), environment, False):

@@ -69,7 +69,7 @@ class Tensors:
     def _plain(self, spec: TensorSpec, found: Stored) -> str:
         self._shape(spec.name, found.shape, spec.shape)
         if found.dtype not in FLOATS:
-            kind = "{tensors} is {detail}: floating point is due, or packed weights with scales"
+            kind = "{tensors} is {detail}: expected floating point, or packed weights with scales"
             self.findings.tensor(FAULT, kind, spec.name, found.dtype)
         elif found.dtype in DTYPE_NAMES:
             self.kept[spec.name] = Format(DTYPE_NAMES[found.dtype])
@@ -83,7 +83,7 @@ class Tensors:
             kind = "{tensors}: FP8 without its _scale_inv; cast without its scale it would be wrong"
             self.findings.tensor(FAULT, kind, spec.name)
         elif scale.dtype != "F32" or scale.shape != due:
-            detail = f"is {scale.dtype} {list(scale.shape)}: F32 {list(due)} is due"
+            detail = f"is {scale.dtype} {list(scale.shape)}: expected F32 {list(due)}"
             self.findings.tensor(FAULT, "{tensors} {detail}", f"{spec.name}_scale_inv", detail)
 
     def _mlx_packed(self, spec: TensorSpec, path: str) -> str:
@@ -117,7 +117,7 @@ class Tensors:
 
     def _shape(self, name: str, found: tuple[int, ...], due: tuple[int, ...]) -> None:
         if found != due:
-            self.findings.tensor(FAULT, SHAPE, name, f"is {list(found)}: {list(due)} is due")
+            self.findings.tensor(FAULT, SHAPE, name, f"is {list(found)}: expected {list(due)}")
 
     # -- what is not there, and what should not be
 
@@ -127,7 +127,7 @@ class Tensors:
             schedule = next(c for c in self.args.conventions if c.name == "indexer_schedule")
             self.findings.say(
                 FAULT,
-                f"no indexer on layers {ranges(layers_of(indexers))} ({len(indexers)} tensors missing), where one is due: "
+                f"no indexer on layers {ranges(layers_of(indexers))} ({len(indexers)} tensors missing); expected one: "
                 f"{schedule}; a loader that fills them with random numbers runs, and is wrong beyond index_topk",
             )
         for name in missing:

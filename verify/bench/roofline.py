@@ -103,11 +103,11 @@ def paper(args: ModelArgs, context: int, bits: float, kv_bits: int, chunk: int, 
     Raises ValueError for a cache of other bits than 16 and 8, or a context that needs no selection.
     """
     if kv_bits not in LATENT_BITS:
-        raise ValueError(f"--kv-bits {kv_bits}: {' or '.join(map(str, LATENT_BITS))} is due")
+        raise ValueError(f"--kv-bits {kv_bits}: expected {' or '.join(map(str, LATENT_BITS))}")
     if not args.has_indexer:
         raise ValueError(f"{args.model_type} has no indexer: this is about models that select")
     if context <= args.index_topk:
-        raise ValueError(f"--context {context}: more than index_topk = {args.index_topk} is due")
+        raise ValueError(f"--context {context}: expected more than index_topk = {args.index_topk}")
     sizes = Sizes(bits / 8, LATENT_BITS[kv_bits] / 8, 2.0)
     found = Paper(args, context, bits, kv_bits, chunk, machine)
     layers = range(args.num_hidden_layers)

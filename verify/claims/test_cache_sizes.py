@@ -307,7 +307,7 @@ def check_mask(judge, stage: str, ours: mx.array | None, due: np.ndarray) -> Non
         judge.holds(CASE, stage, bool(due.all()), "no mask where each sees each")
     else:
         judge.holds(
-            CASE, stage, np.array_equal(of_bits(ours), due), f"masked is what is due, {due.shape}"
+            CASE, stage, np.array_equal(of_bits(ours), due), f"masked is what is expected, {due.shape}"
         )
 
 

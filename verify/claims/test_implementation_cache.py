@@ -50,7 +50,7 @@ def judge_run(theirs: Theirs, collector: Collector, stage: str, run: Callable[[W
         return
     wrong = [part for part in parts if not isinstance(part, mx.array) or part.ndim != 3]
     if wrong:
-        collector.at_fault(theirs.name, stage, f"the model gives {describe(wrong[0])}, where logits [B, S, V] are due")
+        collector.at_fault(theirs.name, stage, f"the model gives {describe(wrong[0])}; expected logits [B, S, V]")
         return
     logits = np.concatenate([to_numpy(part) for part in parts], axis=1)
     if not watch.sees_choices and logits.shape == due.shape:
@@ -117,7 +117,7 @@ def test_one_cache_for_each_layer(theirs: Theirs, collector):
     if layers is None or len(layers) != len(entries) or len(layers) != theirs.case.args.num_hidden_layers:
         found = f"{len(entries)} caches, {'no `layers`' if layers is None else f'{len(layers)} layers'}"
         collector.at_fault(
-            theirs.name, "caches", f"{found}: one for each of {theirs.case.args.num_hidden_layers} is due"
+            theirs.name, "caches", f"{found}: expected one for each of {theirs.case.args.num_hidden_layers}"
         )
     else:
         collector.holds(theirs.name, "caches", True, "one cache for each decoder layer")

@@ -79,10 +79,10 @@ def _bench(chosen: argparse.Namespace) -> int:
         return exits.AGREES if all(t.met for t in found.targets) else exits.FAULT
     contexts = sorted({tokens(part, "--contexts") for part in chosen.contexts.split(",") if part})
     if not contexts:
-        raise ValueError("--contexts: numbers of tokens are due, e.g. 1k,16k")
+        raise ValueError("--contexts: expected numbers of tokens, e.g. 1k,16k")
     chunk = 128 if chosen.chunk is None else chosen.chunk
     if chunk < 1 or chosen.rounds < 1:
-        raise ValueError(f"--chunk {chunk} --rounds {chosen.rounds}: 1 or more is due")
+        raise ValueError(f"--chunk {chunk} --rounds {chosen.rounds}: expected 1 or more")
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
     with line() as tell:
@@ -124,12 +124,12 @@ def _paper(chosen: argparse.Namespace) -> int:
 
     for name in ("bits", "memory", "bandwidth", "rate"):
         if not 0 < getattr(chosen, name) < 1e6:
-            raise ValueError(f"--{name} {getattr(chosen, name):g}: a number above 0, and below 1e6, is due")
+            raise ValueError(f"--{name} {getattr(chosen, name):g}: expected a number above 0, and below 1e6")
     args = ModelArgs.from_file(chosen.config)
     machine = Machine(chosen.memory, chosen.bandwidth, chosen.rate)
     chunk = 2048 if chosen.chunk is None else chosen.chunk
     if chunk < 1:
-        raise ValueError(f"--chunk {chunk}: 1 or more is due")
+        raise ValueError(f"--chunk {chunk}: expected 1 or more")
     found = paper(args, tokens(chosen.context, "--context"), chosen.bits, chosen.kv_bits, chunk, machine)
     show("\n".join(found.lines()))
     return 0

@@ -76,7 +76,7 @@ def status_of(found: Drift) -> int:
 def _check(chosen: argparse.Namespace) -> None:
     """What cannot be, before anything runs."""
     if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
-        raise ValueError(f"--out {chosen.out}: a file is there; the name of a folder is due")
+        raise ValueError(f"--out {chosen.out}: a file is there; expected the name of a folder")
     if chosen.out is not None:
         there = next(p for p in (chosen.out.absolute(), *chosen.out.absolute().parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
@@ -85,7 +85,7 @@ def _check(chosen: argparse.Namespace) -> None:
         kind = stages.kind(stage)
         if kind not in (*stages.IN_LAYER, "embed", "norm", "logits"):
             raise ValueError(
-                f"--watch {stage}: no such stage; one of layers.N.{', layers.N.'.join(stages.IN_LAYER[:3])}, ... is due"
+                f"--watch {stage}: no such stage; expected one of layers.N.{', layers.N.'.join(stages.IN_LAYER[:3])}, ..."
             )
 
 

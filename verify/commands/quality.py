@@ -45,7 +45,7 @@ def run(chosen: argparse.Namespace) -> int:
         from ..quality import measure
 
         if chosen.json is not None and not _can_be_written(chosen.json):
-            raise ValueError(f"--json {chosen.json}: a file in a folder that is there is due")
+            raise ValueError(f"--json {chosen.json}: expected a file in a folder that is there")
         found = measure(
             chosen.candidate, chosen.against, text=chosen.text, length=chosen.tokens, context=chosen.context,
             stride=stride, tell=tell,

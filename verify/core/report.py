@@ -92,7 +92,7 @@ class Report:
         if self.folder is None:
             return
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--report {self.folder}: a file is there; the name of a folder is due")
+            raise ValueError(f"--report {self.folder}: a file is there; expected the name of a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "report.jsonl").unlink(missing_ok=True)  # and whatever a link of this name leads to stays
         (self.folder / "report.jsonl").write_text("")

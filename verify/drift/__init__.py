@@ -59,9 +59,9 @@ def compare(
         raise ValueError("candidate and against: two texts, or two Sides")
     chosen = None if layers is None else _numbers(layers)
     if stages is not None and not isinstance(stages, str):
-        raise ValueError(f"stages {stages!r}: a pattern is due, 'self_attn.indexer.*' say")
+        raise ValueError(f"stages {stages!r}: expected a pattern, 'self_attn.indexer.*' say")
     if suggest_bits is not None and not isinstance(suggest_bits, (int, float)):
-        raise ValueError(f"suggest_bits {suggest_bits!r}: a number is due")
+        raise ValueError(f"suggest_bits {suggest_bits!r}: expected a number")
     file = None if prompt_file is None else Path(prompt_file)
     prompt = prompt_of(sides, file, text, tokens, length, seed)
     wanted = Wanted(chosen, stages)
@@ -72,5 +72,5 @@ def _numbers(layers: object) -> frozenset[int]:
     """Raises ValueError."""
     found: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not found or not all(type(n) is int for n in found):
-        raise ValueError(f"layers {layers!r}: their numbers are due, [3, 7] say")
+        raise ValueError(f"layers {layers!r}: expected their numbers, [3, 7] say")
     return frozenset(found)

@@ -84,7 +84,7 @@ def check_shapes(candidate: Side, reference: Side) -> None:
         mine, theirs = getattr(candidate.args, key), getattr(reference.args, key)
         is_pruned = key == "n_routed_experts" and pruning.is_pruned(candidate.args, reference.args)
         if mine != theirs and not is_pruned:
-            hint = "put the pruned build first" if key == "n_routed_experts" else "two of one model are due"
+            hint = "put the pruned build first" if key == "n_routed_experts" else "expected two of one model"
             raise ValueError(
                 f"{printable(candidate.text)} and {printable(reference.text)}: {key} = {printable(str(mine))[:60]} and "
                 f"{printable(str(theirs))[:60]}; {hint}"

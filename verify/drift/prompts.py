@@ -34,7 +34,7 @@ class Prompt:
     @classmethod
     def of(cls, ids: Array, source: str, folders: Sequence[Path], vocabulary: int, note: str = "") -> Prompt:
         if ids.ndim != 1 or len(ids) < 2:
-            raise ValueError(f"{source}: at least 2 token ids in a row are due")
+            raise ValueError(f"{source}: expected at least 2 token ids in a row")
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(f"{source}: token {int(ids.max())} is beyond the vocabulary of {vocabulary}")
         return cls(ids[None].astype(np.int64), source, ids, words_of(folders), note)
@@ -52,13 +52,13 @@ def prompt_of(
     ValueError in one line."""
     given = [name for name, of in (("prompt_file", file), ("text", text), ("tokens", tokens)) if of is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: one prompt is due")
+        raise ValueError(f"{' and '.join(given)}: expected one prompt")
     if seed < 0:
-        raise ValueError(f"--seed {seed}: 0 or more is due")
+        raise ValueError(f"--seed {seed}: expected 0 or more")
     candidate, reference = sides
     args = reference.args
     if length is not None and not 2 <= length <= 1 << 20:
-        raise ValueError(f"--tokens {length}: at least 2 are due" + (", at most 2^20" if length > 2 else ""))
+        raise ValueError(f"--tokens {length}: expected at least 2" + (", at most 2^20" if length > 2 else ""))
     folders = [s.folder for s in (reference, candidate)]
     if tokens is not None:
         ids = np.asarray(tokens, dtype=np.int64)[:length]
@@ -90,12 +90,12 @@ def encoded(
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"--prompt-file {source}: UTF-8 is due") from None
+            raise ValueError(f"--prompt-file {source}: expected UTF-8") from None
         except OSError as error:
             raise ValueError(f"--prompt-file {source}: {error.strerror}") from None
     tokenizer = tokenizer_of(folders)
     if tokenizer is None:
-        raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
+        raise ValueError(f"{source}: expected a tokenizer.json beside one of the checkpoints, to encode it with")
     assert text is not None
     ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
     wanted = min(len(ids), length or max(default_length(args, 1), 0))

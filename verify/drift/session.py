@@ -92,7 +92,7 @@ class Session:
         if not any(map(wanted, every)):
             raise ValueError(f"--stages {wanted.stages}: no stage of this name; self_attn.indexer.*, say")
         if self.suggest is not None and not 2 <= self.suggest <= 16:
-            raise ValueError(f"--suggest-bits {self.suggest:g}: 2 to 16 bits are due")
+            raise ValueError(f"--suggest-bits {self.suggest:g}: expected 2 to 16 bits")
         if self.suggest is not None and (not self.candidate.release.is_packed or self.reference.release.is_packed):
             raise ValueError(f"--suggest-bits {self.suggest:g}: {NEEDS_PACKED}")
         if self.suggest is not None and self.candidate.numberings:
@@ -326,7 +326,7 @@ class Session:
         if not self.in_full:
             found.reasons["cache"] = TOO_LARGE
         elif without is None or len(without) < length:
-            found.reasons["cache"] = "logits of the whole prompt are due"
+            found.reasons["cache"] = "expected logits of the whole prompt"
         else:
             self.tell("candidate in several calls, with a cache")
             with on_device(self.candidate.device):

@@ -53,7 +53,7 @@ def headers_of(target: str, revision: str | None = None) -> Release:
         return _of_folder(target, Path(target))
     if Path(target).exists() or not REPOSITORY.fullmatch(target):
         raise CheckpointError(
-            f"{target or repr(target)}: no such folder, and no name of a repository; a checkpoint's folder or OWNER/NAME is due"
+            f"{target or repr(target)}: no such folder, and no name of a repository; expected a checkpoint's folder or OWNER/NAME"
         )
     cached = _in_cache(target, revision)
     return _of_folder(target, cached) if cached is not None else _of_repository(target, revision)

@@ -57,7 +57,7 @@ class Side:
         found = headers_of(self.checkpoint, self.options.get("revision"))
         if found.folder is None:
             raise CheckpointError(
-                f"{found.origin}: not downloaded; its headers can be audited, its weights are due here"
+                f"{found.origin}: not downloaded; expected its weights here (its headers can be audited)"
             )
         return found
 
@@ -168,11 +168,11 @@ def _parsed(text: str) -> Side:
     if "@" in rest:
         implementation, _, checkpoint = rest.partition("@")
         if not implementation or not checkpoint:
-            raise ValueError(f"{printable(text)}: IMPLEMENTATION@CHECKPOINT is due")
+            raise ValueError(f"{printable(text)}: expected IMPLEMENTATION@CHECKPOINT")
     elif not _is_code(rest):
         implementation, checkpoint = OURS, rest
         if not rest:
-            raise ValueError(f"{printable(text) or 'the empty name'}: a checkpoint, an implementation, or both is due")
+            raise ValueError(f"{printable(text) or 'the empty name'}: expected a checkpoint, an implementation, or both")
     else:
         implementation, checkpoint = rest, ""
     return Side(text, implementation, checkpoint, options, overrides)
@@ -189,10 +189,10 @@ def _is_code(text: str) -> bool:
 def _option(text: str, name: str, value: str) -> Any:
     allowed = {"dtype": DTYPES, "device": ("cpu", "gpu")}
     if name in allowed and value not in allowed[name]:
-        raise ValueError(f"{printable(text)}: {name}={value}: one of {', '.join(allowed[name])} is due")
+        raise ValueError(f"{printable(text)}: {name}={value}: expected one of {', '.join(allowed[name])}")
     if name in ("kv_bits", "kv_group_size"):
         if not value.isdigit():
-            raise ValueError(f"{printable(text)}: {name}={value}: a whole number is due")
+            raise ValueError(f"{printable(text)}: {name}={value}: expected a whole number")
         return int(value)
     return value
 

@@ -52,11 +52,11 @@ class Implementation:
             import mlx_lm.utils  # noqa: F401
         except ModuleNotFoundError:
             raise ValueError(
-                f"{option}{printable(text)}: mlx-lm is due, which loads the model: pip install mlx-lm"
+                f"{option}{printable(text)}: expected mlx-lm, which loads the model: pip install mlx-lm"
             ) from None
         if not source:
             raise ValueError(
-                f"{option or 'implementation'}: MODULE or FILE.py is due, with :Class behind it where the class is not Model"
+                f"{option or 'implementation'}: expected MODULE or FILE.py, with :Class behind it where the class is not Model"
             )
         if is_file and not Path(source).is_file():
             raise ValueError(f"{option}{printable(text)}: no such file")
@@ -67,7 +67,7 @@ class Implementation:
             why = error.__cause__
             if isinstance(why, ModuleNotFoundError) and not is_file and f"{source}.".startswith(f"{why.name}."):
                 raise ValueError(
-                    f"{option}{printable(text)}: no module of that name; MODULE or FILE.py is due, with :Class "
+                    f"{option}{printable(text)}: no module of that name; expected MODULE or FILE.py, with :Class "
                     "behind it where the class is not Model"
                 ) from None
             raise ValueError(f"{option}{printable(text)}: its import raises {error}") from None

@@ -44,7 +44,7 @@ def edited(edits: Iterable[Edit]) -> Iterator[None]:
         function = find(edit.where)
         source = changed.get(function) or source_of(function)
         if source.count(edit.due) != 1:
-            raise LookupError(f"{edit.where}: {edit.due!r} stands there {source.count(edit.due)} times, once is due")
+            raise LookupError(f"{edit.where}: {edit.due!r} stands there {source.count(edit.due)} times, expected once")
         changed[function] = source.replace(edit.due, edit.wrong)
     codes = {function: compiled(ast.parse(source), function) for function, source in changed.items()}
     for function, code in codes.items():

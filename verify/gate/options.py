@@ -134,7 +134,7 @@ class Asked:
     def of(cls, config: Any) -> Asked:
         """Raises ValueError, LookupError or OSError, in one line, for what cannot be judged."""
         if config.getoption("--seed") < 0:
-            raise ValueError(f"--seed {config.getoption('--seed')}: 0 or more is due")
+            raise ValueError(f"--seed {config.getoption('--seed')}: expected 0 or more")
         with faults.seeded(*config.getoption("--fault")):
             pass  # names that nobody knows, or two changes of the same words
         _set_device(config.getoption("--device"))

@@ -119,7 +119,7 @@ def of_values(
         return "the module is right, what it is given is not"
     ratio = float((ours * answer).sum() / (answer**2).sum()) if answer.shape == ours.shape else 0.0
     if ratio and abs(ratio - 1) > bound.value and compare.values(ours, ratio * answer).error <= 2 * bound.value:
-        return f"{ratio:.5g} times what is due"
+        return f"{ratio:.5g} times what was expected"
     return ""
 
 
@@ -142,7 +142,7 @@ def of_heads(theirs: Theirs, reference: ModuleReference, stage: str, ours: Array
             if compare.values(ours, seen).error <= 2 * bound.value:
                 return f"as with softmax scale {what}"
     if not case.args.runs_indexer(layer) and f"layers.{layer}.{INDEXER}" in paths_of(theirs.model):
-        return "a shared layer has an indexer of its own, where the selection of the full layer below is due"
+        return "a shared layer has an indexer of its own; expected the selection of the full layer below"
     return ""
 
 
@@ -212,7 +212,7 @@ def of_routing(reference: ModuleReference, path: str, ours: Array, logits: Array
         free = replace(decision, groups=1, top_groups=1)
         wrong["without groups"] = free
         filled = np.where(np.isfinite(decision.allowed), decision.allowed, 0.0)
-        wrong["with 0 for the experts of losing groups, which beats a negative score (-inf is due)"] = replace(
+        wrong["with 0 for the experts of losing groups, which beats a negative score (expected -inf)"] = replace(
             free, scores=filled
         )
     for what, other in wrong.items():
@@ -224,4 +224,4 @@ def of_routing(reference: ModuleReference, path: str, ours: Array, logits: Array
 def of_routing_weights(ours: Array, due: Array, bound: bounds.Bound) -> str:
     """One factor on all weights."""
     ratio = float((ours * due).sum() / (due**2).sum())
-    return f"{ratio:.5g} times what is due" if compare.values(ours, ratio * due).error <= 2 * bound.value else ""
+    return f"{ratio:.5g} times what was expected" if compare.values(ours, ratio * due).error <= 2 * bound.value else ""

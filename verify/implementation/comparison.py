@@ -114,7 +114,7 @@ class Watch:
             return put(in_place_of(array, due))
         ours = None if array is None else aligned(array, due.shape)
         if ours is None:
-            what = f"gives {describe(out)}, where an array {list(due.shape)} is due"
+            what = f"gives {describe(out)}; expected an array {list(due.shape)}"
             if kind not in BOUNDARIES or kind == "lm_head":  # a head may answer for the last position alone
                 self.unread[path] = what
                 return out
@@ -144,7 +144,7 @@ class Watch:
             return (in_place_of(array, self._rows(due, array.shape[1])), *args[1:]) if mended else args
         ours = aligned(array, due.shape)
         if ours is None:
-            self.unread[stage] = f"is {describe(array)}, where {list(due.shape)} is due"
+            self.unread[stage] = f"is {describe(array)}; expected {list(due.shape)}"
             return args
         bound = self.reference.reference.bound(stage, local=True)
         fault = self.collector.check(

@@ -39,9 +39,9 @@ def measure(
     """candidate, against: as `drift` takes its sides. text: a file (the kept texts, for the kept checkpoints); length: its
     first tokens only. Raises ValueError (and what reading a checkpoint raises), in one line."""
     if not 2 <= context <= 1 << 20:
-        raise ValueError(f"--context {context}: at least 2 tokens are due")
+        raise ValueError(f"--context {context}: expected at least 2 tokens")
     if not 1 <= stride <= context or context % stride:
-        raise ValueError(f"--stride {stride}: a divisor of --context {context} is due")
+        raise ValueError(f"--stride {stride}: expected a divisor of --context {context}")
     sides = sides_of(candidate, against, candidate)
     widths = [side.args.vocab_size for side in sides]
     if widths[0] != widths[1]:

@@ -75,9 +75,9 @@ def text_of(sides: Sequence[Side], file: Path | None, tokens: Sequence[int] | No
     """Of a file, of token ids, or (for the kept checkpoints) the kept texts. Raises ValueError in one line."""
     vocabulary = sides[0].args.vocab_size
     if file is not None and tokens is not None:
-        raise ValueError("a text and token ids: one of both is due")
+        raise ValueError("a text and token ids: expected one of both")
     if most is not None and most < 2:
-        raise ValueError(f"--tokens {most}: at least 2 are due")
+        raise ValueError(f"--tokens {most}: expected at least 2")
     if tokens is not None:
         found = Text(np.asarray(tokens, dtype=np.int64), "token ids")
     elif file is not None:
@@ -86,14 +86,14 @@ def text_of(sides: Sequence[Side], file: Path | None, tokens: Sequence[int] | No
         kept = [s.folder for s in sides if s.folder.resolve().parent == TRAINED.resolve()]
         if not kept:
             raise ValueError(
-                "--text F is due: a file of text that the model is to predict, wikitext-2's test split, say"
+                "expected --text F: a file of text that the model is to predict, wikitext-2's test split, say"
             )
         check_kept(kept[0])
         found = _encoded(sides, "\n".join(probes()["texts"]), "the kept texts")
     if most is not None and most < len(found.ids):
         found = Text(found.ids[:most], found.source, None if found.nbytes is None else found.nbytes[:most])
     if found.ids.ndim != 1 or len(found.ids) < 2:
-        raise ValueError(f"{found.source}: at least 2 tokens are due")
+        raise ValueError(f"{found.source}: expected at least 2 tokens")
     if found.ids.min() < 0 or found.ids.max() >= vocabulary:
         raise ValueError(f"{found.source}: token {int(found.ids.max())} is beyond the vocabulary of {vocabulary}")
     return found
@@ -103,7 +103,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode()  # line ends as they are
     except UnicodeDecodeError:
-        raise ValueError(f"--text {printable(str(file))}: UTF-8 is due") from None
+        raise ValueError(f"--text {printable(str(file))}: expected UTF-8") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"--text {printable(str(file))}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -118,7 +118,7 @@ def _encoded(sides: Sequence[Side], text: str, source: str) -> Text:
             tokenizer.no_padding()
             encodings.append(tokenizer.encode(text, add_special_tokens=False))
     if not encodings:
-        raise ValueError(f"{source}: a tokenizer.json is due beside one of the checkpoints, to encode it with")
+        raise ValueError(f"{source}: expected a tokenizer.json beside one of the checkpoints, to encode it with")
     if any(e.ids != encodings[0].ids for e in encodings):
         raise ValueError(
             f"{source}: the tokenizers of {sides[0].checkpoint} and {sides[1].checkpoint} cut it differently"

@@ -171,5 +171,5 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
         except ValueError:
             limits[name] = np.nan
         if name not in LIMITS or not 0 <= limits[name] < np.inf:
-            raise ValueError(f"--limit {text}: NAME=NUMBER is due, NAME one of {', '.join(LIMITS)}")
+            raise ValueError(f"--limit {text}: expected NAME=NUMBER, NAME one of {', '.join(LIMITS)}")
     return limits

@@ -35,7 +35,7 @@ class Prompt:
 def of_file(folder: Path, file: Path, tokens: int | None, vocabulary: int) -> Prompt:
     """A user's text, its first `tokens`. Raises ValueError and CheckpointError in one line."""
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"--prompt-file {file}: {folder / 'tokenizer.json'} is due, to encode it with")
+        raise ValueError(f"--prompt-file {file}: expected {folder / 'tokenizer.json'}, to encode it with")
     if file.exists() and not file.is_file():
         raise ValueError(f"--prompt-file {file}: no regular file")
     try:
@@ -43,13 +43,13 @@ def of_file(folder: Path, file: Path, tokens: int | None, vocabulary: int) -> Pr
     except OSError as error:
         raise ValueError(f"--prompt-file {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--prompt-file {file}: UTF-8 is due") from None
+        raise ValueError(f"--prompt-file {file}: expected UTF-8") from None
     try:
         ids = tokenizer_of([folder]).encode(text).ids
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if len(ids) < (tokens or 2):
-        raise ValueError(f"--prompt-file {file}: {len(ids)} tokens, at least {tokens or 2} are due")
+        raise ValueError(f"--prompt-file {file}: expected {len(ids)} tokens, at least {tokens or 2}")
     if max(ids) >= vocabulary:
         where = folder / "tokenizer.json"
         raise ValueError(f"--prompt-file {file}: token {max(ids)} of {where} is beyond the vocabulary of {vocabulary}")
@@ -78,7 +78,7 @@ def _kept(folders: Sequence[Path], length: int, vocabulary: int) -> tuple[Array,
         return none, "no tokenizer.json beside the weights"
     ids = np.array(tokenizer.encode("\n\n".join(reversed([*kept_texts().values()]))).ids, dtype=int)
     if len(ids) < length:
-        return none, f"the kept texts have {len(ids)} tokens by tokenizer.json, {length} are due: add --prompt-file"
+        return none, f"the kept texts have {len(ids)} tokens by tokenizer.json, expected {length}: add --prompt-file"
     if ids.max() >= vocabulary:
         return none, f"tokenizer.json: token {ids.max()} is beyond the vocabulary of {vocabulary}"
     return ids, ""

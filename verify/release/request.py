@@ -66,11 +66,11 @@ class OnTrial:
             _check_original(headers, args, original, _args_of(original, overrides))
             _check_headers(original)
         elif limits:
-            raise ValueError("--limit is a limit to what quantization cost: --original is due too")
+            raise ValueError("--limit is a limit to what quantization cost: --original is expected too")
         if is_half:
             _check_half(headers, args)
         if tokens is not None and tokens < 2:
-            raise ValueError(f"--tokens {tokens}: at least 2 are due")
+            raise ValueError(f"--tokens {tokens}: expected at least 2")
         chosen = _chosen(headers, args, layers, is_half)
         if prompt is not None:
             passage = prompts.of_file(headers.folder or Path(), prompt, tokens, args.vocab_size)
@@ -192,7 +192,7 @@ def _check_half(headers: Release, args: ModelArgs) -> None:
 
 def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
     if headers.folder is None:
-        raise ValueError(f"{headers.origin}: not downloaded; its headers can be audited, its weights are due here")
+        raise ValueError(f"{headers.origin}: not downloaded; expected its weights here (its headers can be audited)")
     args = ModelArgs.from_dict(headers.config, **overrides)
     if args.has_indexer and args.main_rope != "interleaved":
         raise ValueError(f"{headers.origin}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
@@ -231,14 +231,14 @@ def _check_original(headers: Release, args: ModelArgs, original: Release, theirs
             raise ValueError(
                 f"--original {original.origin}: {key} = {_short(getattr(theirs, key))}, {headers.origin} has "
                 f"{_short(getattr(args, key))}; "
-                "the model that the release was made from is due"
+                "expected the model that the release was made from"
             )
 
 
 def _check_headers(original: Release) -> None:
     if original.is_packed:
         raise ValueError(
-            f"--original {original.origin}: packed itself; the weights that the release was packed from are due"
+            f"--original {original.origin}: packed itself; expected the weights that the release was packed from"
         )
     faults = [f.what for f in audit.audit(original, with_chat=False).findings if f.severity == audit.FAULT]
     if faults:
@@ -257,7 +257,7 @@ def _chosen(headers: Release, args: ModelArgs, layers: set[int] | None, is_half:
     for layer in chosen if args.has_indexer else ():
         full = max((i for i in range(layer + 1) if args.runs_indexer(i)), default=layer)
         if full not in chosen:
-            raise ValueError(f"--layers: layer {layer} shares the selection of layer {full}, which is due too")
+            raise ValueError(f"--layers: layer {layer} shares the selection of layer {full}, which is expected too")
     return chosen
 
 

@@ -179,7 +179,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--judge-out"):
-        pytest.exit("--judge-out FILE is due: where to write what was caught", returncode=exits.UNREADABLE)
+        pytest.exit("expected --judge-out FILE: where to write what was caught", returncode=exits.UNREADABLE)
     try:
         names = faults.chosen(config.getoption("--judge-faults"))
     except LookupError as error:

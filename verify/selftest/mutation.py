@@ -223,7 +223,7 @@ def main() -> None:
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {asked.out}: {error.strerror or error}; a folder is due")
+        parser.error(f"--out {asked.out}: {error.strerror or error}; expected a folder")
     files = [asked.out / f"{i}.jsonl" for i in range(PROCESSES)]
     if not asked.score:
         with ThreadPoolExecutor(PROCESSES) as pool:

@@ -19,7 +19,7 @@ def faults() -> Iterator[Fault]:
     def fault(name: str, what: str, *edits: Edit, stage: str, claim: str = INDEXER, shows: str = SPARSE, **more: str):
         return Fault(name, "indexer", what, edits, claim, f"self_attn.indexer.{stage}", shows, **more)
 
-    yield fault("indexer-rope-layout", "half-split where interleaved is due, or the reverse",
+    yield fault("indexer-rope-layout", "half-split instead of interleaved, or the reverse",
                 Edit(init, "args.indexer_rope,", "{'interleaved': 'half-split'}.get(args.indexer_rope, 'interleaved'),"),
                 stage="k", origin="transformers 46842, sglang 13495, vllm 28968, mlx-lm 1431")
     yield fault("indexer-nope-first", "rotates the last dims of a head instead of the first",
@@ -34,7 +34,7 @@ def faults() -> Iterator[Fault]:
                 Edit(keys, "self._rotate_first(k, rotation)[:, :, 0]", "k[:, :, 0]"), stage="k")
     yield fault("indexer-eps", "LayerNorm eps 1e-5 instead of 1e-6", Edit(init, "eps=args.indexer_norm_eps", "eps=1e-5"),
                 stage="k", shows="keys of small variance", origin="mlx-lm 1419, stock today")
-    yield fault("indexer-rmsnorm", "RMSNorm where LayerNorm is due",
+    yield fault("indexer-rmsnorm", "RMSNorm instead of LayerNorm",
                 Edit(keys, "self.k_norm(self.wk(x))",
                      "(mx.fast.rms_norm(self.wk(x), self.k_norm.weight, self.k_norm.eps) + self.k_norm.bias)"), stage="k",
                 origin="transformers 43912, FastDeploy 7398")

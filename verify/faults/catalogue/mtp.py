@@ -34,7 +34,7 @@ def faults() -> Iterator[Fault]:
     yield fault("mtp-reuse-skips-key-write", "steps that reuse a selection do not append their indexer key",
                 Edit("block.DecoderLayer.__call__", "if self.runs_indexer:", "if self.runs_indexer and not reuse:"),
                 stage="mtp cache, indexer keys", shows="second draft on", origin="xllm 2339")
-    yield fault("mtp-selects-anew", "later steps make their own selection where the first one's is due",
+    yield fault("mtp-selects-anew", "later steps make their own selection instead of the first one's",
                 Edit(draft, "if reuse is None and self.args.mtp_reuses_selection:", "if False:"), stage="mtp step 1 hidden",
                 shows=SPARSE)
     yield fault("mtp-reuses-the-first-query", "the selection reused is the first query's, not the last one's",
