@@ -6,8 +6,6 @@ from reference import checkpoints
 from reference.stored import read_tensors, weights_of
 from tests.test_sensitivity import caught, check_of, layers
 from verify import cases, faults
-from verify.claims import test_cache
-from verify.core.checker import Judge
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def test_a_whole_model_shows_what_a_lossy_choice_loses(case, name, check, monkey
     def run():
         if check == "layers":
             return layers(case)
-        return caught(test_cache.test_cuts, case, Judge, "decode")
+        return caught("test_cache.test_cuts", case=case, name="decode")
 
     with faults.seeded(name):
         found = run()

@@ -65,7 +65,7 @@ def test_the_builders_own_key_decides_for_the_release_and_its_oracles(half_split
     """The config of the published half-split builds: both keys, which contradict each other."""
     release = OnTrial.of(headers_of(str(half_split)), tokens=40, layers={0})
     trial = Trial(release, 0)
-    assert release.args.indexer_rope == trial.run.conventions.indexer_rope == "half-split"
-    assert type(trial.run.theirs.model.model.layers[0].self_attn.indexer).__name__ == "DeepseekV32Indexer"
+    assert release.args.indexer_rope == trial.run.truth.side.conventions.indexer_rope == "half-split"
+    assert type(trial.run.theirs.layers.model.model.layers[0].self_attn.indexer).__name__ == "DeepseekV32Indexer"
     contested = next(c for c in release.args.conventions if c.name == "indexer_rope")
     assert "indexer_rope_interleave" in contested.contested
