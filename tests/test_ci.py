@@ -45,9 +45,9 @@ def test_all_commits_of_a_branch_count_and_what_is_not_committed(repository):
     assert changed(repository.folder) == ["README.md", "code.py", "first", "new.py"]
 
 
-def test_on_main_it_is_the_last_commit_or_what_ci_says_was_there_before(repository):
+def test_on_main_it_is_everything_or_what_ci_says_was_there_before(repository):
     repository.git("update-ref", "refs/remotes/origin/main", "HEAD")
-    assert changed(repository.folder) == ["README.md"]
+    assert changed(repository.folder) == ["*"]
     assert changed(repository.folder, CI_BASE="HEAD~2") == ["README.md", "code.py"]
 
 
