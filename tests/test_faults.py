@@ -142,7 +142,8 @@ def test_the_catalogue_is_listed(capsys):
     for arguments, line in {
         "--faults no-such": "no fault is named 'no-such'", "--random 0": "--random 0: expected 1 or more",
         "--kept --keep": "--kept runs nothing", "--keep --faults indexer-eps": "--keep keeps a record of all faults",
-        "--json no/such/file": "--json no/such/file: a file in a folder", "--json verify": "--json verify: a file in a folder",
+        "--json no/such/file": "--json no/such/file: expected a file in a folder",
+        "--json verify": "--json verify: expected a file in a folder",
         "--kept --random 50": "--kept runs nothing", "--kept --in-order": "--kept runs nothing",
         "--changed --kept": "--changed chooses", "--changed --faults indexer-eps": "--changed chooses",
         "--release": "--release is asked of the kept record: add --kept",

@@ -503,7 +503,7 @@ def test_index_keys_of_an_indexer_in_16_bit_stay_so_beside_other_dtypes():
     [
         (["--context", "0"], "--context 0: expected a number of tokens"),
         (["--context", "1T"], "--context 1T"),
-        (["--kv-bits", "7"], "--kv-bits 7: 16, or one of"),
+        (["--kv-bits", "7"], "--kv-bits 7: expected 16, or one of"),
         (["--size", "much"], "--size much: expected bytes"),
         (["--chunk", "0"], "--chunk 0"),
         (["--recipe", "no-such"], "no-such: no recipe"),

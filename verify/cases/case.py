@@ -125,7 +125,7 @@ def default_specs() -> list[Spec]:
 
 
 def trained_specs() -> list[Spec]:
-    """The small checkpoints that have really been trained (reference/train.py), on text that they were not trained on.
+    """The small checkpoints that have really been trained (reference/training), on text that they were not trained on.
 
     The half-split one is the same recipe: to save time it is judged in some claims only.
     """
