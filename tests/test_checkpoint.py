@@ -320,7 +320,7 @@ def a_gap(folder):
                 entry["data_offsets"] = [n + 1 for n in entry["data_offsets"]]
 
     edit_header(file, edit, b"\0" + raw[8 + length :])
-    return file.name, "begins at data byte 1, expected 0"
+    return file.name, "at data byte 0, got 1"
 
 
 def more_than_a_tensor_has(folder):

@@ -19,11 +19,11 @@ def args(**changes):
     [
         ({"new_key": 1}, r"'new_key'.*neither handled"),
         ({"model_type": "llama"}, r"model_type = 'llama': allowed are"),
-        ({"hidden_size": 0}, r"hidden_size = 0: a whole number of at least 1"),
+        ({"hidden_size": 0}, r"hidden_size = 0: expected a whole number of at least 1"),
         ({"hidden_size": 64.5}, r"hidden_size = 64\.5"),
         ({"hidden_size": True}, r"hidden_size = True"),
         ({"hidden_size": None}, r"hidden_size is missing"),
-        ({"rms_norm_eps": 0}, r"rms_norm_eps = 0: a finite number above 0"),
+        ({"rms_norm_eps": 0}, r"rms_norm_eps = 0: expected a finite number above 0"),
         ({"rms_norm_eps": float("nan")}, r"rms_norm_eps = nan"),
         ({"qk_rope_head_dim": 15, "qk_head_dim": 27}, r"qk_rope_head_dim = 15.*even"),
         ({"qk_head_dim": 30}, r"qk_head_dim = 30: must equal qk_nope_head_dim \+ qk_rope_head_dim = 28"),
@@ -44,15 +44,15 @@ def args(**changes):
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "llama3"}}, r"rope_type = 'llama3': allowed"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, r"missing \['factor', 'original_max"),
         ({"rope_parameters": {"rope_theta": 1e6, "factor": 2}}, r"\['factor'\] have no meaning"),
-        ({"rope_parameters": "default"}, r"rope_parameters = 'default': an object"),
+        ({"rope_parameters": "default"}, r"rope_parameters = 'default': expected an object"),
         ({"indexer_types": ["full"] * 7}, r"7 entries for num_hidden_layers = 8"),
         ({"indexer_types": ["shared"] + ["full"] * 7}, r"layer 0 is shared"),
         ({"indexer_types": ["half"] * 8}, r"a list of 'full' and 'shared'"),
         ({"index_topk_pattern": "FSX" * 3}, r"only the letters F"),
         ({"index_topk_freq": 0}, r"index_topk_freq = 0"),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 0}, r"layer 0 is shared"),
-        ({"indexer_rope_interleave": "yes"}, r"indexer_rope_interleave = 'yes': true or false"),
-        ({"mlp_layer_types": ["dense"] * 3}, r"mlp_layer_types: 8 entries"),
+        ({"indexer_rope_interleave": "yes"}, r"indexer_rope_interleave = 'yes': expected true or false"),
+        ({"mlp_layer_types": ["dense"] * 3}, r"mlp_layer_types: expected 8 entries"),
         ({"num_nextn_predict_layers": 2}, r"num_nextn_predict_layers = 2: 0 or 1"),
         ({"model_type": "glm4_moe_lite"}, r"index_topk: glm4_moe_lite has no indexer"),
     ],
@@ -64,7 +64,7 @@ def test_impossible_values_are_refused_by_name(changes, message):
 
 
 def test_a_config_that_is_no_object():
-    with pytest.raises(ConfigError, match="list where an object"):
+    with pytest.raises(ConfigError, match="list; expected an object"):
         ModelArgs.from_dict([])
 
 
@@ -225,7 +225,7 @@ def test_which_layers_are_what():
 def test_json_that_is_not_read(tmp_path):
     file = tmp_path / "config.json"
     for text, message in (
-        (f'{{"a": {"1" * 60}}}', "67 bytes; a JSON file of at most 66 bytes"), ("[1]", "list where a JSON object"),
+        (f'{{"a": {"1" * 60}}}', "67 bytes; expected a JSON file of at most 66 bytes"), ("[1]", "list; expected a JSON object"),
         ('{"b":1,"a":1,"a":2}', "the key 'a' comes twice"), ("{", "not valid JSON"),
     ):  # fmt: skip
         file.write_text(text)

@@ -125,9 +125,9 @@ def test_a_fault_named_twice_is_seeded_once(given):
 
 
 def test_bad_options_that_need_no_process(given):
-    with pytest.raises(ValueError, match="--layers 0-99999999999: numbers and ranges"):
+    with pytest.raises(ValueError, match="--layers 0-99999999999: expected numbers and ranges"):
         options.parse_layers("0-99999999999")
-    with pytest.raises(ValueError, match="--layers 0-x: numbers and ranges"):
+    with pytest.raises(ValueError, match="--layers 0-x: expected numbers and ranges"):
         options.parse_layers("0-x")
     with pytest.raises(ValueError, match=r"--report README.md: a file is there"):
         Report(Path("README.md")).clear()

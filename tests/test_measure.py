@@ -227,10 +227,10 @@ def test_indexers_that_never_learned_have_no_layout(kept):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (np.zeros((4, 65)), "float64 \\[4, 65\\]: whole numbers"),
+        (np.zeros((4, 65)), "float64 \\[4, 65\\]: expected whole numbers"),
         (np.zeros(65, int), "expected whole numbers \\[texts, length\\]"),
         (np.zeros((0, 65), int), "whole numbers"),
-        (np.full((1, 65), -1), "tokens from -1 to -1: from 0 to below vocab_size"),
+        (np.full((1, 65), -1), "tokens from -1 to -1: expected from 0 to below vocab_size"),
         (np.full((1, 65), 10**6), "from 0 to below vocab_size"),
         (np.zeros((2, 65), int), "two texts are the same"),
     ],
