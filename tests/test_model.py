@@ -174,7 +174,7 @@ def test_a_model_without_mtp_cannot_draft():
 def test_an_mtp_cache_that_is_not_this_models_is_refused(model):
     hidden, tokens = model.model(mx.array([[5, 6, 7]])), mx.array([[6, 7, 8]])
     for cache, message in (
-        (model.make_cache()[3], "layer 0: a cache of Widths"),  # a shared layer's
+        (model.make_cache()[3], "layer 0: expected a cache of Widths"),  # a shared layer's
         (model.make_mtp_cache(left_padding=[0, 0]), "a cache of 2 rows, for a batch of 1"),
     ):
         with pytest.raises(CacheError, match=message):

@@ -262,7 +262,7 @@ def test_the_command(build, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["nowhere", "--against", BASE], "no such folder"),
-        ([BASE, "--against", BASE, "--stride", "100"], "--stride 100: a divisor of --context 2048"),
+        ([BASE, "--against", BASE, "--stride", "100"], "--stride 100: expected a divisor of --context 2048"),
         ([BASE, "--against", BASE, "--context", "1"], "--context 1"),
         ([BASE, "--against", BASE, "--tokens", "1"], "--tokens 1"),
         ([BASE, "--against", BASE, "--text", "nowhere.txt"], "--text nowhere.txt: No such file"),

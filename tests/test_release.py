@@ -223,7 +223,7 @@ def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
             f"--layers: layer {shared} shares the selection of layer {shared - 1}, which is expected too",
         ),
         ({"limits": {"kl_mean": 1.0}}, "--original is expected too"),
-        ({"prompt": text}, "expected tokenizer.json"),
+        ({"prompt": text}, r"expected .*tokenizer.json, to encode it with"),
     ):
         with pytest.raises(ValueError, match=message):
             OnTrial.of(headers, **given)
