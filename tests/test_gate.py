@@ -6,8 +6,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
+import torch
 
 from reference import checkpoints, kept
 from verify import cases
@@ -122,6 +125,14 @@ def test_what_a_file_judges(given):
 
 def test_a_fault_named_twice_is_seeded_once(given):
     options.Asked.of(given({"--fault": ["indexer-eps", "indexer-eps"]}))
+
+
+def test_what_modules_draw_is_the_same_in_each_run(given):
+    def drawn(seed):
+        gate.pytest_runtest_setup(SimpleNamespace(config=given({"--seed": seed})))
+        return mx.random.normal((3,)).tolist(), torch.randn(3).tolist()
+
+    assert drawn(0) == drawn(0) != drawn(1)
 
 
 def test_bad_options_that_need_no_process(given):

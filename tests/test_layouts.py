@@ -184,6 +184,15 @@ def test_a_layout_reads_as_the_plain_checkpoint_does(plain, tmp_path, layout, fo
             assert mine.shape(name) == theirs.shape(name)
 
 
+def test_arrays_that_mlx_lm_hands_over_are_turned_and_the_log_says_so(caplog):
+    args = glm_dsa.ModelArgs.from_dict(checkpoints.tiny(num_hidden_layers=4))
+    own = parameters_of(glm_dsa.Model(args))
+    with caplog.at_level("INFO", "glm_dsa"):
+        found = glm_dsa.Model(args).sanitize({f"language_model.{name}": value for name, value in own.items()})
+    assert found.keys() == own.keys()
+    assert [f"{len(own)} tensors are named language_model.*" in line for line in caplog.messages] == [True]
+
+
 @pytest.mark.parametrize(("layout", "form"), [(stacked_experts, "fp8"), (everything, "packed")], ids=["fp8", "packed"])
 def test_a_few_experts_of_a_layer_are_read_by_themselves(plain, tmp_path, layout, form):
     tensors, config, source = plain[form]

@@ -184,6 +184,7 @@ def test_an_mtp_cache_that_is_not_this_models_is_refused(model):
 
 BAD_TOKENS = {
     "one-dimensional": (mx.array([5, 6, 7]), "shape [3]: expected [B, S]"),
+    "one-dimensional, none": (mx.zeros((0,), mx.int32), "shape [0]: expected [B, S]"),
     "none": (mx.zeros((1, 0), mx.int32), "shape [1, 0]: expected [B, S]"),
     "no rows": (mx.zeros((0, 3), mx.int32), "shape [0, 3]: expected [B, S]"),
     "three axes": (mx.zeros((1, 3, 2), mx.int32), "shape [1, 3, 2]: expected [B, S]"),
@@ -206,6 +207,7 @@ def test_tokens_that_are_none_of_this_models_are_one_line(model, how):
         with pytest.raises(InputError, match=re.escape(message)) as error:
             call()
         assert "\n" not in str(error.value)
+        assert ("tokens[None]" in str(error.value)) == (how == "one-dimensional")  # which would help there alone
     assert cache[0].empty()
     assert mtp_cache.empty()
 

@@ -178,6 +178,8 @@ EQUIVALENT = OF_SIZES | {
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
     ("indexer.Indexer.select_tiled", "1 -> 2"): "waits for the last two blocks, not for the last",
     ("indexer.Indexer.select_tiled", "best or selections[-1:] -> best and selections[-1:]"): "only what waits for what",
+    ("indexer.Indexer.select_tiled", "-1 -> 1"): "selections[1:]: waits for all before but the first, not for the last",
+    ("indexer.Indexer.score", "scores >= LOWEST -> scores > LOWEST"): "LOWEST in the place of LOWEST",
     ("mask.CausalMask.tile", "self.first + rows.start -> self.first - rows.start"): "a mask that hides nothing is made",
     ("indexer.Indexer.best", "rest <= 0 -> rest < 0"): "all of them, in another order",
     ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
