@@ -3,6 +3,7 @@
 import ast
 import json
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -101,3 +102,28 @@ def test_a_run_goes_on_where_another_ended(pytestconfig, tmp_path, again):
 
 def test_what_is_called_equivalent_is_there(every):
     assert set(mutants.EQUIVALENT) <= {(mutant.where, mutant.change) for mutant in every}
+
+
+class Named(NamedTuple):
+    """In the place of pytest's item."""
+
+    nodeid: str
+
+
+def test_the_first_pass_is_made_once_for_processes_that_follow_one_another(pytestconfig, tmp_path, monkeypatch):
+    items = [Named(name) for name in "ab"]
+
+    def made():
+        return mutation.Mutation(pytestconfig, tmp_path / "0.jsonl", "", (0, 1), every=False, again=False, sizes=False)
+
+    def as_it_is(trial, items):
+        trial.reached, trial.seconds = {items[0]: {"rope.rotate"}}, {items[0]: 2.5}
+        return trial.reached
+
+    monkeypatch.setattr(mutation.Mutation, "as_it_is", as_it_is)
+    first = made()
+    first.as_it_was(items)
+    monkeypatch.setattr(mutation.Mutation, "as_it_is", None)  # would fail if it were called
+    second = made()
+    second.as_it_was(items)
+    assert (second.reached, second.seconds) == (first.reached, first.seconds)

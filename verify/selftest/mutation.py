@@ -55,7 +55,7 @@ class Mutation(Court):
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.without_shrinking()
-        self.as_it_is(session.items)
+        self.as_it_was(session.items)
         self.say(f"{len(self.reached)} tests, {sum(self.seconds.values()):.0f} s")
         done = self.done()
         wanted = [m for m in mutants() if m.where.startswith(self.only) and (m.of_size or not self.sizes)]
@@ -72,6 +72,17 @@ class Mutation(Court):
                     stream.flush()
         self.fresh_report()
         return True
+
+    def as_it_was(self, items: list[pytest.Item]) -> None:
+        """`as_it_is`, once for all processes that follow one another (see `run`)."""
+        kept, ids = clean(self.out), {item.nodeid: item for item in items}
+        if not kept.exists():
+            reached = self.as_it_is(items)
+            found = {item.nodeid: (sorted(ran), self.seconds[item]) for item, ran in reached.items()}
+            kept.write_text(json.dumps(found), encoding="utf-8")
+            return
+        for name, (ran, seconds) in json.loads(kept.read_text(encoding="utf-8")).items():
+            self.reached[ids[name]], self.seconds[ids[name]] = set(ran), seconds
 
     def done(self) -> set[str]:
         """What has an end. What was begun twice in a row and never ended is noticed: the process ends with it."""
@@ -172,8 +183,14 @@ TESTS = ("verify/", *(f"tests/test_{part}.py" for part in OWN.split()))
 PROCESSES = 2
 
 
+def clean(out: Path) -> Path:
+    """Where the first pass, without a mutant, is kept for the processes that follow."""
+    return out.with_suffix(".clean.json")
+
+
 def run(out: Path, only: str, share: str, flags: list[str]) -> None:
     """One share of the mutants. A process that a mutant took with it is followed by another, which goes on after it."""
+    clean(out).unlink(missing_ok=True)  # of other code
     command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", "-p", "verify.selftest.mutation"]
     command += ["--mutation-out", str(out), "--mutate", only, "--mutation-share", share]
     command += ["-k", f"not ({OTHERS})"]
