@@ -126,6 +126,15 @@ class AtExperts(Exception):
     called anew, and its attention, and whatever else costs before the experts, gives again what it gave."""
 
 
+# -- multi-token prediction
+
+
+def first_draft(tokens: Array, args: ModelArgs) -> tuple[Array, int]:
+    """The first draft step over the whole prompt, int [1, S] -> (what the MTP layer is fed, int [1, S]: each position the next
+    token, the last one the first; how many of the first embeddings are zeroed)."""
+    return np.roll(tokens, -1, axis=1), int(args.mtp_zero_first_embedding)
+
+
 # -- what is done at once
 
 

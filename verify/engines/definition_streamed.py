@@ -17,7 +17,7 @@ from glm_dsa.checkpoint import quantize_as_stored
 from glm_dsa.moe import Experts
 from glm_dsa.storage import Stored, read_piece
 
-from .base import Answer, AtExperts, Steps, Weights
+from .base import Answer, AtExperts, Steps, Weights, first_draft
 from .definition import to_numpy
 from .taps import exchanged
 
@@ -88,11 +88,10 @@ class OurLayers:
         return Answer({s: to_numpy(v) for s, v in seen.items()}, out, chosen)
 
     def mtp_embeddings(self, tokens: Array) -> mx.array:
-        """Of the first draft step over the whole prompt, int [1, S] -> [1, S, hidden]: each position is fed the next token, the
-        last one the first."""
-        embeddings = self.mtp_embed(np.roll(tokens, -1, axis=1))
-        if self.args.mtp_zero_first_embedding:
-            embeddings = mx.where((mx.arange(tokens.shape[1]) == 0)[:, None], 0, embeddings)
+        """Of `first_draft`, int [1, S] -> [1, S, hidden]."""
+        fed, zeroed = first_draft(tokens, self.args)
+        embeddings = self.mtp_embed(fed)
+        embeddings[:, :zeroed] = 0
         return embeddings
 
     def mtp_embed(self, tokens: Array) -> mx.array:

@@ -103,7 +103,7 @@ class DefinitionEngine:
         return layers
 
     def _mtp(self, layers: OurLayers, hidden: mx.array, tokens: Array) -> None:
-        """The first draft step over the whole prompt: each position is fed the next token, the last one the first."""
+        """`first_draft`."""
         mtp = layers.model.mtp
         assert mtp is not None
         rotation, mask = layers.model.model.rotation_and_mask(tokens.shape[1], None)

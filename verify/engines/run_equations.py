@@ -14,7 +14,7 @@ from reference.layers import Layers
 
 from ..core import stages
 from ..core.choices import scatter
-from .base import Answer, AtExperts, Steps, Weights, vocabulary
+from .base import Answer, AtExperts, Steps, Weights, first_draft, vocabulary
 from .recording import Hearing
 from .spec import Side
 
@@ -93,15 +93,15 @@ class EquationsEngine:
         layers = self.layers
         own = _Heard(layers.config, self._read, self.side.conventions)
         own.hearing, own.experts_count = hearing, self.args.n_routed_experts
-        ids, allowed, positions = torch.as_tensor(tokens), causal(tokens.shape, None), _positions(tokens.shape)
-        x, selection = own.record("embed", layers.embed(ids).double().numpy()), None
+        allowed, positions = causal(tokens.shape, None), _positions(tokens.shape)
+        x, selection = own.record("embed", layers.embed(torch.as_tensor(tokens)).double().numpy()), None
         for layer in range(self.args.num_hidden_layers):
             x, selection = own.layer(layer, x, positions, allowed, selection)
         hidden = own.record("norm", self.norm(x))
         if layers.has_mtp:
-            index = self.args.num_hidden_layers
-            embedded = layers.mtp_embed(torch.roll(ids, -1, 1)).double().numpy()
-            embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
+            index, (fed, zeroed) = self.args.num_hidden_layers, first_draft(tokens, self.args)
+            embedded = layers.mtp_embed(torch.as_tensor(fed)).double().numpy()
+            embedded[:, :zeroed] = 0
             joined = own.record(f"layers.{index}.eh_proj", self.eh_proj(embedded, hidden))
             out, _ = own.layer(index, joined, positions, allowed, None)
             own.record(f"layers.{index}.shared_head", self.shared_head(out))

@@ -19,7 +19,7 @@ from ..core import stages
 from ..core.choices import scatter
 from ..core.compare import same_sets
 from ..core.stages import EXPERTS, INDEXER, MODULE_OUTPUTS, ROUTER
-from .base import TORCH, Answer, AtExperts, Steps, Weights, chunks, vocabulary
+from .base import TORCH, Answer, AtExperts, Steps, Weights, chunks, first_draft, vocabulary
 from .recording import Hearing
 from .spec import Side
 
@@ -80,12 +80,12 @@ class HfEngine:
         """See `steps`."""
         return steps(self.layers, index, x.to(self.layers.dtype), selection, choices, attended, places)
 
-    def before_mtp(self, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[Around, torch.Tensor, torch.Tensor]:
-        """The first draft step over the whole prompt: each position is fed the next token, the last one the first. tokens int
-        [1, S], hidden [B, S, hidden] after the final norm -> (HF's glue, embeddings [1, S, hidden], the layer's input)."""
-        around = self.layers.around_mtp()
-        embedded = self.layers.mtp_embed(torch.roll(tokens, -1, 1)).to(self.layers.dtype)
-        embedded[:, : int(self.args.mtp_zero_first_embedding)] = 0
+    def before_mtp(self, tokens: Array, hidden: torch.Tensor) -> tuple[Around, torch.Tensor, torch.Tensor]:
+        """`first_draft` of tokens int [1, S], hidden [B, S, hidden] after the final norm -> (HF's glue, embeddings
+        [1, S, hidden], the layer's input)."""
+        around, (fed, zeroed) = self.layers.around_mtp(), first_draft(tokens, self.args)
+        embedded = self.layers.mtp_embed(torch.as_tensor(fed)).to(self.layers.dtype)
+        embedded[:, :zeroed] = 0
         return around, embedded, around.before(embedded.expand_as(hidden), hidden)
 
     def whole(self, tokens: Array, at: Array, hearing: Hearing) -> None:
@@ -104,7 +104,7 @@ class HfEngine:
             last.remove()
             backbone.embed_tokens, backbone.layers, backbone.norm = own
         if self.layers.has_mtp:
-            self._mtp(ids, hidden, hearing)
+            self._mtp(tokens, hidden, hearing)
         parts = [(hidden[0, at].float() @ self.layers.head(rows).T).numpy() for rows in vocabulary(self.args)]
         hearing.note("logits", np.concatenate(parts, -1))
 
@@ -161,9 +161,9 @@ class HfEngine:
 
         return answer
 
-    def _mtp(self, ids: torch.Tensor, hidden: torch.Tensor, hearing: Hearing) -> None:
+    def _mtp(self, tokens: Array, hidden: torch.Tensor, hearing: Hearing) -> None:
         index = self.args.num_hidden_layers
-        around, _, x = self.before_mtp(ids, hidden)
+        around, _, x = self.before_mtp(tokens, hidden)
         hearing.note(f"layers.{index}.eh_proj", x[0].float().numpy())
         with self.layers.loaded(index, self._answer(index)) as model:
             module: Any = model.model.layers[index]  # type: ignore[union-attr, index]

@@ -113,14 +113,14 @@ class Pass:
 
     def _mtp(self, index: int) -> Ran:
         """The first draft step over the whole prompt."""
-        ids, hidden = torch.as_tensor(self.tokens), self.theirs.layers.norm(self.hf)
-        around, embedded, x = self.theirs.before_mtp(ids, hidden)
+        hidden = self.theirs.layers.norm(self.hf)
+        around, embedded, x = self.theirs.before_mtp(self.tokens, hidden)
         embeddings = self.ours.layers.mtp_embeddings(self.tokens)
         own = mx.concatenate([mx.array(hidden.numpy()).astype(self.dtype), self.ours.layers.norm(self.own[1:])])
         theirs = None
         if self.original is not None and self.original.layers.has_mtp:
             both = torch.cat([hidden, self.original.layers.norm(self.first[1:])])
-            theirs = self.original.before_mtp(ids, both)[2], None
+            theirs = self.original.before_mtp(self.tokens, both)[2], None
         ran, hf, ours, _ = self._run(index, (x, None), (own, None), theirs, mx.concatenate([embeddings, embeddings]))
         last = around.after(hf.out)
         ran.hf |= {f"layers.{index}.eh_proj": x.numpy(), f"layers.{index}.shared_head": last.numpy()}
