@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.choices import scatter
 from .definition import to_numpy
 from .third_party import others_code
 
@@ -58,19 +61,43 @@ def given(args: tuple[Any, ...]) -> Array | None:
 
 
 def in_place_of(array: mx.array | None, due: Array) -> mx.array:
-    """HF's values in the shape and dtype of theirs."""
+    """HF's values or indices in the dtype of theirs, and in its shape as far as their number allows."""
     assert array is not None
-    return (
-        mx.array(due.astype(np.float32))
-        .reshape(array.shape if array.size == due.size else due.shape)
-        .astype(array.dtype)
-    )
+    rows = (*array.shape[:-1], due.shape[-1])
+    shape = next((s for s in (array.shape, rows) if math.prod(s) == due.size), due.shape)
+    kind = np.int64 if due.dtype.kind in "iu" else np.float32
+    return mx.array(np.ascontiguousarray(due, dtype=kind)).reshape(shape).astype(array.dtype)
 
 
-def choice(array: mx.array | None, due: Array) -> mx.array:
-    assert array is not None
-    shape = array.shape if array.size == due.size else (*array.shape[:-1], due.shape[-1])
-    return mx.array(due.astype(np.int64)).reshape(shape).astype(array.dtype)
+@dataclass(frozen=True)
+class Routing:
+    """Experts and their weights in what a router gave: as many of both, in any order and shape."""
+
+    out: Any
+    experts: mx.array
+    weights: mx.array
+
+    @classmethod
+    def of(cls, out: Any) -> Routing | None:
+        """None where there is none that can be read."""
+        experts, weights = (first(out, kind)[0] for kind in (mx.integer, mx.floating))
+        if experts is None or weights is None or experts.size != weights.size:
+            return None
+        return cls(out, experts, weights)
+
+    def chosen(self, *rows: int) -> Array:
+        """int [*rows, k]"""
+        return to_numpy(self.experts).reshape(*rows, -1)
+
+    def by_expert(self, count: int, *rows: int) -> Array:
+        """Weights of all `count` experts, [*rows, count]."""
+        return scatter(to_numpy(self.weights).reshape(*rows, -1), self.chosen(*rows), count)
+
+    def exchanged(self, due: Array, by_expert: Array) -> Any:
+        """What the router gave, with experts `due` [.., k] and their weights out of [.., count] in the place of its own."""
+        out = first(self.out, mx.integer)[1](in_place_of(self.experts, due))
+        weights = np.take_along_axis(by_expert, due.astype(np.int64), -1)
+        return first(out, mx.floating)[1](in_place_of(self.weights, weights))
 
 
 def aligned(array: mx.array, shape: tuple[int, ...]) -> Array | None:

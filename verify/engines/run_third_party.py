@@ -8,12 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.choices import scatter
 from ..core.compare import same_sets
 from ..core.stages import INDEXER, MODULE_OUTPUTS, ROUTER, kind_of
 from .base import MX, Calls, let_go
 from .definition import to_numpy
-from .marshal import aligned, arrays, call_model, first, new_cache, with_input
+from .marshal import Routing, aligned, arrays, call_model, first, in_place_of, new_cache, with_input
 from .recording import Hearing
 from .spec import Side
 from .taps import paths_of, tapped
@@ -93,7 +92,7 @@ class _Listening:
             return put(array)
         self.hearing.note(stage, values[0])
         due = self.hearing.due(stage)
-        return put(array if due is None else _like(due, array))
+        return put(array if due is None else in_place_of(array, due))
 
     def _selection(self, stage: str, out: Any) -> Any:
         array, put = first(out, mx.integer)
@@ -106,31 +105,18 @@ class _Listening:
             return out
         self.hearing.note(stage, chosen.reshape(self.length, -1))
         due = self.hearing.due(stage)
-        return out if due is None else put(_like(due, array))
+        return out if due is None else put(in_place_of(array, due))
 
     def _routing(self, path: str, out: Any) -> Any:
         """Experts and their weights. Where others are due, the weights are due with them, but those of the same experts."""
-        experts, put_experts = first(out, mx.integer)
-        weights, _ = first(out, mx.floating)
-        if experts is None or weights is None or experts.size != weights.size or experts.size % self.length:
+        routing = Routing.of(out)
+        if routing is None or routing.experts.size % self.length:
             return out
-        chosen = to_numpy(experts).reshape(self.length, -1)
-        count = self.engine.args.n_routed_experts
-        by_expert = scatter(to_numpy(weights).reshape(chosen.shape), chosen, count)
+        chosen = routing.chosen(self.length)
+        by_expert = routing.by_expert(self.engine.args.n_routed_experts, self.length)
         self.hearing.note(f"{path}.topk", chosen)
         self.hearing.note(f"{path}.weights", by_expert)
         due, theirs = self.hearing.due(f"{path}.topk"), self.hearing.other(f"{path}.weights")
-        if due is None:
+        if due is None or theirs is None:
             return out
-        if theirs is None:
-            return out
-        is_own = same_sets(chosen, due)[:, None]
-        mixed = np.take_along_axis(np.where(is_own, by_expert, theirs), due.astype(np.int64), -1)
-        put = put_experts(_like(due, experts))
-        return first(put, mx.floating)[1](_like(mixed, weights))
-
-
-def _like(due: Array, array: mx.array) -> mx.array:
-    shape = array.shape if array.size == due.size else (*array.shape[:-1], due.shape[-1])
-    kind = np.int64 if due.dtype.kind in "iu" else np.float32
-    return mx.array(np.ascontiguousarray(due).astype(kind)).reshape(shape).astype(array.dtype)
+        return routing.exchanged(due, np.where(same_sets(chosen, due)[:, None], by_expert, theirs))

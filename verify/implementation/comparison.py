@@ -19,10 +19,10 @@ from ..core.collector import Collector, Fault
 from ..core.stages import INDEXER, ROUTER, kind_of
 from ..engines.definition import to_numpy
 from ..engines.marshal import (
+    Routing,
     aligned,
     arrays,
     call_model,
-    choice,
     describe,
     first,
     given,
@@ -184,7 +184,7 @@ class Watch:
             return out
         if self.local:
             if path in self.theirs.mended:
-                return out if array is None else put(choice(array, due))
+                return out if array is None else put(in_place_of(array, due))
             fault = self.collector.check(
                 lambda: self.collector.selection(self.theirs.name, path, ours, due, decision),
                 lambda: causes.of_selection(self.reference, path, ours, decision),
@@ -194,33 +194,29 @@ class Watch:
         found = decision.difference(ours, due)
         self.ties += found.ties
         hand_on = found.differing and (self.local or not found.faults or path in self.theirs.mended)
-        return put(choice(array, due)) if hand_on and array is not None else out
+        return put(in_place_of(array, due)) if hand_on and array is not None else out
 
     def _routing(self, path: str, out: Any) -> Any:
         """Experts and their weights, in any order; HF's in the place of what differs."""
-        experts, put_experts = first(out, mx.integer)
-        weights, _ = first(out, mx.floating)
-        reference, case = self.reference.reference, self.theirs.case
+        routing = Routing.of(out)
+        reference, count = self.reference.reference, self.theirs.case.args.n_routed_experts
         due, due_weights, logits = (reference.hf[f"{path}.{s}"] for s in ("topk", "weights", "logits"))
         decision = reference.decision(f"{path}.topk", self.local)
-        rows = None if experts is None else int(np.prod(experts.shape[:-1])) // due.shape[0]
-        if not self.local and rows is not None:
+        if not self.local and routing is not None:
+            rows = int(np.prod(routing.experts.shape[:-1])) // due.shape[0]
             due, logits, due_weights = (self._rows(a, rows) for a in (due, logits, due_weights))
             decision = decision[:, self.start : self.start + rows]
-        if experts is None or weights is None or experts.size != due.size or weights.size != due.size:
+        if routing is None or routing.experts.size != due.size:
             self.unread[path] = f"gives {describe(out)}: no experts with weights that can be read"
             return out
-        ours = to_numpy(experts).reshape(due.shape)
-        if max_of(ours) >= case.args.n_routed_experts:
-            self.unread[path] = f"names expert {max_of(ours)} of {case.args.n_routed_experts}"
+        ours = routing.chosen(*due.shape[:-1])
+        if max_of(ours) >= count:
+            self.unread[path] = f"names expert {max_of(ours)} of {count}"
             return out
-        count = case.args.n_routed_experts
+        weights = scatter(due_weights, due, count)
 
         def mend() -> Any:
-            mine, theirs = scatter(due_weights, due, count), choice(experts, due)
-            order = to_numpy(theirs).reshape(due.shape).astype(np.int64)
-            put = put_experts(theirs)
-            return first(put, mx.floating)[1](in_place_of(weights, np.take_along_axis(mine, order, -1)))
+            return routing.exchanged(due, weights)
 
         if path in self.theirs.mended:
             return mend()
@@ -233,13 +229,11 @@ class Watch:
             lambda: causes.of_routing(self.reference, path, ours, logits, decision),
         )
         if fault is None and not found.differing:
-            mine = scatter(to_numpy(weights).reshape(due.shape), ours, count)
+            mine = routing.by_expert(count, *due.shape[:-1])
             bound = reference.bound(f"{path}.weights", local=True)
             fault = self.collector.check(
-                lambda: self.collector.values(
-                    self.theirs.name, f"{path}.weights", mine, scatter(due_weights, due, count), bound
-                ),
-                lambda: causes.of_routing_weights(mine, scatter(due_weights, due, count), bound),
+                lambda: self.collector.values(self.theirs.name, f"{path}.weights", mine, weights, bound),
+                lambda: causes.of_routing_weights(mine, weights, bound),
             )
         if fault is not None:
             self._add(path, fault)
