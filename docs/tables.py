@@ -15,6 +15,7 @@ import mlx.core as mx
 from glm_dsa import KvQuantization, LayerCache, Widths
 from glm_dsa.cache import cache_bytes
 from glm_dsa.planning import plan, recipe
+from glm_dsa.text import in_gib
 from tests.carried import diagnosing, kept
 from verify import faults
 from verify.bench import tables as bench_tables
@@ -149,7 +150,7 @@ def recipes() -> str:
             (file for file in CONFIGS.glob("*.json") if name.startswith(file.stem)), key=lambda file: len(file.stem)
         )
         total = plan.plan(config, rules).main
-        rows.append([f"`{name}`", rules.purpose, f"{total.bits:.3f}", f"{total.nbytes / 2**30:.2f}"])
+        rows.append([f"`{name}`", rules.purpose, f"{total.bits:.3f}", in_gib(total.nbytes)])
     return table(["recipe", "for", "bits a weight", "GiB, without MTP"], rows)
 
 

@@ -21,7 +21,7 @@ from .config import ModelArgs
 from .console import MLX_LM, show
 from .errors import CheckpointError, GlmDsaError, RecipeError, printable
 from .planning import gguf, plan, recipe
-from .text import table
+from .text import in_gb, table
 
 UNREADABLE = 10  # exit status for what cannot be read or done; no command here gives a verdict (verify/core/exits.py)
 REFUSED = {
@@ -174,7 +174,7 @@ def render(found: dict[str, Any], as_json: bool) -> str:
     lines += table(rows, right=(1, 2))
     if "stored" in found:
         held = dict(found["stored"])
-        sizes = ", ".join(f"{dtype} {size / 1e9:.3f} GB" for dtype, size in held.pop("bytes").items())
+        sizes = ", ".join(f"{dtype} {in_gb(size, 3)} GB" for dtype, size in held.pop("bytes").items())
         notes = [f"  note: {note}" for note in held.pop("notes")]
         lines += ["", "stored", *(f"  {key}: {value}" for key, value in held.items()), f"  bytes: {sizes}", *notes]
     return "\n".join([*lines, "", "conventions", *(f"  {c}" for c in found["conventions"])])

@@ -44,6 +44,16 @@ def parse_count(text: str, most: int) -> int:
     return count
 
 
+def in_gb(nbytes: float, digits: int = 2) -> str:
+    """Bytes in GB of 10^9."""
+    return f"{nbytes / 1e9:.{digits}f}"
+
+
+def in_gib(nbytes: float, digits: int = 2) -> str:
+    """Bytes in GiB of 2^30."""
+    return f"{nbytes / 2**30:.{digits}f}"
+
+
 def table(rows: Sequence[Sequence[str]], right: Container[int] = (), ruled: bool = False) -> list[str]:
     """Lines of aligned columns, those of `right` to the right; ruled: with a line of dashes below the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -23,7 +23,7 @@ from ..config_reader import read_json
 from ..errors import CacheError, ConfigError, RecipeError, printable
 from ..storage import Stored
 from ..store import BITS, KvQuantization, fitting
-from ..text import parse_count, table
+from ..text import in_gb, in_gib, parse_count, table
 from ..tiles import ELEMENTS
 from . import gguf
 from .components import Component, counted
@@ -108,9 +108,9 @@ class Plan:
     def machines(self) -> dict[int, dict[str, Any]]:
         """{GB as sold: what is left of it, whether that holds the total, and whether macOS lends the GPU so much unasked}."""
         out = {}
-        for gb in MEMORIES:
-            memory = gb << 30
-            out[gb] = {
+        for sold in MEMORIES:
+            memory = sold << 30
+            out[sold] = {
                 "rest_bytes": memory - self.total,
                 "holds": self.total <= memory,
                 "within_default": self.total <= USABLE * memory,
@@ -232,7 +232,7 @@ def plan(
     main = Component.sum(components.values())
     if size is not None:
         notes.append(
-            f"a build of {size:,} bytes ({size / 1e9:.2f} GB, {size / 2**30:.3f} GiB) without MTP has "
+            f"a build of {size:,} bytes ({in_gb(size)} GB, {in_gib(size, 3)} GiB) without MTP has "
             f"{8 * size / main.parameters:.3f} bits per weight"
         )
     cache = Cache.of(args, context, kv_bits, item, index_item)
@@ -309,18 +309,17 @@ def render(found: Plan, as_json: bool = False) -> str:
         ("together", found.total, ""),
     ]
     rows = [(f"memory, {cache.tokens:,} tokens", "GB", "GiB", "")]
-    rows += [(name, f"{n / 1e9:.2f}", f"{n / 2**30:.2f}", how) for name, n, how in sizes]
+    rows += [(name, in_gb(n), in_gib(n), how) for name, n, how in sizes]
     out += ["", *table(rows, right=(1, 2))]
     if found.mtp is not None:
         out.append(
-            f"(with the MTP layer {(found.mtp.nbytes + cache.mtp) / 1e9:.2f} GB more: its weights, and "
-            f"{cache.mtp / 1e9:.2f} of cache)"
+            f"(with the MTP layer {in_gb(found.mtp.nbytes + cache.mtp)} GB more: its weights, and {in_gb(cache.mtp)} of cache)"
         )
     rows = [("machine", "rest, GB", "")]
-    for gb, fits in found.machines().items():
+    for sold, fits in found.machines().items():
         how = "holds it" if fits["within_default"] else "holds it, with iogpu.wired_limit_mb raised"
         if fits["holds"]:
-            rows.append((f"{gb} GB", f"{fits['rest_bytes'] / 1e9:.1f}", how))
+            rows.append((f"{sold} GB", in_gb(fits["rest_bytes"], 1), how))
     none = f"no machine of up to {MEMORIES[-1]} GB holds it"
     out += ["", *(table(rows, right=(1,)) if len(rows) > 1 else [none])]
     if found.notes:
@@ -330,6 +329,6 @@ def render(found: Plan, as_json: bool = False) -> str:
 
 def _row(name: str, c: Component) -> tuple[str, ...]:
     return (
-        name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.bits:.3f}", f"{c.nbytes / 1e9:.2f}", f"{c.nbytes / 2**30:.3f}",
+        name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.bits:.3f}", in_gb(c.nbytes), in_gib(c.nbytes, 3),
         c.told(),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from glm_dsa.errors import CacheError, ConfigError, printable
 from glm_dsa.planning.components import Component
 from glm_dsa.planning.plan import MEMORIES, USABLE, Cache
 from glm_dsa.planning.recipe import Recipe
-from glm_dsa.text import table
+from glm_dsa.text import in_gb, table
 
 from ..core.findings import FAULT, NOTE, WARNING, Finding, Findings
 from ..engines.headers import Release
@@ -134,13 +134,13 @@ def _components(found: Audit) -> list[str]:
     rows: list[tuple[str, ...]] = [("component", "tensors", "parameters", "GB", "bits a weight", "formats")]
     total = Component.sum(found.components.values())
     for name, c in [*found.components.items(), ("total", total)]:
-        rows.append((name, f"{c.tensors:,}", f"{c.parameters:,}", f"{c.nbytes / 1e9:.3f}", f"{c.bits:.2f}", c.told()))
+        rows.append((name, f"{c.tensors:,}", f"{c.parameters:,}", in_gb(c.nbytes, 3), f"{c.bits:.2f}", c.told()))
     return table(rows, right=(1, 2, 3, 4))
 
 
 def _memory(found: Audit) -> list[str]:
     rows: list[tuple[str, ...]] = [("KV cache, GB", *CONTEXTS)]
-    rows += [(kind, *(f"{size / 1e9:.2f}" for size in sizes.values())) for kind, sizes in found.cache.items()]
+    rows += [(kind, *map(in_gb, sizes.values())) for kind, sizes in found.cache.items()]
     out = ["", *table(rows, right=(1, 2, 3))]
     rows = [("memory", *(f"{kind} cache" for kind in found.cache))]
     for memory, kinds in found.fits().items():

@@ -14,6 +14,7 @@ from glm_dsa import ModelArgs, inventory
 from glm_dsa.attention import MultiHeadLatentAttention
 from glm_dsa.indexer import WIDEST
 from glm_dsa.planning.plan import Cache, prefill_bytes
+from glm_dsa.text import in_gb
 from glm_dsa.tiles import ELEMENTS
 
 from . import flops
@@ -81,9 +82,9 @@ class Paper:
         )
         parts = (("weights", self.weights), ("latents", self.latents), ("index keys", self.index_keys),
                  ("prefill at most about", self.working))  # fmt: skip
-        told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
+        told = ", ".join(f"{name} {in_gb(size, 1)}" for name, size in parts)
         fits = "fits" if self.total <= m.memory * 1e9 else "does NOT fit"
-        yield f"memory, GB: {told}, together {self.total / 1e9:.1f}: {fits} into {m.memory:g}"
+        yield f"memory, GB: {told}, together {in_gb(self.total, 1)}: {fits} into {m.memory:g}"
         for what, counts in (("decode", self.decode), (f"prefill, chunks of {self.chunk}", self.prefill)):
             yield ""
             yield f"{what + ', a token':<34} {'GFLOP':>10} {'MB':>10} {'ms at least':>12}"
@@ -92,7 +93,7 @@ class Paper:
                 yield f"  {name:<32} {c.operations / 1e9:>10.3f} {c.bytes / 1e6:>10.2f} {least:>12.3f}"
         yield ""
         yield (
-            f"without a selection a token's attention would read {self.dense.bytes / 1e9:.1f} GB and take "
+            f"without a selection a token's attention would read {in_gb(self.dense.bytes, 1)} GB and take "
             f"{self.dense.operations / 1e9:.0f} GFLOP in decode: {1e3 * m.seconds(self.dense):.0f} ms at least"
         )
 
