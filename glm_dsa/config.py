@@ -41,7 +41,7 @@ def _is_eps(value: Any) -> bool:
     return is_number(value) and 0 < value < 1
 
 
-# What a caller may override: a check, and what is due where it fails.
+# What a caller may override: a check, and what is expected where it fails.
 OVERRIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "indexer_rope": (_is_layout, f"{INTERLEAVED!r} or {HALF_SPLIT!r}"),
     "main_rope": (_is_layout, f"{INTERLEAVED!r} or {HALF_SPLIT!r}"),

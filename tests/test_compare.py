@@ -63,7 +63,7 @@ def select(*keys):
         (select(0, 2, 3), select(0, 1, 3), 1e-6, 0, 1),  # one swapped key is near the boundary, the other is not
         (select(0, 1), select(0, 1, 3), 1e-6, 0, 1),  # too few
         (select(0, 1, 5), select(0, 1, 3), 1.0, 0, 1),  # a masked key in a valid one's place is no tie
-        (None, select(0, 1, 3), 1e-6, 0, 1),  # dense where a selection is due
+        (None, select(0, 1, 3), 1e-6, 0, 1),  # dense where a selection is expected
     ],
 )
 def test_selections(ours, ref, noise, ties, faults):

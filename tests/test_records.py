@@ -1,4 +1,4 @@
-"""What the records rest on: keys, the core, and which rows a change makes due."""
+"""What the records rest on: keys, the core, and which rows a change asks for again."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_words_decide_nothing():
     assert keys.code_of('class A: "words"; b = 1\n') == 'class A: "words"; b = 1'
 
 
-# -- what is due
+# -- what is to be judged again
 
 
 def test_nothing_is_due_where_nothing_changed(current):

@@ -269,7 +269,7 @@ def test_limits_are_kept_or_named():
 
 
 def test_a_resumed_run_says_its_faults_again(source, tmp_path):
-    """And goes on with the layers that are due; under another identity it does not."""
+    """And goes on with the layers that are left; under another identity it does not."""
 
     def judged_twice(trial):
         out = Report()

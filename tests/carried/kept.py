@@ -1,4 +1,4 @@
-"""The record of what drift names, as JSON lines, and which of its rows a change makes due: as verify.selftest.changed has it.
+"""The record of what drift names, as JSON lines, and which of its rows a change asks for again: as verify.selftest.changed has it.
 
 A row's key is of its mistakes, as they are carried and as the catalogue has them, and of what is withheld. The core is of what
 every row rests on: drift, what it runs models by, the references, and the definition, in which drift tries its suspects.
@@ -105,7 +105,7 @@ def read(path: Path = KEPT) -> tuple[str, list[dict]]:
     return header["full"], rows
 
 
-# -- what is due
+# -- what is to be diagnosed again
 
 
 def stale(tasks: Sequence[Task], rows: Sequence[dict]) -> list[Task]:

@@ -122,7 +122,7 @@ class Underway(Generic[T]):
 
 
 class AtExperts(Exception):
-    """Raised out of a layer where its experts are due. Nobody's forward can be left in the middle and taken up again: it is
+    """Raised out of a layer that has come to its experts. Nobody's forward can be left in the middle and taken up again: it is
     called anew, and its attention, and whatever else costs before the experts, gives again what it gave."""
 
 

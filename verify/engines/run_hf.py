@@ -267,8 +267,8 @@ def _putting(module: torch.nn.Module, prefix: str, hearing: Hearing) -> Iterator
 
 
 def _routed(out: Any, due: Array, theirs: Array | None) -> Any:
-    """What a router gives, its experts exchanged for those that are due. The weights stay its own where the experts are the
-    same; where they are not, theirs (by expert) are due with them."""
+    """What a router gives, its experts exchanged for `due`. The weights stay its own where the experts are the same; where
+    they are not, theirs (by expert) come with them."""
     logits, weights, experts = out
     chosen, count = experts.numpy(), logits.shape[-1]
     own = scatter(weights.float().numpy(), chosen, count)

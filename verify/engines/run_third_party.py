@@ -108,7 +108,7 @@ class _Listening:
         return out if due is None else put(in_place_of(array, due))
 
     def _routing(self, path: str, out: Any) -> Any:
-        """Experts and their weights. Where others are due, the weights are due with them, but those of the same experts."""
+        """Experts and their weights. Where others take their place, so do the weights, but not those of the same experts."""
         routing = Routing.of(out)
         if routing is None or routing.experts.size % self.length:
             return out

@@ -95,7 +95,7 @@ def merged(one: tuple[Odd, ...], other: tuple[Odd, ...]) -> tuple[Odd, ...]:
 
 class Usual(NamedTuple):
     """What rounding makes of some rows of this matrix; and what was found in all of them: slope and error. excess: of its squared
-    errors over what is due by the format alone, at least 1. spread: by how much that slope is uncertain."""
+    errors over what is expected of the format alone, at least 1. spread: by how much that slope is uncertain."""
 
     rows: torch.Tensor
     slope: float
@@ -210,7 +210,7 @@ def _odd(kind: str, unit: str, found: list[tuple[int, float, float]]) -> Odd:
 
 
 def odd_columns(mine: torch.Tensor, theirs: torch.Tensor, sums: Sums, form: Form, usual: Usual) -> Iterator[Odd]:
-    """What is due in the groups that a column passes through says which stand out; those groups are rounded anew, since what
+    """What is expected in the groups that a column passes through says which stand out; those groups are rounded anew, since what
     falls on the same step in each row errs alike in all."""
     cross, off, square = (x.double() for x in sums.columns)
     due, mean = (

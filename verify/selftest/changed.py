@@ -1,10 +1,10 @@
 """`python -m verify judge --changed`: of the kept record, what a change may have made untrue is judged again.
 
-Three kinds of rows are due. Those whose key differs from the record's: their edits, modules or claim's files are others. Those that
+Three kinds of rows are. Those whose key differs from the record's: their edits, modules or claim's files are others. Those that
 were judged since the last full run (--keep marks them): a record that somebody made by themselves is not taken at its word, so CI,
 which keeps nothing, judges them too. And where the core differs from the full run's, sentinels: of each claim the faults that came
 nearest to passing. Beside them a few sound checkpoints. No history is asked, so a shallow clone or a commit that holds both a
-change and its record is judged as any other. Only a full run makes fewer rows due.
+change and its record is judged as any other. Only a full run makes them fewer.
 """
 
 from __future__ import annotations
