@@ -546,6 +546,10 @@ def test_text_and_json_say_the_same(capsys):
         row = next(line for line in text.splitlines() if line.startswith(f"{name}  "))
         assert f"{component['parameters']:,}" in row
         assert f"{component['bits']:.3f}" in row
+        assert {f"{component['bytes'] / 1e9:.2f}", f"{component['bytes'] / GIB:.3f}"} <= set(row.split())
+    for sold, fits in found["machines"].items():
+        rests = [line.split()[2] for line in text.splitlines() if line.startswith(f"{sold} GB")]
+        assert rests == ([f"{fits['rest_bytes'] / 1e9:.1f}"] if fits["holds"] else [])
     assert f"{found['memory']['total_bytes'] / 1e9:.2f}" in text
     assert sum(c["bytes"] for c in found["components"].values()) == found["without_mtp"]["bytes"]
     assert found["with_mtp"]["bytes"] == found["without_mtp"]["bytes"] + found["mtp"]["bytes"]
