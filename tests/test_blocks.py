@@ -5,10 +5,25 @@ import pytest
 from docs import blocks
 from tests.carried import diagnosing, kept
 
+# Those that run a command end to end, each a process of its own.
+RUN = {
+    "failure": pytest.mark.slow(
+        "docs/", "README.md", "verify/claims/test_layers", "verify/gate", "verify/core", "verify/cases", "verify/engines",
+        "verify/faults", "reference/", "glm_dsa/indexer", "glm_dsa/rope",
+    ),
+    "drift": pytest.mark.slow(
+        "docs/", "README.md", "verify/drift", "verify/commands", "verify/core", "verify/engines", "verify/faults",
+        "verify/__main__", "reference/", "glm_dsa/", "constraints.txt",
+    ),
+    "implementation": pytest.mark.slow(
+        "docs/", "README.md", "verify/implementation", "verify/claims/test_implementation", "verify/gate", "verify/core",
+        "verify/cases", "verify/engines", "reference/", "constraints.txt",
+    ),
+}  # fmt: skip
 PAGES = {page: blocks.blocks_in(page.read_text(encoding="utf-8")) for page in blocks.pages()}
 
 
-@pytest.mark.parametrize("name", blocks.BLOCKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=RUN.get(name, ())) for name in blocks.BLOCKS])
 def test_a_block_is_current_wherever_it_stands(name):
     due, written = blocks.BLOCKS[name].made(), [found[name] for found in PAGES.values() if name in found]
     assert written, f"{name}: no page has <!-- {name} -->"

@@ -52,6 +52,7 @@ def test_in_mlx_lm(example, registered):
     assert found["text"]
 
 
+@pytest.mark.slow("examples/drift", "verify/drift", "verify/engines", "glm_dsa/planning", "glm_dsa/mlx_lm")
 def test_drift(example, registered):
     found = example("drift")
     assert found["found"].sensitivity.recipe.bits <= 6.25
