@@ -14,6 +14,7 @@ import mlx_lm.models.cache
 import pytest
 
 import glm_dsa.mlx_lm
+from tests.gatekeeper import close
 from verify.gate import options
 
 
@@ -45,6 +46,12 @@ def nobody_listens():
     log = logging.getLogger("glm_dsa")
     log.handlers[:], log.propagate = [], True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gatekeeper():
+    yield
+    close()
 
 
 class Given(dict):

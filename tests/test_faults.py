@@ -10,12 +10,13 @@ import pytest
 
 import glm_dsa
 from glm_dsa import indexer
+from tests.gatekeeper import gate
 from verify import __main__ as command
 from verify import faults
 from verify.core import stages
 from verify.faults import coverage, edits
 from verify.gate import options
-from verify.gate import plugin as gate
+from verify.gate import plugin
 from verify.selftest import judging, keys, scorecard
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def test_the_catalogue_holds_what_was_seen_in_the_field_and_more():
 
 @pytest.mark.parametrize("fault", faults.CATALOGUE.values(), ids=lambda fault: fault.name)
 def test_a_fault_says_where_it_is_met_and_can_be_seeded(fault):
-    assert (fault.claim in gate.all_claims()) == bool(fault.stage)
+    assert (fault.claim in plugin.all_claims()) == bool(fault.stage)
     assert fault.stage or fault.equivalent
     codes = {edit.where: edits.find(edit.where).__code__ for edit in fault.edits}
     with faults.seeded(fault.name):
@@ -163,6 +164,7 @@ def test_a_record_that_is_none(tmp_path, text):
         scorecard.Judged.read(tmp_path / "odd.jsonl")
 
 
+@pytest.mark.slow("verify/selftest", "verify/faults", "verify/gate", "verify/core", "verify/cases")
 def test_judging_ends_to_end_on_two_faults(tmp_path, capfd):
     """Two that are caught; with every part of it as a process, and no pass before."""
     names = "experts-gelu,router-softmax"
@@ -202,10 +204,10 @@ def test_bad_options(given):
 
 def test_a_seeded_gate_fails_and_says_what_was_seeded():
     arguments = ["verify/claims/test_rope.py", "-q", "--fault", "rope-backwards", "-k", "test_rotation and 2047"]
-    out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 1
-    assert "the definition as it is: seeded with rope-backwards: turns by minus the angle" in out.stdout
-    assert "FAULT in 1 of" in out.stdout.strip().splitlines()[-1]
+    status, said = gate(*arguments)
+    assert status == 1
+    assert "the definition as it is: seeded with rope-backwards: turns by minus the angle" in said
+    assert "FAULT in 1 of" in said.strip().splitlines()[-1]
 
 
 # -- what is kept

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +11,11 @@ import pytest
 import torch
 
 from reference import checkpoints, kept
+from tests.gatekeeper import gate
 from verify import cases
 from verify.core.report import AGREES, FAULT, Comparison, Report
 from verify.gate import options
-from verify.gate import plugin as gate
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments):
-    out = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return out.returncode, out.stdout + out.stderr
+from verify.gate import plugin
 
 
 def report_with(outcomes, comparisons=(), **not_verified):
@@ -81,7 +73,7 @@ def test_an_earlier_report_does_not_stay(tmp_path):
 
 
 def test_a_single_test_is_a_part():
-    status, out = run(
+    status, out = gate(
         "verify/claims/test_rope.py::test_frequencies[64-linear]",
         "verify/claims/test_layers.py",
         "--layers",
@@ -95,7 +87,7 @@ def test_a_single_test_is_a_part():
 
 
 def test_a_case_that_is_judged_in_some_claims_names_claims_that_exist():
-    assert set(cases.HALF_SPLIT_CLAIMS) < set(gate.all_claims())
+    assert set(cases.HALF_SPLIT_CLAIMS) < set(plugin.all_claims())
 
 
 def test_an_exact_check_that_failed_is_the_worst():
@@ -103,7 +95,7 @@ def test_an_exact_check_that_failed_is_the_worst():
 
 
 def test_bad_options_are_one_line():
-    status, out = run("verify/", "--checkpoint", "nowhere")
+    status, out = gate("verify/", "--checkpoint", "nowhere")
     assert status == 10
     assert "nowhere: no such folder" in out
     assert "Traceback" not in out
@@ -111,16 +103,16 @@ def test_bad_options_are_one_line():
 
 def test_what_a_file_judges(given):
     """A file that is named is collected, whatever the options: it must say itself that it has nothing to judge."""
-    release, others = gate.CLAIMS / "test_release.py", gate.CLAIMS / "test_rope.py"
-    theirs = gate.CLAIMS / "test_implementation_cache.py"
+    release, others = plugin.CLAIMS / "test_release.py", plugin.CLAIMS / "test_rope.py"
+    theirs = plugin.CLAIMS / "test_implementation_cache.py"
     plain, on_code = given({}), given({"--implementation": "x"})
-    assert gate.left_out(release, plain) == "judges a release: add --checkpoint DIR_OR_REPO"
-    assert not gate.left_out(release, given({"--checkpoint": "x"}))
-    assert not gate.left_out(others, plain)
-    assert not gate.left_out(theirs, on_code)
-    assert gate.left_out(others, on_code).startswith("--implementation is judged by test_implementation*.py")
-    assert gate.left_out(theirs, plain).startswith("--implementation is judged by test_implementation*.py")
-    assert not gate.left_out(Path("tests/test_rope.py"), on_code)
+    assert plugin.left_out(release, plain) == "judges a release: add --checkpoint DIR_OR_REPO"
+    assert not plugin.left_out(release, given({"--checkpoint": "x"}))
+    assert not plugin.left_out(others, plain)
+    assert not plugin.left_out(theirs, on_code)
+    assert plugin.left_out(others, on_code).startswith("--implementation is judged by test_implementation*.py")
+    assert plugin.left_out(theirs, plain).startswith("--implementation is judged by test_implementation*.py")
+    assert not plugin.left_out(Path("tests/test_rope.py"), on_code)
 
 
 def test_a_fault_named_twice_is_seeded_once(given):
@@ -147,7 +139,7 @@ def test_bad_options_that_need_no_process(given):
     with pytest.raises(ValueError, match="--seed -1: expected 0 or more"):
         options.Asked.of(given({"--seed": -1}))
     with pytest.raises(pytest.exit.Exception, match="run it without -n"):
-        gate.pytest_configure(given({"numprocesses": 2}))
+        plugin.pytest_configure(given({"numprocesses": 2}))
     with pytest.raises(ValueError, match="--index-topk belongs to --checkpoint"):
         options.Asked.of(given({"--index-topk": 8, "--device": "cpu"}))
     with pytest.raises(ValueError, match="--tokens belongs to --checkpoint without --implementation"):
@@ -170,7 +162,7 @@ def test_a_checkpoint_of_ones_own(tmp_path, given):
         "-k",
         "release and (rope or router or layers or logits)",
     ]
-    status, out = run("verify/", "--checkpoint", str(folder), *arguments)
+    status, out = gate("verify/", "--checkpoint", str(folder), *arguments)
     assert status == 0, out
     last = next(line for line in out.splitlines() if line.startswith("verdict: "))
     assert last.startswith("verdict: agrees with HF and the equations in")

@@ -16,6 +16,7 @@ import tokenizers
 import glm_dsa
 from glm_dsa.model import parameters_of
 from reference import checkpoints
+from tests.gatekeeper import gate
 from verify.audit import audit
 from verify.gate import options
 
@@ -67,7 +68,7 @@ def test_a_release_beside_its_original(release, source, tmp_path):
         100,
         "-q",
     ]
-    status, said = run(*arguments, "--limit", "kl_mean=1e-6", "--limit", "top1=0")
+    status, said = gate(ROOT / "verify", *arguments, "--limit", "kl_mean=1e-6", "--limit", "top1=0")
     assert "layers.0 cost: relative error of attention" in said
     assert "KL(original || release) in nats: mean" in said
     assert ", of text" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import glm_dsa
 from glm_dsa.__main__ import main as glm_dsa_main
 from verify.__main__ import main as verify_main
 
+from ..gatekeeper import gate
 from .makers import Bench
 from .row import AGREES, UNREADABLE, Said
 
@@ -157,38 +156,12 @@ def _logits(folder: Path) -> np.ndarray:
 # -- the gate
 
 
-@cache
-def _gatekeeper() -> subprocess.Popen[str]:
-    """One process for all gates that are asked: torch and transformers are brought in once."""
-    command = [sys.executable, "-m", "tests.field.gatekeeper"]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
-    )
-
-
-def _environment(*first: Path) -> dict[str, str]:
-    """`first`: folders that come before all others where modules are looked for."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, first), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
-
-
-def close() -> None:
-    if _gatekeeper.cache_info().currsize:
-        keeper = _gatekeeper()
-        keeper.communicate(timeout=30)  # which closes what it listens to, and so ends it
-        _gatekeeper.cache_clear()
-
-
 def gated(*options: object, files: tuple[str, ...] = GATE) -> Question:
     """`pytest verify/ --checkpoint FOLDER`; a callable among the options is asked for a folder."""
 
     def ask(bench: Bench, folder: Path) -> Said:
-        given = [str(o(bench, folder) if callable(o) else o) for o in options]
-        keeper = _gatekeeper()
-        assert keeper.stdin is not None
-        assert keeper.stdout is not None
-        keeper.stdin.write(json.dumps([*files, "--checkpoint", str(folder), *given]) + "\n")
-        keeper.stdin.flush()
-        return Said(**json.loads(keeper.stdout.readline()))
+        given = [o(bench, folder) if callable(o) else o for o in options]
+        return Said(*gate(*files, "--checkpoint", folder, *given))
 
     return ask
 
@@ -200,7 +173,8 @@ def gated_with(module: str, text: str, *options: str) -> Question:
         (folder / "first").mkdir()
         (folder / "first" / f"{module}.py").write_text(text)
         command = [sys.executable, "-m", "pytest", *GATE, "--checkpoint", str(folder), *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment(folder / "first"))
+        environment = os.environ | {"PYTHONPATH": f"{folder / 'first'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         return Said(done.returncode, done.stdout + done.stderr)
 
     return ask

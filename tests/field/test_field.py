@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from . import asking
 from .makers import Bench
 from .rows import PARTS
 
@@ -16,8 +15,7 @@ LONGEST = 60  # lines of an audit, for any input
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
-    yield Bench(tmp_path_factory.mktemp("field"))
-    asking.close()
+    return Bench(tmp_path_factory.mktemp("field"))
 
 
 def test_rows_are_seventy_or_more_each_with_a_name_of_its_own():
