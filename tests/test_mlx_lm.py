@@ -97,13 +97,13 @@ def test_an_mlx_lm_that_has_changed_is_named(monkeypatch):
         glm_dsa.mlx_lm.register()
 
 
-@pytest.mark.parametrize("step", [2048, 7])
-def test_greedy_text_is_that_of_the_uncached_run(loaded, step):
-    """200 tokens past index_topk."""
+@pytest.mark.parametrize(("step", "count"), [(2048, 210), (7, 60)])
+def test_greedy_text_is_that_of_the_uncached_run(loaded, step, count):
+    """Past index_topk, by 200 tokens and by 50; the step is the prompt's alone."""
     model, tokenizer = loaded
     prompt = prompt_of(tokenizer, 12)
-    tokens = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=210, prefill_step_size=step)]
-    assert len(tokens) == 210
+    tokens = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=count, prefill_step_size=step)]
+    assert len(tokens) == count
     assert is_greedy(model, prompt, tokens)
 
 
@@ -192,9 +192,9 @@ def test_native_quantization_does_not_depend_on_the_cuts(loaded):
         cache = model.make_cache(kv_bits=8, quantized_kv_start=30)
         options = {"prefill_step_size": step, "kv_bits": 8, "quantized_kv_start": 0}
         texts.append(
-            [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=40, prompt_cache=cache, **options)]
+            [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=20, prompt_cache=cache, **options)]
         )
-        assert (cache[0].latents.plain.length, cache[0].latents.packed.length) == (30, 70)
+        assert (cache[0].latents.plain.length, cache[0].latents.packed.length) == (30, 50)
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -219,11 +219,11 @@ def test_speculative_decoding_changes_nothing(loaded, tmp_path):
     draft = glm_dsa.load(checkpoints.write(tmp_path / "draft", checkpoints.packable(), seed=1), dtype=mx.float32)
     prompt = prompt_of(tokenizer, 40)
     for options in ({}, {"kv_bits": 8, "quantized_kv_start": 0}):
-        alone = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=40, **options)]
-        drafted = [t for t, *_ in speculative_generate_step(mx.array(prompt), model, draft, max_tokens=40, **options)]
-        assert drafted[:40] == alone
-    agreeing = list(speculative_generate_step(mx.array(prompt), model, model, max_tokens=40))
-    assert sum(was_drafted for *_, was_drafted in agreeing) > 20
+        alone = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=24, **options)]
+        drafted = [t for t, *_ in speculative_generate_step(mx.array(prompt), model, draft, max_tokens=24, **options)]
+        assert drafted[:24] == alone
+    agreeing = list(speculative_generate_step(mx.array(prompt), model, model, max_tokens=24))
+    assert sum(was_drafted for *_, was_drafted in agreeing) > 12
 
 
 def test_a_draft_model_of_another_kind_is_rewound_too(loaded):
@@ -370,8 +370,16 @@ def glm_dsa_conventions():
 # -- conversion
 
 
+def here(*arguments):
+    """The same as `command`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        assert main(list(map(str, arguments))) == 0
+
+
 def convert(source, target, *options):
-    return command("convert", "--hf-path", source, "--mlx-path", target, *options)
+    here("convert", "--hf-path", source, "--mlx-path", target, *options)
+    return target
 
 
 def packed_bits(folder):
@@ -381,25 +389,8 @@ def packed_bits(folder):
 
 
 @pytest.fixture(scope="module")
-def converted(folder):
-    """{name: folder}, by mlx-lm's own command; two processes at a time."""
-    to = {name: folder.parent / name for name in ("same", "four_bit", "mixed", "dequantized")}
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(convert, folder, to["four_bit"], "-q"),
-            pool.submit(convert, folder, to["mixed"], "-q", "--quant-predicate", "mixed_3_6", "--q-group-size", "64"),
-            pool.submit(convert, folder, to["same"]),
-        ]
-        jobs[0].result()
-        jobs.append(pool.submit(convert, to["four_bit"], to["dequantized"], "--dequantize"))
-        for job in jobs:
-            job.result()
-    return to
-
-
-@pytest.fixture
-def four_bit(converted):
-    return converted["four_bit"]
+def four_bit(unregistered, folder):
+    return convert(folder, folder.parent / "four_bit", "-q")
 
 
 def test_convert_to_4_bit(four_bit):
@@ -415,12 +406,15 @@ def test_convert_to_4_bit(four_bit):
     assert bias.dtype == mx.float32
 
 
-def test_convert_to_a_mixed_recipe(converted):
-    bits = packed_bits(converted["mixed"])
+def test_convert_to_a_mixed_recipe(folder, tmp_path, capsys):
+    options = ["-q", "--quant-predicate", "mixed_3_6", "--q-group-size", "64"]
+    mixed = convert(folder, tmp_path / "mixed", *options)
+    bits = packed_bits(mixed)
     assert set(bits.values()) == {3, 6}
     assert bits["lm_head"] == bits["model.layers.8.mlp.switch_mlp.down_proj"] == 6
     assert not any(".indexer." in name for name in bits)
-    assert "Generation: 5 tokens" in command("generate", "--model", converted["mixed"], "--prompt", TEXT, "-m", 5)
+    here("generate", "--model", mixed, "--prompt", TEXT, "-m", 5)
+    assert "Generation: 5 tokens" in capsys.readouterr().out
 
 
 def test_a_custom_predicate_may_pack_the_indexer_and_is_warned(registered, folder, tmp_path, caplog):
@@ -439,8 +433,8 @@ def test_a_conversion_that_packs_nothing_is_an_error(registered, folder, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_dequantized_it_loads_and_says_the_same(registered, converted, four_bit):
-    target = converted["dequantized"]
+def test_dequantized_it_loads_and_says_the_same(registered, four_bit, tmp_path):
+    target = convert(four_bit, tmp_path / "dequantized", "--dequantize")
     assert "quantization" not in json.loads((target / "config.json").read_text())
     assert packed_bits(target) == {}
     tokens = mx.array([list(range(3, 60))])
@@ -449,9 +443,10 @@ def test_dequantized_it_loads_and_says_the_same(registered, converted, four_bit)
     assert mx.abs(ours - theirs).max() < 1e-4 * mx.abs(theirs).max()
 
 
-def test_a_converted_model_equals_its_source_unquantized(folder, converted):
+def test_a_converted_model_equals_its_source_unquantized(folder, tmp_path):
     """Nothing is lost on the way through mlx-lm's converter: every parameter, MTP included, bit for bit."""
-    ours, theirs = (dict(tree_flatten(glm_dsa.load(f).parameters())) for f in (converted["same"], folder))
+    same = convert(folder, tmp_path / "same")
+    ours, theirs = (dict(tree_flatten(glm_dsa.load(f).parameters())) for f in (same, folder))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -475,9 +470,10 @@ def test_generate(loaded, folder):
     assert "144 bytes a token and layer instead of 512" in out
 
 
-def test_kv_bits_that_were_never_reached_are_said_so(folder):
-    out = command("generate", "--model", folder, "--prompt", "x", "-m", 3, "--kv-bits", 8)
-    assert "not quantized. --kv-bits begins at token 5000 (--quantized-kv-start), this run ended at" in out
+def test_kv_bits_that_were_never_reached_are_said_so(folder, capsys):
+    here("generate", "--model", folder, "--prompt", "x", "-m", 3, "--kv-bits", 8)
+    said = "not quantized. --kv-bits begins at token 5000 (--quantized-kv-start), this run ended at"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow("glm_dsa/mlx_lm", "glm_dsa/cache")

@@ -18,9 +18,9 @@ import numpy as np
 
 import glm_dsa
 from glm_dsa.__main__ import main as glm_dsa_main
+from tests.gatekeeper import gate
 from verify.__main__ import main as verify_main
 
-from ..gatekeeper import gate
 from .makers import Bench
 from .row import AGREES, UNREADABLE, Said
 
