@@ -102,7 +102,7 @@ def test_a_slow_test_runs_where_its_subject_changed():
 
 
 def marks():
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+    for file in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.slow":
                 yield file.name, [ast.literal_eval(argument) for argument in node.args]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from verify.core.exits import AGREES, FAULT, NOT_JUDGED, UNREADABLE
 
 if TYPE_CHECKING:
+    from pytest import MarkDecorator
+
     from .makers import Bench
 
 __all__ = ["AGREES", "FAULT", "NOT_JUDGED", "REFUSED", "SETTLED", "UNREADABLE", "Row", "Said"]
@@ -32,7 +34,8 @@ class Row:
     P20).
 
     `says` and `never` are regular expressions, searched for in what is printed: each of the first must be there (in letters
-    of either case), the subject that has to be named; none of the second may be. `code` is one exit code, or several.
+    of either case), the subject that has to be named; none of the second may be. `code` is one exit code, or several. `marks`:
+    pytest's, of a row that is slow and whose like a quicker row or test has.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Row:
     code: int | tuple[int, ...] = AGREES
     says: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    marks: MarkDecorator | tuple[()] = ()
 
     @property
     def codes(self) -> tuple[int, ...]:

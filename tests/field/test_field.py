@@ -27,7 +27,7 @@ def test_rows_are_seventy_or_more_each_with_a_name_of_its_own():
         assert len(row.what) > 10, row.name
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=row.marks, id=name) for name, row in ROWS.items()])
 def test_what_people_bring(row, bench, tmp_path):
     said = row.asked(bench, row.made(bench, tmp_path / "input"))
     told = f"{row.what}\n{said.text[-6000:]}"

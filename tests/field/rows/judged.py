@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from reference.kept import TRAINED
@@ -67,6 +68,8 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|sep|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# tests/test_exits.py has the like: a broken import as a process, a warning in this one
+ORACLE = pytest.mark.slow("verify/engines", "verify/gate", "verify/core", "reference/", "tests/field")
 TURNED = {"interleaved": config(indexer_rope_interleave=False), "half-split": config(indexer_rope_interleave=True)}
 
 ROWS = [
@@ -87,15 +90,16 @@ ROWS = [
     ),
     Row(
         "4 index heads", "the same, less often", "D2", small(index_n_heads=4), gated(files=CACHES), never=("FAULT",),
+        marks=pytest.mark.slow("verify/claims", "verify/core", "verify/cases", "verify/gate", "glm_dsa/", "tests/field"),
     ),
     Row(
         "oracle that warns", "transformers 5.24 says of its own keyword that it will be gone", "D3", tiny(),
-        gated_with("transformers", WARNS, *FEW), says=("agrees",), never=("FAULT",),
+        gated_with("transformers", WARNS, *FEW), says=("agrees",), never=("FAULT",), marks=ORACLE,
     ),
     Row(
         "oracle that does not import", "transformers is broken in this environment", "D3", tiny(),
         gated_with("transformers", 'raise ImportError("broken build of tokenizers")'), code=NOT_JUDGED,
-        says=("transformers", "broken build"), never=("FAULT",),
+        says=("transformers", "broken build"), never=("FAULT",), marks=ORACLE,
     ),
     Row(
         "interleaved weights under a half-split config", "converted and never measured beyond index_topk", "ROCm/ATOM#1502",
@@ -238,5 +242,6 @@ ROWS = [
     Row(
         "halves exchanged without an original", "weights cannot tell; a figure shows", "P7",
         trained("interleaved", halves_exchanged), gated(), says=(r"perplexity of the text: release 7\d",), never=("FAULT",),
+        marks=pytest.mark.slow("verify/release", "verify/claims/test_release", "verify/gate", "glm_dsa/", "tests/field"),
     ),
 ]  # fmt: skip
