@@ -15,8 +15,7 @@ from verify import __main__ as command
 from verify import faults
 from verify.core import stages
 from verify.faults import coverage, edits
-from verify.gate import options
-from verify.gate import plugin
+from verify.gate import options, plugin
 from verify.selftest import judging, keys, scorecard
 
 ROOT = Path(__file__).parents[1]

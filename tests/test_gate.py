@@ -14,8 +14,7 @@ from reference import checkpoints, kept
 from tests.gatekeeper import gate
 from verify import cases
 from verify.core.report import AGREES, FAULT, Comparison, Report
-from verify.gate import options
-from verify.gate import plugin
+from verify.gate import options, plugin
 
 
 def report_with(outcomes, comparisons=(), **not_verified):

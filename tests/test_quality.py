@@ -62,6 +62,14 @@ def logits_of(folder, windows):
     return [torch.from_numpy(np.array(model(mx.array(w[None]))[0])).double() for w in windows]
 
 
+@pytest.fixture(scope="module")
+def whole(build, ids):
+    """(begin, ids, logits) of each window, of the whole base and of the whole build; every other window is a plain one."""
+    begins = range(0, LENGTH - CONTEXT + STRIDE, STRIDE)
+    windows = [ids[b : b + CONTEXT] for b in begins]
+    return [list(zip(begins, windows, logits_of(folder, windows), strict=True)) for folder in (BASE, build)]
+
+
 def close(found, due, share=1e-6):
     assert found == pytest.approx(due, rel=share)
 
@@ -69,13 +77,10 @@ def close(found, due, share=1e-6):
 # -- against a direct computation
 
 
-def test_kl_and_agreement_are_those_of_the_whole_models(found, build, ids):
+def test_kl_and_agreement_are_those_of_the_whole_models(found, whole):
     """torch, in float64, on one run of each whole model per window; each token once, in its last window."""
-    begins = range(0, LENGTH - CONTEXT + STRIDE, STRIDE)
-    windows = [ids[b : b + CONTEXT] for b in begins]
-    base, mine = logits_of(BASE, windows), logits_of(build, windows)
     kl, top1, top5, done = [], [], [], 1
-    for begin, p, q in zip(begins, base, mine, strict=True):
+    for (begin, _, p), (_, _, q) in zip(*whole, strict=True):
         rows = slice(done - begin - 1, len(p) - 1)
         logp, logq = (torch.log_softmax(x[rows], -1) for x in (p, q))
         kl.append(torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="none").sum(-1))
@@ -96,16 +101,13 @@ def test_kl_and_agreement_are_those_of_the_whole_models(found, build, ids):
     assert found.top1.value < 1
 
 
-def test_perplexities_are_those_of_the_whole_models(found, build, ids):
-    for folder, side in ((BASE, 0), (build, 1)):
-        plain = [ids[b : b + CONTEXT] for b in range(0, LENGTH - CONTEXT + 1, CONTEXT)]
-        nll = [nll_of(x, w) for x, w in zip(logits_of(folder, plain), plain, strict=True)]
+def test_perplexities_are_those_of_the_whole_models(found, whole, ids):
+    for side, windows in enumerate(whole):
+        nll = [nll_of(x, w) for begin, w, x in windows if begin % CONTEXT == 0 and len(w) == CONTEXT]
         close(found.plain[side].value, math.exp(np.concatenate(nll).mean()))
-        assert found.plain[side].tokens == len(plain) * (CONTEXT - 1)
-        begins = range(0, LENGTH - CONTEXT + STRIDE, STRIDE)
-        windows = [ids[b : b + CONTEXT] for b in begins]
+        assert found.plain[side].tokens == len(nll) * (CONTEXT - 1) == LENGTH // CONTEXT * (CONTEXT - 1)
         strided, done = [], 1
-        for begin, x, w in zip(begins, logits_of(folder, windows), windows, strict=True):
+        for begin, w, x in windows:
             strided.append(nll_of(x, w)[done - begin - 1 :])
             done = begin + len(w)
         strided = np.concatenate(strided)

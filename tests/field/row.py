@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from verify.core.exits import AGREES, FAULT, NOT_JUDGED, UNREADABLE
 
 if TYPE_CHECKING:
-    from pytest import MarkDecorator
+    import pytest
 
     from .makers import Bench
 
@@ -46,7 +46,7 @@ class Row:
     code: int | tuple[int, ...] = AGREES
     says: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
-    marks: MarkDecorator | tuple[()] = ()
+    marks: pytest.MarkDecorator | tuple[()] = ()
 
     @property
     def codes(self) -> tuple[int, ...]:
