@@ -120,7 +120,7 @@ def test_a_fault_named_twice_is_seeded_once(given):
 
 def test_what_modules_draw_is_the_same_in_each_run(given):
     def drawn(seed):
-        gate.pytest_runtest_setup(SimpleNamespace(config=given({"--seed": seed})))
+        plugin.pytest_runtest_setup(SimpleNamespace(config=given({"--seed": seed})))
         return mx.random.normal((3,)).tolist(), torch.randn(3).tolist()
 
     assert drawn(0) == drawn(0) != drawn(1)
