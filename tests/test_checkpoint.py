@@ -518,7 +518,7 @@ def test_a_text_is_what_utf_8_holds():
 
 
 def test_as_a_process(folder):
-    """No traceback reaches the user, and the exit status is 10. (The gate as a process: tests/test_fuzz.py.)"""
+    """No traceback reaches the user, and the exit status is 10. (The gate as a process: tests/fuzz/test_bounds.py.)"""
     truncated(folder)
     command = [sys.executable, "-m", "glm_dsa", "inventory", str(folder)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

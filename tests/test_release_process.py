@@ -90,7 +90,7 @@ def test_without_the_original_the_report_says_what_nobody_can_tell(release, sour
 
 
 def test_what_does_not_load_is_refused_with_its_reason(release, tmp_path, given):
-    """As a process: tests/test_fuzz.py."""
+    """As a process: tests/fuzz/test_bounds.py."""
     folder = shutil.copytree(release, tmp_path / "router")
     tensors = dict(mx.load(str(folder / "model.safetensors")))
     w = tensors.pop("model.layers.2.mlp.gate.weight")
