@@ -178,7 +178,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What takes part: the gate on one case of each family, and the tests of the definition's own files.
 OTHERS = "trained or behaviour or glm-5.2-half-split or glm-5.1- or grouped-half-split or (glm-4.7 and not mtp)"
-OWN = "bench cache checkpoint compare config foreign layouts linear memory model plan recipe trace weights"
+OWN = (
+    "bench cache cache_batches cache_copies checkpoint compare config foreign layouts linear memory model plan recipe trace"
+    " weights"
+)
 TESTS = ("verify/", *(f"tests/test_{part}.py" for part in OWN.split()))
 PROCESSES = 2
 
