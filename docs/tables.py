@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from glm_dsa import KvQuantization, LayerCache, Widths
 from glm_dsa.cache import cache_bytes
+from glm_dsa.mlx_lm import MODEL_TYPES
 from glm_dsa.planning import plan, recipe
 from glm_dsa.text import in_gib
 from tests.carried import diagnosing, kept
@@ -158,7 +159,7 @@ def recipes() -> str:
 
 
 def family() -> str:
-    """Where the code asks which family a model is of: files, and their functions or constants."""
+    """Where the code knows one family from another: files, and their functions or constants."""
     rows = []
     for package in ("glm_dsa", "reference", "verify"):
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -169,14 +170,14 @@ def family() -> str:
 
 
 def naming(statements: list[ast.stmt]) -> Iterator[str]:
-    """Functions, methods and constants with the family's name in a text that is no docstring."""
+    """Functions, methods and constants with the family's name in a text that is no docstring, or its sibling's as a text."""
     for part in statements:
         if isinstance(part, ast.ClassDef):
             yield from (f"{part.name}.{name}" for name in naming(part.body))
             continue
         docstrings = {id(e.value) for e in ast.walk(part) if isinstance(e, ast.Expr)}
         texts = [n for n in ast.walk(part) if isinstance(n, ast.Constant) and id(n) not in docstrings]
-        if any(FAMILY in str(text.value) for text in texts):
+        if any(FAMILY in str(text.value) or text.value in MODEL_TYPES for text in texts):
             yield part.name if isinstance(part, ast.FunctionDef) else ast.unparse(part).split()[0].rstrip(":")
 
 

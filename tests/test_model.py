@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import glm_dsa
+from glm_dsa.cache_checks import check_in_step
 from glm_dsa.errors import CacheError, InputError
 from glm_dsa.model import parameters_of
 from reference import checkpoints, hf
@@ -287,6 +288,14 @@ def test_an_empty_mtp_cache_behind_a_restored_prompt_is_refused(model):
     assert len(drafts) == 3
     with pytest.raises(CacheError, match="holds 9 tokens"):  # what the chain wrote is still in it
         model.draft(hidden, following[:, -2:], mtp_cache, 1, main=restored)
+
+
+def test_pads_are_no_tokens_that_an_mtp_cache_holds(model):
+    main = model.make_cache(left_padding=[2, 0])
+    model(mx.array([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]]), main)
+    check_in_step(model.make_mtp_cache(left_padding=[2, 0]), main[0], 5, 2)
+    with pytest.raises(CacheError, match=r"holds 0 tokens, and the main model's 3 \(row 0\): expected -2 before the 5"):
+        check_in_step(model.make_mtp_cache(), main[0], 5, 2)
 
 
 def test_a_loop_of_drafts_and_rewinds_stays_in_step(model):

@@ -5,11 +5,13 @@ Each alone, in HF and in mlx-lm; a fifth of the catalogue withheld, in HF; and t
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from hashlib import sha256
+from itertools import combinations, islice
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,6 +19,7 @@ from tempfile import mkdtemp
 import torch
 
 from verify.faults import CATALOGUE
+from verify.faults.catalogue import pairs
 
 from . import kept
 from .compared import Trial
@@ -38,31 +41,42 @@ TOLD_AS = {
 _trial: list[Trial] = []
 
 
-def fold(name: str, folds: int = FOLDS) -> int:
-    return list(CATALOGUE).index(name) % folds
+def lot(text: str) -> int:
+    """Drawn from names, so that a fault that is added leaves the lots of the others."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big")
 
 
-def tasks(folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",), seed: int = 0) -> list[Task]:
+def withheld(number: int) -> list[str]:
+    """A fifth of the catalogue."""
+    return [name for name in CATALOGUE if lot(name) % FOLDS == number]
+
+
+def tasks(folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",)) -> list[Task]:
     out = [Task("alone", (name,), HF, dtype) for dtype in dtypes for name in IN_HF]
     out += [Task("alone", (name,), STOCK) for name in IN_STOCK]
+    halves = {fault.name for fault in pairs.faults()}  # of which a withheld mistake may be one
     for number in folds:
-        withheld = tuple(name for name in CATALOGUE if fold(name) == number)
-        out += [Task("withheld", (name,), HF, without=withheld) for name in withheld if name in IN_HF]
-    return out + [Task("together", names, HF) for names in together(seed)]
+        chosen = withheld(number)
+        without = tuple(name for name in CATALOGUE if name in halves.union(chosen))
+        out += [Task("withheld", (name,), HF, without=without) for name in chosen if name in IN_HF]
+    return out + [Task("together", names, HF) for names in together()]
 
 
-def together(seed: int) -> list[tuple[str, ...]]:
+def together() -> list[tuple[str, ...]]:
     """Faults of one case that change other places."""
-    drawn, out = random.Random(seed), list[tuple[str, ...]]()
-    while len(out) < PAIRS + TRIPLES:
-        names = tuple(drawn.sample(sorted(IN_HF), 2 if len(out) < PAIRS else 3))
-        chosen = [IN_HF[name] for name in names]
-        places = [change[:2] for fault in chosen for change in fault.changes]
-        functions = [c[0] for fault in chosen for c in fault.changes]
-        alike = len({(f.case, f.length) for f in chosen}) == 1
-        if alike and len(set(places)) == len(places) and len(set(functions)) == len(functions) and names not in out:
-            out.append(names)
+    out = list[tuple[str, ...]]()
+    for size, count in ((2, PAIRS), (3, TRIPLES)):
+        drawn = sorted(combinations(sorted(IN_HF), size), key=lambda names: lot("+".join(names)))
+        out += islice(filter(go_together, drawn), count)
     return out
+
+
+def go_together(names: Sequence[str]) -> bool:
+    chosen = [IN_HF[name] for name in names]
+    places = [change[:2] for fault in chosen for change in fault.changes]
+    functions = [c[0] for fault in chosen for c in fault.changes]
+    alike = len({(f.case, f.length) for f in chosen}) == 1
+    return alike and len(set(places)) == len(places) and len(set(functions)) == len(functions)
 
 
 def judged(task: Task) -> tuple[Task, Diagnosed | str]:
@@ -109,7 +123,7 @@ def main(
     processes: int = 2, folds: Iterable[int] = (0,), dtypes: Sequence[str] = ("float32",), keep: bool = False
 ) -> int:
     full = kept.core()
-    records = diagnosed(tasks(folds, dtypes), processes)
+    records = list(diagnosed(tasks(folds, dtypes), processes))
     print("\n" + table(records))
     if keep:
         keep_all(full, records)
@@ -121,8 +135,13 @@ def changed(processes: int, keep: bool) -> int:
     full, rows = kept.read()
     every = tasks()
     due = kept.due(every, full, rows, keep)
-    print(f"{len(due)} of {len(every)} to diagnose; {kept.caption(full, rows)}", flush=True)
-    found = diagnosed(due, processes) if due else []
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(due.values()).items())
+    print(f"{len(due)} of {len(every)} to diagnose{': ' if due else ''}{reasons}; {kept.caption(full, rows)}", flush=True)
+    found: list[dict] = []
+    for row in diagnosed(list(due), processes) if due else ():
+        found.append(row)
+        if keep:  # as they come: a run that is cut short has lost one
+            keep_all(full, kept.renewed(every, rows, found))
     lines = kept.differences(rows, found)
     print("\n".join(["", *(lines or ["nothing differs from the record"])]))
     if keep:
@@ -140,8 +159,7 @@ def release() -> int:
     return int(bool(wrong))
 
 
-def diagnosed(chosen: Sequence[Task], processes: int) -> list[dict]:
-    records = []
+def diagnosed(chosen: Sequence[Task], processes: int) -> Iterator[dict]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for task, found in pool.map(judged, chosen):
             right = is_right(task, found)
@@ -150,8 +168,7 @@ def diagnosed(chosen: Sequence[Task], processes: int) -> list[dict]:
             component = "" if isinstance(found, str) else f" [{found.component}]"
             print(f"{'     ' if right else 'WRONG'} {task.what} {'+'.join(task.names)} in {task.where}, {task.dtype}: "
                   f"{told}{component}{left}", flush=True)  # fmt: skip
-            records.append(record(task, found))
-    return records
+            yield record(task, found)
 
 
 def keep_all(full: str, records: Sequence[dict]) -> None:

@@ -99,9 +99,9 @@ def as_lines(full: str, rows: Sequence[dict]) -> str:
     return record.lines({"full": full}, rows)
 
 
-def read(path: Path = KEPT) -> tuple[str, list[dict]]:
+def read() -> tuple[str, list[dict]]:
     """(the core of its full run, rows)."""
-    header, rows = record.parse(path.read_text(encoding="utf-8"))
+    header, rows = record.parse(KEPT.read_text(encoding="utf-8"))
     return header["full"], rows
 
 
@@ -114,13 +114,14 @@ def stale(tasks: Sequence[Task], rows: Sequence[dict]) -> list[Task]:
     return [task for task in tasks if kept.get(of_task(task)) != key(task)]
 
 
-def due(tasks: Sequence[Task], full: str, rows: Sequence[dict], keep: bool) -> list[Task]:
-    """Stale rows; where nothing is kept, those that were diagnosed since the full run; sentinels where the core differs."""
+def due(tasks: Sequence[Task], full: str, rows: Sequence[dict], keep: bool) -> dict[Task, str]:
+    """{task: why}: stale rows; where nothing is kept, those that were diagnosed since the full run; sentinels where the core
+    differs."""
     since = {identity(row) for row in rows if "since" in row}
-    chosen = {*stale(tasks, rows), *(t for t in tasks if of_task(t) in since and not keep)}
-    if full != core():
-        chosen |= set(tasks[:: -(-len(tasks) // SENTINELS)])
-    return [task for task in tasks if task in chosen]
+    chosen = {} if full == core() else dict.fromkeys(tasks[:: -(-len(tasks) // SENTINELS)], "sentinels, of a core that changed")
+    chosen |= {task: "kept since the full run" for task in tasks if of_task(task) in since and not keep}
+    chosen |= dict.fromkeys(stale(tasks, rows), "of changed mistakes")
+    return {task: chosen[task] for task in tasks if task in chosen}
 
 
 def differences(rows: Sequence[dict], found: Sequence[dict]) -> list[str]:

@@ -117,4 +117,7 @@ def test_frequencies(judge, scaling, width):
         apart = np.abs(to_numpy(applied)[0] - magnitude * plain).max()
         judge.holds(scaling, "magnitude", apart < 1e-6, f"it is applied to {name}")
     scale = interleaved.yarn_apply_mscale(built.rope_parameters, args.qk_head_dim**-0.5)
-    judge.holds(scaling, "softmax scale", abs(softmax_scale(args) / scale - 1) < 1e-12, f"{scale:.6g}, mscale included")
+    own = softmax_scale(args)
+    judge.holds(
+        scaling, "softmax scale", abs(own / scale - 1) < 1e-12, f"expected {scale:.6g}, YaRN's mscale included, got {own:.6g}"
+    )

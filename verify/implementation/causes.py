@@ -148,7 +148,7 @@ def of_heads(theirs: Theirs, reference: ModuleReference, stage: str, ours: Array
 
 def _scales(args: ModelArgs) -> dict[str, float]:
     return {
-        "1 / sqrt(qk_head_dim), without YaRN's mscale squared": args.qk_head_dim**-0.5,
+        "1 / sqrt(qk_head_dim), without YaRN's mscale": args.qk_head_dim**-0.5,
         "1 / sqrt(qk_nope_head_dim)": args.qk_nope_head_dim**-0.5,
         "1 / sqrt(v_head_dim)": args.v_head_dim**-0.5,
         "1": 1.0,

@@ -92,12 +92,14 @@ def result(folder: Path, name: str, printed: Mapping[str, str]) -> dict[str, Any
 def run(name: str, command: list[str], tell: Callable[[str], None]) -> str:
     """The last lines that a part printed; each line is told as it comes."""
     last: list[str] = []
+    ends: list[str] = []  # that say why it ended
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603
         assert process.stdout is not None
         for line in process.stdout:
             last = [*last[-9:], line]
+            ends += [line] if "Exit: " in line or line.startswith("verdict: ") else []
             tell(f"[{name}] {line.rstrip()}")
-    return "".join(last)
+    return "".join([*(line for line in ends if line not in last), *last])
 
 
 def sound(folder: Path, count: int) -> dict[str, Any]:

@@ -173,17 +173,23 @@ OF_SIZES = {
     ("cache_checks.check_in_step", f"tokens: {ID}"): REFUSED,
 }  # fmt: skip
 EQUIVALENT = OF_SIZES | {
-    ("attention.MultiHeadLatentAttention.attend_gathered", "True -> False"): "in float32 a softmax is precise without",
+    **{(f"{_MLA}.{form}", "True -> False"): "in float32 a softmax is precise without"
+       for form in ("attend_absorbed", "attend_gathered")},
     ("cache.LayerCache.dtype", "1 -> 2"): "scales and biases are of one dtype",
     ("cache.LayerCache._first", "0 -> 1"): "a start counts only where something is packed",
     ("indexer.Indexer.select_tiled", "1 -> 2"): "waits for the last two blocks, not for the last",
     ("indexer.Indexer.select_tiled", "best or selections[-1:] -> best and selections[-1:]"): "only what waits for what",
+    ("indexer.Indexer.select_tiled",
+     "if (before := (best or selections[-1:])):\n    queries, keys = mx.depends([queries, keys], before) -> "
+     "if not (before := (best or selections[-1:])):\n    queries, keys = mx.depends([queries, keys], before)"):
+        "only what waits for what",
     ("indexer.Indexer.select_tiled", "-1 -> 1"): "selections[1:]: waits for all before but the first, not for the last",
     ("indexer.Indexer.score", "scores >= LOWEST -> scores > LOWEST"): "LOWEST in the place of LOWEST",
     ("mask.CausalMask.tile", "self.first + rows.start -> self.first - rows.start"): "a mask that hides nothing is made",
     ("indexer.Indexer.best", "rest <= 0 -> rest < 0"): "all of them, in another order",
     ("model.Backbone.__call__", "0 -> 1"): "positions and pads are those of every layer's cache: check_caches holds them to it",
     ("model.Model.draft", "-1 -> 1"): AXIS,
+    ("model.Model.draft", "0 -> 1"): "main[1]: the main model's caches are of one length, each call holds them to it",
     ("moe.Router.__call__", "1e-20 -> 2e-20"): "sigmoids sum to far more",
     ("moe.Router.__call__", "weights.sum(axis=-1, keepdims=True) + 1e-20 -> weights.sum(axis=-1, keepdims=True) - 1e-20"):
         "sigmoids sum to far more",

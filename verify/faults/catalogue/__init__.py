@@ -13,17 +13,20 @@ from . import (
     index_share,
     indexer,
     kv_bits,
-    later,
+    lossy_choices,
     moe,
     mtp,
+    norms,
     pairs,
     rope,
+    sixteen_bit,
     sizes,
     weights,
 )
 
 PARTS = (
-    indexer, index_share, rope, attention, block, moe, weights, cache, kv_bits, mtp, pairs, equivalent, later, sizes, cache_sizes
+    indexer, index_share, rope, attention, block, moe, weights, cache, kv_bits, mtp, pairs, equivalent, lossy_choices, norms,
+    sixteen_bit, sizes, cache_sizes,
 )  # fmt: skip
 CATALOGUE = {fault.name: fault for part in PARTS for fault in part.faults()}
 # Each of these was in our definition once, seeded, while every claim agreed.

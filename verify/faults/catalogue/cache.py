@@ -64,3 +64,6 @@ def faults() -> Iterator[Fault]:
                 Edit("cache.LayerCache._twin", "list(left_padding), self.start,", "list(left_padding), 0,"),
                 stage="raises CacheError", shows="far positions in a batch",
                 corrected="logits; it was missed, until caches of a batch began far off too: then rows no longer go together")
+    yield Fault("filter-drops-announced-padding", "cache", "rows are filtered before the pads have come, and come without them",
+                (Edit("cache.LayerCache._rows", "min(self.length, *(padding[row] for row in rows))",
+                      "min(padding[row] for row in rows)"),), OPERATIONS, "batch", "left padding, filtered before the first token")
