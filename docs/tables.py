@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from glm_dsa import KvQuantization, LayerCache, Widths
 from glm_dsa.cache import cache_bytes
-from glm_dsa.mlx_lm import MODEL_TYPES
+from glm_dsa.config import MODEL_TYPES
 from glm_dsa.planning import plan, recipe
 from glm_dsa.text import in_gib
 from tests.carried import diagnosing, kept

@@ -24,7 +24,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
     "glm4_moe_lite": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
 }
-HEADS_ALONE = ("glm_moe_dsa_mtp", "glm4_moe_lite_mtp")  # mlx-vlm's drafters
+MODEL_TYPES = tuple(DEFAULTS)
+HEADS_ALONE = tuple(f"{model_type}_mtp" for model_type in MODEL_TYPES)  # mlx-vlm's drafters
 
 INDEXER_KEYS = (
     "index_topk", "index_n_heads", "index_head_dim", "indexer_types", "index_topk_pattern", "index_topk_freq",
@@ -168,7 +169,7 @@ class ModelArgs:
                 f"model_type = {params['model_type']!r}: an MTP head alone, as mlx-vlm splits it off: expected a model; put the "
                 "head's model.safetensors beside the model's files as mtp.safetensors"
             )
-        model_type = read.choice("model_type", tuple(DEFAULTS))
+        model_type = read.choice("model_type", MODEL_TYPES)
         read.fixed()
         layers = read.count("num_hidden_layers", most=256)
         fields = {

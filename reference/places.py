@@ -114,6 +114,6 @@ def _several(name: str, place: Place, shape: list[int], shapes: dict[str, list[i
 
 def _without_place(layer: str, shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
     """Copies of embedding and head in an MTP layer that shares the model's."""
-    if config.get("model_type") == "glm_moe_dsa":
+    if config.get("model_type") != "glm4_moe_lite":  # which has its own
         copies = (f"{layer}embed_tokens.", f"{layer}shared_head.head.")
         yield from (name for name in shapes if name.startswith(copies))

@@ -14,11 +14,11 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("glm_dsa.mlx_lm needs mlx-lm: pip install 'glm-dsa[mlx-lm]'", name=error.name) from None
 
-from ..config import ModelArgs
+from ..config import MODEL_TYPES, ModelArgs
 from ..console import MLX_LM as COMMANDS
 from ..model import Model
 from .attachment import attach
 from .commands import run
-from .registration import MODEL_TYPES, WRAPPERS, register
+from .registration import WRAPPERS, register
 
 __all__ = ["COMMANDS", "MODEL_TYPES", "WRAPPERS", "Model", "ModelArgs", "attach", "register", "run"]

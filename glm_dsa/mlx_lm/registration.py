@@ -11,12 +11,12 @@ from typing import Any
 import mlx_lm.models.cache
 
 from ..cache import LayerCache
+from ..config import MODEL_TYPES
 from ..errors import GlmDsaError
 from ..linear import QuantizedSwitchLinear, SwitchLinear
 from . import conversion, generation, loading
 from .lora import to_lora
 
-MODEL_TYPES = ("glm_moe_dsa", "glm4_moe_lite")
 WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mlx_lm.utils", "load_config"): loading.load_config,
     ("mlx_lm.utils", "load_model"): loading.load_model,

@@ -33,7 +33,7 @@ def specs() -> list[Spec]:
     packable = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_head_dim": 44, "index_head_dim": 40}
     own = []
     for spec in default_specs():
-        if spec.args.model_type != "glm_moe_dsa" or spec.claims:
+        if not spec.args.has_indexer or spec.claims:
             continue
         config = dict(spec.config)
         if spec.folder is None:
@@ -46,10 +46,10 @@ def specs() -> list[Spec]:
 
 
 def check(spec: Spec) -> Spec:
-    """Raises ValueError for a checkpoint of another architecture."""
-    if spec.args.model_type != "glm_moe_dsa":
+    """Raises ValueError for a checkpoint without an indexer."""
+    if not spec.args.has_indexer:
         raise ValueError(
-            f"--checkpoint {spec.folder}: model_type {spec.args.model_type}; --implementation needs glm_moe_dsa"
+            f"--checkpoint {spec.folder}: model_type {spec.args.model_type} has no indexer; --implementation expects one"
         )
     return spec
 
