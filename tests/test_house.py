@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,10 @@ def test_every_file_of_the_gate_lies_in_a_room():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_says_what_it_holds(room):
-    assert ast.get_docstring(ast.parse((FOLDER / room / "__init__.py").read_text()))
+    said = ast.get_docstring(ast.parse((FOLDER / room / "__init__.py").read_text()))
+    assert said
+    named = re.findall(r"^([a-z_]+) {2,}\S", said, re.MULTILINE)
+    assert not [name for name in named if not (FOLDER / room / f"{name}.py").is_file()]
 
 
 def test_the_picture_has_every_room():

@@ -46,10 +46,6 @@ class Diagnosed:
         return len(self.named) == 1 and not self.left and self.names[0] in self.named[0]
 
     @property
-    def first_is_named(self) -> bool:
-        return bool(self.named) and any(name in self.named[0] for name in self.names)
-
-    @property
     def at_its_stage(self) -> bool:
         return stages.kind(self.stage) == self.due
 

@@ -67,15 +67,6 @@ def places(tree):
         yield from places(value)
 
 
-def is_odd(value, due):
-    """Whether no config could say `value` where this one says `due`."""
-    if type(value) is not type(due):
-        return not (isinstance(due, float) and type(value) is int and 0 < value < 100)
-    if isinstance(due, bool):
-        return False
-    return value != due and (not isinstance(due, (int, float)) or not 0 <= value < 2**53)
-
-
 @st.composite
 def edited(draw, tree):
     """One thing wrong in it: a value, a key lost, renamed, invented or there twice."""

@@ -16,7 +16,8 @@ NOT_JUDGED = 11  # an oracle failed, is below the oldest supported version, or t
 INTERRUPTED = 130  # as a shell says it
 MEANINGS = {
     AGREES: "agrees; or done, where nothing is judged",
-    FAULT: "FAULT: of the definition, of the release (wrong headers for its config, too), of the code on trial",
+    FAULT: "FAULT: of the definition, of the release (wrong headers for its config, too), of the code on trial; "
+    "of drift: the two sides differ, be it by their weights alone",
     UNREADABLE: "an input that cannot be read (no such folder, no safetensors, cut short, no config), or an option that asks for "
     "what cannot be",
     NOT_JUDGED: f"not judged: torch or transformers is absent, broken or older than {OLDEST}; an oracle or the gate itself "

@@ -2,7 +2,7 @@
 
 windows    the text, its cut into windows
 runs       logits of a side on them, in bounded memory
-figures    KL, agreement, perplexity, bits per byte
+metrics    KL, agreement, perplexity, bits per byte
 """
 
 from __future__ import annotations
