@@ -509,6 +509,8 @@ def test_index_keys_of_an_indexer_in_16_bit_stay_so_beside_other_dtypes():
         (["--recipe", "no-such"], "no-such: no recipe"),
         (["--recipe", "glm-5.1-4.5bit", "--gguf", "q8_0"], "expected one of both"),
         (["--gguf", "q0"], "--gguf: unknown type 'q0'"),
+        (["--gguf", "Q4_K_M"], "--gguf: Q4_K_M is a mixture of types, which llama-quantize chooses; expected one type, q4_K say"),
+        (["--gguf", "IQ3_M"], "--gguf: IQ3_M is a mixture of types, which llama-quantize chooses; expected one type, iq3_xxs say"),
         (["--gguf", ""], "--gguf: unknown type ''"),
         (["--gguf", "i64"], "--gguf: i64 keeps whole numbers"),
         (["--size", "0.000001"], "--size 0.000001: expected bytes"),

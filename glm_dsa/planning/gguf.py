@@ -36,6 +36,7 @@ from .components import Component, counted
 LARGEST, LONGEST = 1 << 20, 4096  # bytes of a file of rules, and signs of a pattern
 PATIENCE = 0.4  # seconds of computing that one pattern may take for all names; a sound one takes some milliseconds
 WAIT = 30  # seconds for all patterns, whatever else the machine does
+MIXTURE = re.compile(r"(.+)_(?:XXS|XS|S|M|L|XL)", re.IGNORECASE)  # what a file is called by: Q4_K_M, IQ3_M
 # One item of a line: up to a comma that is not in quotes.
 ITEM = re.compile(r"""(?:'[^']*'|"[^"]*"|[^,])+""")
 
@@ -275,6 +276,15 @@ def known(kind: str, where: str) -> str:
     found = next((name for name in ALL if name.lower() == kind.lower()), None)
     if found in INTEGERS:
         raise RecipeError(f"{where}: {found} keeps whole numbers; expected a type of weights")
+    mixture = MIXTURE.fullmatch(kind)
+    if found is None and mixture is not None:
+        head = mixture[1].lower()
+        like = [name for name in TYPES if name.lower() == head or name.lower().startswith(f"{head}_")]
+        if like:
+            raise RecipeError(
+                f"{where}: {kind} is a mixture of types, which llama-quantize chooses; expected one type, {like[0]} say, or rules "
+                "that name each tensor's"
+            )
     if found is None:
         raise RecipeError(
             f"{where}: unknown type {kind!r}; known are {', '.join(TYPES | IK_TYPES)}, and repacked {', '.join(REPACKED)}"

@@ -30,7 +30,7 @@ from typing import Any
 
 from ..config import ModelArgs
 from ..errors import RecipeError
-from ..text import parse_ranges
+from ..text import parse_ranges, ranges
 from ..weights import LAYER, TensorSpec, module_inventory
 from .components import COMPONENTS
 from .formats import AFFINE, BYTES, Format, packed
@@ -65,7 +65,7 @@ class Rule:
         return spec.is_packable or not self.format.is_packed
 
     def __str__(self) -> str:
-        layers = f"layers {', '.join(map(str, sorted(self.layers)))}" if self.layers else ""
+        layers = f"layers {ranges(sorted(self.layers), ', ')}" if self.layers else ""
         tensors = repr(self.tensors) if self.tensors != "*" else ""
         where = ", ".join(filter(None, (" and ".join(self.components), tensors, layers)))
         return f"rule {self.number} ({where or 'everything'}: {self.format})"
