@@ -31,6 +31,16 @@ def test_a_replaced_stage_goes_on_in_its_place():
     assert seen["layers.0.doubled"].tolist() == [2.0]  # as computed, before it was replaced
 
 
+def test_who_listens_to_some_names_hears_those_alone():
+    toy, heard = Toy(), []
+    with trace.listen(toy, lambda stage, value: heard.append(stage) or value, only={"logits"}):
+        assert trace.is_listening("logits")
+        assert not trace.is_listening("doubled")
+        toy(mx.array([1.0]))
+    assert heard == ["logits"]
+    assert not trace.is_listening("logits")
+
+
 def test_nobody_listens_afterwards():
     toy = Toy()
     with trace.capture(toy):

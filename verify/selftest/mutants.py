@@ -223,6 +223,11 @@ EQUIVALENT = OF_SIZES | {
     ("checkpoint.load", "mx.eval(parameter) -> pass"): "evaluated when it is first used",
     ("checkpoint.assemble", "model.eval() -> pass"): "nothing here is random",
     ("storage.safetensors.read_header", "0 -> 1"): "too short either way",
+    ("trace.capture", "v is not None -> v is None"): "evaluated when it is first read",
+    **{("tiles.transposed", change): "a view in the place of a copy: the same values, later"
+       for change in ("mx.default_device().type == mx.DeviceType.cpu -> mx.default_device().type != mx.DeviceType.cpu",
+                      "mx.contiguous(turned) if mx.default_device().type == mx.DeviceType.cpu else turned -> "
+                      "mx.contiguous(turned) if not mx.default_device().type == mx.DeviceType.cpu else turned")},
     ("trace.capture", "mx.eval([v for v in stages.values() if v is not None]) -> pass"): "evaluated when it is first read",
     ("weights.is_ignorable", "layer < args.num_hidden_layers -> layer <= args.num_hidden_layers"): "the MTP layer runs its own",
     ("cache.LayerCache._check_whole", "0 -> 1"): "columns of no arrays have no length",
