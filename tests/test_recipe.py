@@ -506,7 +506,7 @@ BAD = {
     '[[rule]]\ncomponent = "experts"\nbits = ' + "9" * 5000: r"not valid TOML",
     "name = 0x" + "f" * 5000 + "\n[[rule]]": r"not valid TOML",
     "[[rule]]\ncomponent = []\nbits = 4": r"component = \[\]: expected a name",
-    '[[rule]]\ncomponent = "experts"\nlayers = "3,7-500"\nbits = 4': r"rule 1 \(experts, layers 3, 7-500: .*: layer 500; the last of this model is 4",
+    '[[rule]]\ncomponent = "experts"\nlayers = "3,7-500"\nbits = 4': r"layers 3, 7-500: .*: layer 500; the last of this model is 4",
     '[[rule]]\ncomponent = ["experts", "dense mlp"]\nlayers = "1-3"\nbits = 4': r"of component dense mlp nothing matches",
     "[[rule]]\n" * 5000: r"5,000 rules; a recipe has at most",
     "rule = 3": r"no rules",
