@@ -202,6 +202,7 @@ EQUIVALENT = OF_SIZES | {
      "out if not self.group is None else mx.distributed.all_sum(out, group=self.group)"): TWO,
     ("model.Model.shard", "shard(self.model.layers, group) -> pass"): TWO,
     ("moe.Experts.__call__", "flat.size >= SORT_FROM -> flat.size > SORT_FROM"): "sorted or not, the same",
+    ("attention.EXPONENTIAL", "16 -> 17"): COST,
     ("moe.SORT_FROM", "64 -> 65"): "sorted or not, the same",
     ("mtp.last_selection", "cache.batch or 1 -> cache.batch and 1"): "one row is broadcast to all",
     ("mtp.last_selection", "1 -> 2"): "the cache holds tokens by then, and knows its rows",
