@@ -17,6 +17,7 @@ import torch
 import glm_dsa.__main__
 import verify.__main__
 from reference import checkpoints, hf, versions
+from verify.cases import Case, Spec
 from verify.commands import drift as drift_command
 from verify.core import exits
 from verify.core.bounds import ReferencesDisagree
@@ -49,6 +50,13 @@ def raised_in(package, error):
         scope["fails"]()
     except BaseException as caught:
         return caught
+
+
+def raises(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 # -- whose an error is
@@ -96,6 +104,17 @@ def test_what_torch_raises_on_the_way_is_torchs():
     with pytest.raises(RuntimeError) as caught:
         hf.additive_causal_mask(1, 2, 2, torch.float32).expand(3, 3)
     assert not oracles.is_fault(caught.value)
+
+
+def test_a_checkpoint_that_hf_did_not_finish_is_written_anew(tmp_path, monkeypatch):
+    """The next test must not judge what is there of it: we refuse that, and the refusal would be a FAULT."""
+    spec = Spec("tiny", checkpoints.tiny(num_hidden_layers=4))
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="an oracle's"):
+        patched.setattr("transformers.modeling_utils.safe_save_file", raises(RuntimeError("an oracle's")))
+        Case(spec, tmp_path, 0)
+    case = Case(spec, tmp_path, 0)
+    assert case.ours.model is not None
+    assert [folder.name for folder in tmp_path.iterdir()] == ["tiny"]
 
 
 # -- warnings
