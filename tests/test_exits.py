@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,8 +19,9 @@ import torch
 import glm_dsa.__main__
 import verify.__main__
 from reference import checkpoints, hf, versions
+from verify.cases import Case, Spec
 from verify.commands import drift as drift_command
-from verify.core import exits
+from verify.core import exits, interrupts
 from verify.core.bounds import ReferencesDisagree
 from verify.core.checker import Discrepancy
 from verify.core.report import FAULT, MEASURED, NOT_JUDGED, Comparison, Report
@@ -49,6 +52,13 @@ def raised_in(package, error):
         scope["fails"]()
     except BaseException as caught:
         return caught
+
+
+def raises(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 # -- whose an error is
@@ -96,6 +106,18 @@ def test_what_torch_raises_on_the_way_is_torchs():
     with pytest.raises(RuntimeError) as caught:
         hf.additive_causal_mask(1, 2, 2, torch.float32).expand(3, 3)
     assert not oracles.is_fault(caught.value)
+
+
+def test_a_checkpoint_that_hf_did_not_finish_is_written_anew(tmp_path, monkeypatch):
+    """The next test must not judge what is there of it: we refuse that, and the refusal would be a FAULT."""
+    spec = Spec("tiny", checkpoints.tiny(num_hidden_layers=4))
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", raises(RuntimeError("an oracle's")))
+        with pytest.raises(RuntimeError, match="an oracle's"):
+            Case(spec, tmp_path, 0)
+    case = Case(spec, tmp_path, 0)
+    assert case.ours.model is not None
+    assert [folder.name for folder in tmp_path.iterdir()] == ["tiny"]
 
 
 # -- warnings
@@ -249,7 +271,9 @@ def test_no_torch_is_one_line_and_not_judged(tmp_path):
 
 
 PLUGIN = """
-import pytest, warnings
+import pytest, signal, warnings
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 
 @pytest.fixture(autouse=True)
 def changed(monkeypatch):
@@ -267,6 +291,14 @@ def forward(self, *args, **kwargs):
     warnings.warn("soon gone", FutureWarning)
     logits, weights, experts = before(self, *args, **kwargs)
     return logits, weights * 1.01, experts
+"""
+INTERRUPTED = """
+def forward(self, *args, **kwargs):
+    import signal
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
 """
 ONE = ["verify/claims/test_references.py", "-q", "-p", "no:cacheprovider", "-k"]
 
@@ -287,6 +319,13 @@ def test_an_oracle_that_raises_is_not_judged(tmp_path):
     assert "transformers raised TypeError: no such router" in last
     assert (footer["exit_status"], footer["claims"]["the references agree"]) == (exits.NOT_JUDGED, NOT_JUDGED)
     assert not [c for c in found if c["verdict"] == FAULT]
+
+
+def test_an_interrupt_that_torch_makes_an_error_of_ends_the_run(tmp_path):
+    status, out, (_, *found, footer) = references_with(tmp_path, INTERRUPTED)
+    assert status == pytest.ExitCode.INTERRUPTED, out
+    assert out.strip().splitlines()[-1].startswith("verdict: NO VERDICT")
+    assert (footer["exit_status"], found) == (status, [])
 
 
 @pytest.mark.slow("verify/core", "verify/gate", "verify/engines/oracles")
@@ -334,6 +373,43 @@ def test_a_command_that_breaks_gives_no_verdict(monkeypatch, capsys):
         monkeypatch.setattr(verify.__main__, "_audit", fails)
         assert verify.__main__.main(["audit", "x"]) == status
         assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+@pytest.fixture
+def default_handler():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_handler")
+@pytest.mark.parametrize("becomes", [ValueError("could not determine the shape"), None])
+def test_a_command_that_was_interrupted_says_so_whatever_became_of_it(monkeypatch, capsys, becomes):
+    def audit(_):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if becomes is not None:
+            raise becomes
+        return exits.FAULT
+
+    monkeypatch.setattr(verify.__main__, "_audit", audit)
+    assert verify.__main__.main(["audit", "x"]) == exits.INTERRUPTED
+    assert not capsys.readouterr().err
+
+
+def test_interrupts_are_noted_and_handled_as_before(default_handler):
+    with interrupts.noted() as came:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        with ThreadPoolExecutor(1) as pool:  # signals belong to the main thread: nothing is set here
+            assert pool.submit(lambda: interrupts.noted().__enter__()).result() == []
+    assert signal.getsignal(signal.SIGINT) is default_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts.noted() as came:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+    assert came == []
 
 
 def test_drift_is_not_judged_where_all_that_shows_agrees_and_not_all_shows():

@@ -143,6 +143,14 @@ def test_bad_options_that_need_no_process(given):
         options.Asked.of(given({"--index-topk": 8, "--device": "cpu"}))
     with pytest.raises(ValueError, match="--tokens belongs to --checkpoint without --implementation"):
         options.Asked.of(given({"--checkpoint": "ck", "--implementation": "mine.py", "--tokens": 8}))
+    with pytest.raises(ValueError, match="--tokens belongs to --checkpoint"):
+        options.Asked.of(given({"--tokens": 0}))
+    for option in ("--real-shape", "--long"):
+        with pytest.raises(ValueError, match=f"{option} belongs to our definition: .* --implementation"):
+            options.Asked.of(given({"--implementation": "mine.py", option: True}))
+    for asked in ({"--random": -3}, {"--implementation": "mine.py"}, {"--implementation": "mine.py", "--random": -3}):
+        with pytest.raises(ValueError, match=r"--random -?\d: how many checkpoints, 1 or more, and no --checkpoint"):
+            options.Asked.of(given({"--random": 2} | asked))
 
 
 def test_a_checkpoint_of_ones_own(tmp_path, given):

@@ -208,6 +208,32 @@ def test_layers_may_be_passed_over_and_asked_for_out_of_turn(source):
         trial.layer(0)
 
 
+@pytest.mark.parametrize("step", ["bounds", "weighing"])
+def test_a_layer_whose_oracle_failed_is_not_run_again(source, tmp_path, monkeypatch, step):
+    """Its module is let go by then: what that raises would speak against a sound release. Nor is its state saved."""
+
+    def fails(*_):
+        raise ValueError("an oracle's")
+
+    release = OnTrial.of(headers_of(str(source)), tokens=24, layers={0, 1, 2})
+    trial, judge = Trial(release, 0, Saved(tmp_path, release.identity(0))), Judge(Report(), "claim", "again", 0)
+    trial.once(judge, "layers.0", lambda: trial.layer(0))
+    owner, name = (trial, "_reference") if step == "bounds" else (trial.weighing, "layer")
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fails)
+        with pytest.raises(ValueError, match="an oracle's"):
+            trial.layer(1)
+    for again in (trial.layer, trial.upto):
+        with pytest.raises(NotJudged, match="not run: layer 1 ended in an error"):
+            again(1)
+    trial.once(judge, "top", lambda: None)
+    resumed = Trial(release, 0, Saved(tmp_path, release.identity(0)))
+    fresh = Trial(release, 0)
+    fresh.upto(0)
+    assert (resumed.finished, list(resumed.said)) == ([0], ["layers.0"])
+    assert np.array_equal(resumed.run.hf.numpy(), fresh.run.hf.numpy())
+
+
 def test_what_cannot_be_judged_is_told_in_a_line(source, tmp_path):
     headers = headers_of(str(source))
     other = shutil.copytree(source, tmp_path / "other")

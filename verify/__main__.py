@@ -16,7 +16,7 @@ from .audit import audit
 from .commands import bench as bench_command
 from .commands import drift as drift_command
 from .commands import quality as quality_command
-from .core import exits
+from .core import exits, interrupts
 from .engines import headers, oracles
 
 RANDOM = 10  # sound checkpoints beside the faults; the kept record has more
@@ -84,12 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
         "audit": _audit, "drift": drift_command.run, "quality": quality_command.run, "bench": bench_command.run,
         "judge": _judge, "faults": _faults,
     }  # fmt: skip
-    try:
-        return commands_by_name[chosen.command](chosen)
-    except KeyboardInterrupt:
-        return exits.INTERRUPTED
-    except Exception as error:
-        return _ended(error)
+    with interrupts.noted() as came:
+        try:
+            status: int = commands_by_name[chosen.command](chosen)
+        except KeyboardInterrupt:
+            return exits.INTERRUPTED
+        except Exception as error:
+            status = exits.INTERRUPTED if came else _ended(error)
+    return exits.INTERRUPTED if came else status
 
 
 def _ended(error: Exception) -> int:

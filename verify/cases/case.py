@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -202,11 +203,14 @@ class Case:
     def __init__(self, spec: Spec, scratch: Path, seed: int, shard_size: str = "300KB") -> None:
         self.spec, self.name, self.seed = spec, spec.name, seed
         self.folder = spec.folder or scratch / spec.name
-        if spec.folder is None and not (self.folder / "config.json").exists():
+        if spec.folder is None and not self.folder.exists():
+            part = self.folder.with_name(f".{spec.name}.part")  # what HF did not finish must not be judged
+            shutil.rmtree(part, ignore_errors=True)
             checkpoints.write(
-                self.folder, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean, key_mean=spec.key_mean,
+                part, spec.config, seed=seed, shard_size=shard_size, bias_mean=spec.bias_mean, key_mean=spec.key_mean,
                 uneven_norms=True,
             )  # fmt: skip
+            part.rename(self.folder)
         self.config = read_json(self.folder / "config.json")
         if "index_topk" in spec.overrides:
             self.config["index_topk"] = spec.overrides["index_topk"]

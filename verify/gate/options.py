@@ -26,10 +26,11 @@ LAYOUT = "that the indexers were trained under this RoPE layout"
 OF_RELEASE = (
     "--tokens", "--original", "--limit", "--prompt-file", "--policy", "--resume", "--timings", "--dtype", "--device",
 )  # fmt: skip
+OF_DEFINITION = ("--real-shape", "--long")
 OF_CHECKPOINT = ("--index-topk", *OF_RELEASE)
 # to see a fault again
 REPEATED = ("--implementation", "--checkpoint", *(o for o in OF_CHECKPOINT if o not in ("--resume", "--timings")),
-            "--real-shape", "--long", "--fault", "--random")  # fmt: skip
+            *OF_DEFINITION, "--fault", "--random")  # fmt: skip
 
 
 def add(parser: pytest.Parser) -> None:
@@ -144,17 +145,18 @@ class Asked:
             _belongs(config, OF_CHECKPOINT, "--checkpoint")
         elif text is not None:
             _belongs(config, OF_RELEASE, "--checkpoint without --implementation")
-        if text is not None and config.getoption("--fault"):
-            raise ValueError("--fault seeds our definition: it does not go with --implementation")
-        if text is not None:
-            implementation = Implementation.of(text)
-            own = subject.specs() if checkpoint is None else [_their_spec(Path(checkpoint), config)]
-            return cls(own, implementation=implementation, layers=layers)
         random = config.getoption("--random")
         if random < 0 or (random and (checkpoint is not None or text is not None)):
             raise ValueError(
                 f"--random {random}: how many checkpoints, 1 or more, and no --checkpoint or --implementation"
             )
+        if text is not None and config.getoption("--fault"):
+            raise ValueError("--fault seeds our definition: it does not go with --implementation")
+        if text is not None:
+            _belongs(config, OF_DEFINITION, "our definition: it does not go with --implementation")
+            implementation = Implementation.of(text)
+            own = subject.specs() if checkpoint is None else [_their_spec(Path(checkpoint), config)]
+            return cls(own, implementation=implementation, layers=layers)
         if checkpoint is None:
             specs = random_specs(random) if random else cases.default_specs()
             return cls(specs, layers=layers, is_of_definition=not random)
@@ -250,7 +252,7 @@ def again(config: Any) -> list[str]:
 def _belongs(config: Any, options: tuple[str, ...], to: str) -> None:
     for option in options:
         value = config.getoption(option)
-        if value not in UNASKED:
+        if value not in UNASKED or type(value) is int:  # 0 too, which equals False: none of these has it as its default
             raise ValueError(f"{option} belongs to {to}")
 
 

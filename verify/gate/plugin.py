@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import mlx.core as mx
 import torch
 
 from .. import cases, faults
-from ..core import report, sizes
+from ..core import interrupts, report, sizes
 from ..core.checker import Discrepancy, Judge
 from ..core.progress import Progress
 from ..core.report import FAULT, RAISES, Comparison
@@ -41,6 +41,7 @@ from .options import ASKED, Asked
 
 CLAIMS = FOLDER / "claims"
 REPORT = pytest.StashKey[report.Report]()
+INTERRUPTS = pytest.StashKey[list[int]]()
 BY_LAYER = "the release, layer by layer"
 RELEASE = "test_release"  # how the files are named that judge a release
 PRINTED = 6  # failures that are printed in full
@@ -61,14 +62,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         pytest.exit("the gate keeps one report, in one process: run it without -n", returncode=exits.UNREADABLE)
+    until_the_end = ExitStack()
+    config.add_cleanup(until_the_end.close)
+    config.stash[INTERRUPTS] = until_the_end.enter_context(interrupts.noted())
     try:
         asked = Asked.of(config)
         target = config.getoption("--report")
         out = report.Report(Path(target) if target else None)
         out.clear()
     except exits.NotJudged as error:
+        obey(config)
         pytest.exit(f"NOT JUDGED: {error}", returncode=exits.NOT_JUDGED)
     except (ValueError, LookupError, OSError) as error:  # GlmDsaError too
+        obey(config)
         pytest.exit(str(error), returncode=exits.UNREADABLE)
     for argument in config.args:  # what is named is collected, whatever pytest_ignore_collect says
         if why := left_out((config.invocation_params.dir / argument.partition("::")[0]).resolve(), config):
@@ -88,6 +94,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if asked.implementation is not None:
         out.header["implementation"] = asked.implementation.text
     config.stash[REPORT], config.stash[ASKED], config.stash[BUILT] = out, asked, Built()
+
+
+def obey(config: pytest.Config) -> None:
+    """Ends the run, where an interrupt came and did not end it: what became of it is no failure of anybody's."""
+    if config.stash[INTERRUPTS]:
+        raise KeyboardInterrupt
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -300,6 +312,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    obey(item.config)
     result = yield
     claim = getattr(getattr(item, "module", None), "CLAIM", None)
     if claim is not None and (result.when == "call" or result.outcome != "passed"):

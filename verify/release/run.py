@@ -106,7 +106,7 @@ class Trial:
     tell: Callable[[str], None] = lambda _: None
     passed: Callable[[int, float], None] = lambda *_: None  # a layer, and its seconds
     timed: bool = False
-    broken: str = ""
+    broken: str = ""  # the layer at which it ended, between two layers: whatever failed there, none is run from then on
     times: dict[int, tuple[float, float]] = field(default_factory=dict)  # seconds, and those of its bare loops
     worst: dict[str, float] = field(default_factory=dict)  # HF's largest error by kind of stage, so far
     single: dict[str, float] = field(default_factory=dict)  # the equations' in float32, where HF's needed explaining
@@ -161,7 +161,6 @@ class Trial:
         bare = Bare(self.run) if self.timed else None
         self.broken = f"layer {index} ended in an error"
         ran = self.run.layer(index)
-        self.broken = ""
         scores = {s: v for s, v in ran.hf.items() if s.endswith("indexer.scores")}
         self.scores = scores or self.scores
         reference = self._reference(ran.hf | self.scores, ran.truth, ran.half)
@@ -176,6 +175,7 @@ class Trial:
             numbering = self.release.numberings.get(index)
             self.costs[index] = cost.of_layer(index, ran.hf, ran.original, ran.attended, self.run.is_sparse, numbering)
         self.finished.append(index)
+        self.broken = ""  # not before: the pass has moved on, and cannot run this layer again
         seconds = time.monotonic() - begun
         self.passed(index, seconds)
         if bare is not None:
@@ -291,7 +291,7 @@ class Trial:
         self._save()
 
     def _save(self) -> None:
-        if self.saved is None:
+        if self.saved is None or self.broken:  # the streams are not those after the last finished layer
             return
         facts = {
             "worst": self.worst, "single": self.single, "finished": self.finished, "said": self.said,
