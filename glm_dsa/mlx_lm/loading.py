@@ -10,11 +10,13 @@ from typing import Any
 import mlx.core as mx
 
 from .. import foreign, memory
-from ..checkpoint import add_mtp
-from ..errors import CheckpointError
+from ..checkpoint import add_mtp, assemble, read_headers
+from ..config import HEADS_ALONE, MODEL_TYPES, ModelArgs
+from ..config_reader import read_json
+from ..errors import CheckpointError, ConfigError
 from ..model import Model
 from ..storage import stored_headers
-from .attachment import is_attached
+from .attachment import MODEL_FILE, is_attached
 
 log = logging.getLogger("glm_dsa")
 
@@ -23,8 +25,9 @@ def load_config(original: Callable[[Path], dict[str, Any]], model_path: Path) ->
     """What `attach` wrote leads here: no code of the checkpoint's need be trusted to come back to it."""
     try:
         config = original(model_path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         foreign.refuse_folder(Path(model_path))
+        read_json(Path(model_path) / "config.json")  # names the file, where it is that
         raise
     if is_attached(config, Path(model_path)):
         del config["model_file"]
@@ -35,9 +38,12 @@ def load_model(original: Callable[..., Any], model_path: Path, lazy: bool = Fals
     """What mlx-lm cannot read is named, an MTP head elsewhere is added; what the model takes is told before its weights are
     read, and one that cannot fit is refused."""
     try:
+        if kwargs.get("strict", True):  # else a hub's, whose weights may come later (`sharded_load`)
+            check_headers(Path(model_path))
         model, config = original(model_path, lazy=True, **kwargs)
     except (RuntimeError, ValueError, OSError) as error:
         foreign.refuse_folder(Path(model_path))
+        _name_what_does_not_fit(Path(model_path), error)
         for name, tensor in stored_headers(Path(model_path)).items() if isinstance(error, RuntimeError) else ():
             if tensor.dtype == "F64":
                 raise CheckpointError(
@@ -54,3 +60,45 @@ def load_model(original: Callable[..., Any], model_path: Path, lazy: bool = Fals
     if not lazy:
         mx.eval(model.parameters())
     return model, config
+
+
+def sharded_load(original: Callable[..., Any], repo: str, *args: Any, **kwargs: Any) -> Any:
+    """mlx-lm then takes whatever weights there are; what a folder lacks would be random."""
+    if Path(repo).is_dir():
+        check_headers(Path(repo))
+    return original(repo, *args, **kwargs)
+
+
+def check_headers(folder: Path) -> None:
+    """What headers tell of a folder that this definition is to run: a shard that is missing is named before any is read.
+
+    Raises `ConfigError` or `CheckpointError`.
+    """
+    if _is_for_ours(folder):
+        read_headers(folder, ModelArgs.from_file(folder))
+
+
+def _is_for_ours(folder: Path) -> bool:
+    """A draft model may be of another kind, and somebody's own code may read names of its own."""
+    try:
+        config = read_json(folder / "config.json")
+    except ConfigError:  # mlx-lm meets it too
+        return False
+    kind = config.get("model_type")
+    is_of_others = isinstance(kind, str) and kind not in (*MODEL_TYPES, *HEADS_ALONE)
+    return not is_of_others and config.get("model_file") in (None, MODEL_FILE)
+
+
+def _name_what_does_not_fit(folder: Path, error: Exception) -> None:
+    """mlx-lm lists every tensor that is too many or too few, and no file."""
+    what, *rest = str(error).split(": \n")
+    if not rest:
+        return
+    if _is_for_ours(folder):
+        assemble(folder)
+        return
+    known = ", ".join(map(repr, MODEL_TYPES))
+    raise CheckpointError(
+        f"{folder / 'config.json'}: model_type = {read_json(folder / 'config.json')['model_type']!r}, and mlx-lm's definition of "
+        f"that does not fit these tensors ({what}); this definition's are {known}: does config.json belong to these weights?"
+    ) from None

@@ -20,6 +20,7 @@ from .lora import to_lora
 WRAPPERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mlx_lm.utils", "load_config"): loading.load_config,
     ("mlx_lm.utils", "load_model"): loading.load_model,
+    ("mlx_lm.utils", "sharded_load"): loading.sharded_load,
     ("mlx_lm.generate", "load_prompt_cache"): generation.load_prompt_cache,
     ("mlx_lm.models.cache:LRUPromptCache", "insert_cache"): generation.insert_cache,
     ("mlx_lm.generate", "maybe_quantize_kv_cache"): generation.quantize_kv,
