@@ -61,6 +61,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
+def apart(folder, tmp_path):
+    """A copy, to be damaged."""
+    return shutil.copytree(folder, tmp_path / "apart")
+
+
+@pytest.fixture
 def loaded(registered, folder):
     return mlx_lm.load(str(folder))
 
@@ -699,17 +705,15 @@ def test_attached_any_mlx_lm_loads_it(registered, folder, tmp_path, capsys):
         ),
     ],
 )
-def test_what_cannot_be_attached_is_left_as_it_is(tmp_path, damage, message):
-    (tmp_path / "config.json").write_text(json.dumps(checkpoints.packable()))
-    damage(tmp_path)
-    before = {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
+def test_what_cannot_be_attached_is_left_as_it_is(apart, damage, message):
+    damage(apart)
+    before = {p.name: p.is_file() and p.read_bytes() for p in apart.iterdir()}
     with pytest.raises(CheckpointError, match=message):
-        glm_dsa.mlx_lm.attach(tmp_path)
-    assert {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()} == before
+        glm_dsa.mlx_lm.attach(apart)
+    assert {p.name: p.is_file() and p.read_bytes() for p in apart.iterdir()} == before
 
 
-def test_half_an_attachment_is_taken_back(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(checkpoints.packable()))
+def test_half_an_attachment_is_taken_back(apart, folder, monkeypatch):
     replace = os.replace
 
     def fail(source, target):
@@ -719,14 +723,14 @@ def test_half_an_attachment_is_taken_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be written: Permission denied"):
-        glm_dsa.mlx_lm.attach(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+        glm_dsa.mlx_lm.attach(apart)
+    assert {p.name for p in apart.iterdir()} == {p.name for p in folder.iterdir()}
 
 
-def test_attaching_by_force(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(checkpoints.packable(model_file="mine.py")))
-    glm_dsa.mlx_lm.attach(tmp_path, force=True)
-    assert json.loads((tmp_path / "config.json").read_text())["model_file"] == "glm_dsa_model.py"
+def test_attaching_by_force(apart):
+    (apart / "config.json").write_text(json.dumps(checkpoints.packable(model_file="mine.py")))
+    glm_dsa.mlx_lm.attach(apart, force=True)
+    assert json.loads((apart / "config.json").read_text())["model_file"] == "glm_dsa_model.py"
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,30 @@ def test_a_config_that_cannot_be_is_named_with_its_file(refused, folder, damage,
     assert refused("generate", "--model", folder, "--prompt", "x").startswith(f"glm-dsa: {folder}/{message}")
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / SHARD).unlink(), "missing, though"),
+        (lambda f: cut(f / SHARD), "cut short"),
+        (lambda f: (f / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer"),
+        (lambda f: [s.rename(s.with_suffix(".gguf")) for s in f.glob("model*")], "GGUF, a format of llama.cpp"),
+        (lambda f: [s.rename(s.with_suffix(".bin")) for s in f.glob("model*")], "PyTorch's pickle"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_attached_to(refused, folder, damage, message):
+    """Refused as `inventory` refuses it, and left as it is."""
+    damage(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    line = refused("attach", folder)
+    assert message in line
+    assert line == refused("inventory", folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_a_model_of_another_kind_is_left_to_mlx_lm(registered, tmp_path):
     """A draft model, say: a Llama in one layer."""
     from mlx.utils import tree_flatten

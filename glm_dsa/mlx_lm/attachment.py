@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelArgs
+from ..checkpoint import assemble
 from ..errors import CheckpointError
 
 MODEL_FILE = "glm_dsa_model.py"
@@ -28,15 +28,12 @@ def attach(folder: str | Path, force: bool = False) -> Path:
     """Writes a `model_file` into a checkpoint folder, and its name into config.json: with trust_remote_code, any mlx-lm
     then loads this checkpoint with this definition. Returns the file. Repeating it is harmless.
 
-    Raises `CheckpointError`, having changed nothing, where the folder is none of our models', or names another file.
+    Raises `CheckpointError`, having changed nothing, where the folder holds none of our models, or names another file.
     """
     folder = Path(folder)
     config_file = folder / "config.json"
-    try:
-        ModelArgs.from_file(folder)
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from None
+    assemble(folder)  # or refuses it
+    config = json.loads(config_file.read_text(encoding="utf-8"))  # as it stands: read_json makes floats of what JSON has none for
     known = config.get("model_file")
     if known not in (None, MODEL_FILE) and not force:
         raise CheckpointError(
