@@ -439,6 +439,17 @@ def test_a_conversion_that_packs_nothing_is_an_error(registered, folder, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [("--q-bits", "8"), ("--quant-predicate", "mixed_3_6", "--q-group-size", "64")])
+def test_a_build_that_is_packed_is_not_packed_again(registered, four_bit, tmp_path, capsys, monkeypatch, options):
+    """mlx-lm would leave it as it is, and say "Quantized model"."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    target = tmp_path / "out"
+    assert main(["convert", "--hf-path", str(four_bit), "--mlx-path", str(target), "-q", *options]) == 10
+    err = capsys.readouterr().err
+    assert "expected unpacked weights, got a build in 4 bit; convert the original, or unpack it first with -d" in err
+    assert not target.exists()
+
+
 def test_dequantized_it_loads_and_says_the_same(registered, four_bit, tmp_path):
     target = convert(four_bit, tmp_path / "dequantized", "--dequantize")
     assert "quantization" not in json.loads((target / "config.json").read_text())

@@ -96,18 +96,29 @@ def quantize_model(original: Callable[..., Any], model: Any, *args: Any, **kwarg
         model, config = original(model, config, least.group_size, least.bits, mode=least.mode, quant_predicate=by)
         by.check(model)
         return model, config
-    before = set(_packed_indexers(model))
+    _refuse_packed(model)
     model, config = original(model, *args, **kwargs)
     if isinstance(model, Model) and not any("scales" in module for _, module in model.named_modules()):
         raise GlmDsaError("nothing was quantized: no width of this model is divided by the group size asked for")
-    packed = [name for name in _packed_indexers(model) if name not in before]
-    if packed:
+    if packed := _packed_indexers(model):
         log.warning(
             "%d modules of the indexer are quantized now (%s, ...): it decides which tokens are attended to beyond "
             "index_topk, and near ties flip. The default leaves it alone.",
             len(packed), packed[0],
         )  # fmt: skip
     return model, config
+
+
+def _refuse_packed(model: Any) -> None:
+    """mlx-lm passes by whatever is packed already, and would say of it that it was quantized."""
+    if not isinstance(model, Model):
+        return
+    bits = sorted({module.bits for _, module in model.named_modules() if "scales" in module})
+    if bits:
+        raise GlmDsaError(
+            f"expected unpacked weights, got a build in {' and '.join(map(str, bits))} bit; convert the original, or unpack it "
+            "first with -d (--dequantize)"
+        )
 
 
 def _packed_indexers(model: Any) -> list[str]:
