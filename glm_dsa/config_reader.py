@@ -115,7 +115,7 @@ class Reader:
     def required(self, key: str, default: Any, what: str) -> Any:
         value = self.raw(key, default)
         if value is _MISSING:
-            raise ConfigError(f"{key} is missing: expected {what}")
+            raise ConfigError(f"{key} is {'null' if key in self.params else 'missing'}: expected {what}")
         return value
 
     def count(self, key: str, default: Any = _MISSING, least: int = 1, most: int = 1 << 24) -> int:
@@ -167,6 +167,8 @@ class Reader:
         if inner is not None and outer is not None and inner != outer:
             raise ConfigError(f"rope_theta = {outer!r}, but rope_parameters says {inner!r}: they must agree")
         theta = inner if inner is not None else outer
+        if theta is None:
+            raise ConfigError("rope_theta is missing (in rope_parameters, or top level): expected a number above 1")
         if not is_number(theta) or not 1 < theta <= LARGEST:
             raise ConfigError(
                 f"rope_theta = {theta!r} (in rope_parameters, or top level): expected a number above 1 (and at most {LARGEST:g})"

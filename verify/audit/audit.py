@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from glm_dsa import ModelArgs, weights
-from glm_dsa.errors import CacheError, ConfigError, printable
+from glm_dsa.errors import CacheError, printable
 from glm_dsa.planning.components import Component
 from glm_dsa.planning.plan import MEMORIES, USABLE, Cache
 from glm_dsa.planning.recipe import Recipe
@@ -66,10 +66,7 @@ def audit(release: Release, recipe: Recipe | None = None, strict: bool = False, 
 
     Raises `ConfigError` where config.json is no model's at all, and `RecipeError` where the recipe is not for this model; all
     else is a finding."""
-    try:
-        args = ModelArgs.from_dict(release.config)
-    except ConfigError as error:
-        raise ConfigError(f"{release.origin}/config.json: {error}") from None
+    args = release.args()
     findings = Findings()
     for note in release.notes:
         findings.say(NOTE, note)

@@ -36,7 +36,7 @@ YARN = {
 
 def judge(release: Release, original: Release, findings: Findings) -> None:
     """Raises ConfigError where one is no model's."""
-    args, theirs = ModelArgs.from_dict(release.config), ModelArgs.from_dict(original.config)
+    args, theirs = release.args(), original.args()
     elsewhere = ("conventions", ROPE, *CONTESTED, *OF_MTP, *(pruning.KEYS if pruning.is_pruned(args, theirs) else ()))
     for key in (f.name for f in fields(ModelArgs) if f.name not in elsewhere):
         _hold(FAULT, key, _value(args, key), _value(theirs, key), findings)

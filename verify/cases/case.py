@@ -69,8 +69,9 @@ class Spec:
 
     @property
     def args(self) -> ModelArgs:
-        source = self.config if self.folder is None else read_json(self.folder / "config.json")
-        return ModelArgs.from_dict(source, **self.overrides)
+        if self.folder is not None:
+            return ModelArgs.from_file(self.folder, **self.overrides)
+        return ModelArgs.from_dict(self.config, **self.overrides)
 
     @property
     def family(self) -> str:

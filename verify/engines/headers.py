@@ -42,6 +42,13 @@ class Release:
         """How it is laid out, where that is neither HF's way nor mlx-lm's, and what of it is not read."""
         return self.tensors.notes
 
+    def args(self, **overrides: Any) -> ModelArgs:
+        """Raises `ConfigError` naming the file: there may be two sides."""
+        try:
+            return ModelArgs.from_dict(self.config, **overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{self.origin.rstrip('/')}/{CONFIG}: {error}") from None
+
     @property
     def is_packed(self) -> bool:
         return any(name.endswith(".scales") for name in self.tensors)

@@ -69,7 +69,7 @@ class Side:
     @cached_property
     def args(self) -> ModelArgs:
         """Raises `ConfigError`."""
-        return ModelArgs.from_dict(self.release.config, **self.overrides)
+        return self.release.args(**self.overrides)
 
     @property
     def conventions(self) -> Conventions:

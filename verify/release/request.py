@@ -104,7 +104,7 @@ class OnTrial:
 
     @property
     def args(self) -> ModelArgs:
-        return ModelArgs.from_dict(self.headers.config, **self.overrides)
+        return self.headers.args(**self.overrides)
 
     @property
     def tokens(self) -> Array:
@@ -141,7 +141,7 @@ class OnTrial:
         """What became of the original's experts, in a few lines; none where all are there, in its order."""
         if self.original is None:
             return []
-        args, theirs = self.args, ModelArgs.from_dict(self.original.config, **self.overrides)
+        args, theirs = self.args, self.original.args(**self.overrides)
         return pruning.lines(self.numberings) + pruning.groups(args, theirs)
 
     def nbytes(self) -> dict[int, int]:
@@ -193,7 +193,7 @@ def _check_half(headers: Release, args: ModelArgs) -> None:
 def _args_of(headers: Release, overrides: Mapping[str, Any]) -> ModelArgs:
     if headers.folder is None:
         raise ValueError(f"{headers.origin}: not downloaded; expected its weights here (its headers can be audited)")
-    args = ModelArgs.from_dict(headers.config, **overrides)
+    args = headers.args(**overrides)
     if args.has_indexer and args.main_rope != "interleaved":
         raise ValueError(f"{headers.origin}: rope_interleave = false, which HF's glm_moe_dsa has no form of")
     return args
