@@ -141,7 +141,8 @@ CASES = {  # name: (change, config, severity, what is named)
     "an end that is no number": (set_generation(eos_token_id=["<|end|>"]), CONFIG, WARNING, ("<|end|>",)),
     "a special token without a number": (set_tokenizer(pad_token={"content": "<|nil|>"}), CONFIG, WARNING, ("<|nil|>", "262")),
     "no template": (without("chat_template.jinja"), CONFIG, WARNING, ("no chat template",)),
-    "no tokenizer": (without("tokenizer.json"), CONFIG, NOTE, ("tokenizer.json",)),
+    "no tokenizer": (without("tokenizer.json"), CONFIG, WARNING, ("tokenizer.json", "mlx-lm does not load")),
+    "no defaults": (without("generation_config.json"), CONFIG, NOTE, ("generation_config.json", "not looked at")),
 }  # fmt: skip
 
 
@@ -180,11 +181,13 @@ def test_a_vocabulary_larger_than_the_embedding_is_one_finding(folder):
     assert "162 tokens beyond" in found.what
 
 
-def test_without_any_file_there_is_a_note_alone(folder):
+def test_without_any_file_there_is_no_fault(folder):
+    """Weights alone are published too."""
     without(*FILES)(folder)
-    (found,) = told(folder)
-    assert found.severity == NOTE
-    assert all(name in found.what for name in FILES[:3])
+    warning, note = told(folder)
+    assert (warning.severity, note.severity) == (WARNING, NOTE)
+    assert FILES[0] in warning.what
+    assert all(name in note.what for name in FILES[1:3])
 
 
 GLM = {"eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820}
@@ -252,4 +255,7 @@ def test_the_audit_and_its_verdict_look_at_chat(source, tmp_path):
     assert audit.audit(headers).verdict.startswith(FAULT)
     assert not audit.audit(headers, with_chat=False).verdict.startswith(FAULT)
     set_template(GOOD)(folder)
+    assert "but for" not in audit.audit(headers).verdict
+    (folder / "tokenizer.json").unlink()
+    assert "headers are as they should be, but for 1 warning above; " in audit.audit(headers).verdict
     assert not audit.audit(headers).verdict.startswith(FAULT)

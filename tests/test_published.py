@@ -76,7 +76,7 @@ def written(folder, name, change=lambda formats, said: None):
 
 
 def told(folder, strict=False):
-    findings = audit.audit(headers.headers_of(str(folder)), strict=strict).findings
+    findings = audit.audit(headers.headers_of(str(folder)), strict=strict, with_chat=False).findings
     return {severity: [f.what for f in findings if f.severity == severity] for severity in (audit.FAULT, audit.WARNING)}
 
 

@@ -48,7 +48,11 @@ class Audit:
         faults = sum(f.severity == FAULT for f in self.findings)
         if faults:
             return f"FAULT: {faults} of {len(self.findings)} findings"
-        return "headers are as they should be; nothing is said here about the weights' values"
+        if warnings := sum(f.severity == WARNING for f in self.findings):
+            but = f", but for {warnings} warning{'s' * (warnings > 1)} above"
+        else:
+            but = ""
+        return f"headers are as they should be{but}; nothing is said here about the weights' values"
 
     def fits(self) -> dict[int, dict[str, list[str]]]:
         """{GB of memory: {cache: contexts that fit beside the weights}}."""

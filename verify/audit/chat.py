@@ -3,7 +3,7 @@ embedding, the chat template.
 
 Plain JSON, and templates parsed: nothing is run, and no tokenizer is built. A FAULT is what breaks: a token that
 the embedding has no row for, ends of which no two files agree, a template that no engine can compile. What merely differs is
-a warning, and what is not there is a note.
+a warning, as is a tokenizer that is not there; another file that is not there is a note.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ def judge(release: Release, vocabulary: int, findings: Findings) -> None:
     files = Files(release, findings)
     tokens = _Tokens(files, vocabulary, findings)
     config, generation, tokenizer = dict(release.config), files.json(GENERATION), files.json(TOKENIZER_CONFIG)
-    if files.absent:
+    if TOKENIZER in files.absent:  # weights alone are published too
         findings.say(
-            NOTE, f"not there: {', '.join(files.absent)}; what they would say of tokens and chat was not looked at"
+            WARNING, f"{TOKENIZER}: not there, and mlx-lm does not load a build without one; copy the original's"
         )
+    if others := [name for name in files.absent if name != TOKENIZER]:
+        findings.say(NOTE, f"not there: {', '.join(others)}; what they would say of tokens and chat was not looked at")
     sources = {"config.json": config, GENERATION: generation or {}}
     ids = {key: ids_named(sources, key, findings) for key in (EOS, PAD, BOS)}
     _beyond(ids, vocabulary, findings)
