@@ -338,7 +338,16 @@ def test_the_command_reports_what_is_asked_for(plain, tmp_path, capsys):
     arrays = np.load(out / f"{stage}.npz")
     assert set(arrays) == {"reference", "local", "own"}
     assert {arrays[name].shape for name in arrays} == {(60, 80)}
+    assert said.split("\n\n")[-1].split() == [str(out / f) for f in (f"{stage}.npz", "report.json", "report.jsonl", "report.html")]
     assert np.abs(arrays["local"] - arrays["reference"]).max() < np.abs(arrays["own"] - arrays["reference"]).max()
+
+
+def test_arrays_that_are_watched_without_a_folder_are_listed_too(plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run(capsys, plain, "--tokens", 24, "--watch", "embed", "--watch", "embed")
+    assert code == 0
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["embed.npz"]
+    assert said.endswith("\n\nembed.npz\n")
 
 
 @pytest.mark.parametrize(

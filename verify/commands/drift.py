@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--thorough", action="store_true", help="run models of more than 1 GiB too as often as small ones (20 times)"
     )
     parser.add_argument(
-        "--watch", metavar="STAGE", action="append", default=[], help="write this stage's arrays as .npz"
+        "--watch", metavar="STAGE", action="append", default=[], help="write this stage's arrays as .npz, to --out or here"
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="write report.html, report.json and report.jsonl there")
 
@@ -104,8 +104,13 @@ def _write(found: Drift, chosen: argparse.Namespace) -> None:
     if found.sensitivity is not None and found.sensitivity.recipe is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.sensitivity.recipe.write(folder / "recipe.toml")
-    files = found.write(chosen.out) if chosen.out is not None else []
+    files = [_arrays(folder, stage) for stage in dict.fromkeys(chosen.watch)]
+    files += found.write(chosen.out) if chosen.out is not None else []
     show("\n".join([found.summary(), *(["", *map(str, files)] if files else [])]))
+
+
+def _arrays(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.npz"
 
 
 def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], None] | None:
@@ -120,7 +125,7 @@ def _watch(wanted: list[str], folder: Path) -> Callable[[dict[str, Recording]], 
             arrays = {n: a for n, r in names.items() if (a := recordings[r].get(stage)) is not None}
             if not arrays:
                 raise ValueError(f"--watch {stage}: neither side shows it")
-            with whole(folder / f"{stage}.npz") as part:
+            with whole(_arrays(folder, stage)) as part:
                 np.savez(part, **arrays)
 
     return keep
