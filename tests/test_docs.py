@@ -37,7 +37,8 @@ ELSEWHERE = {"--trust-remote-code", "--dequantize", "--max-kv-size"}  # of mlx-l
 PROGRAMS = {
     "verify audit": "release", "verify drift": "drift", "verify quality": "quality", "verify bench": "performance",
     "verify judge": "selftest", "verify.selftest.mutation": "selftest", "tests.carried": "selftest", "glm_dsa plan": "planning",
-    "glm_dsa inventory": "usage", "reference.train": "trained", "reference.measure": "trained", "reference.shapes": "release",
+    "glm_dsa attach": "usage", "glm_dsa inventory": "usage",
+    "reference.train": "trained", "reference.measure": "trained", "reference.shapes": "release",
 }  # fmt: skip
 
 
