@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import glm_dsa
 import glm_dsa.__main__
 from glm_dsa import ModelArgs
+from glm_dsa.checkpoint import assemble
 from glm_dsa.config_reader import BYTES_A_PART, LARGEST_CONFIG, LARGEST_JSON
 
 from .bounds import CONFIG, INDEX, STRUCTURED, bounded, check_folder, each, gate_passes, outcome, said
@@ -28,10 +29,10 @@ def test_configs(layouts, tmp_path, given):
         files, sound = layouts[layout]
         folder = lay(tmp_path / "s" / "ck", files | {CONFIG: config})
         check_folder(folder, sound, given)
-        args, refusal = outcome(lambda: ModelArgs.from_file(folder))
+        made, refusal = outcome(lambda: assemble(folder))
         with bounded(folder if refusal else folder.parent / "outside"):
             assert said(glm_dsa.__main__.main, "attach", folder)[0] == (10 if refusal else 0)
-        assert refusal or ModelArgs.from_file(folder) == args
+        assert refusal or ModelArgs.from_file(folder) == made[0].args
 
     each(st.sampled_from(LAYOUTS).flatmap(of), STRUCTURED["config"], check)
 
