@@ -4,8 +4,8 @@ Everything computes in the dtype of the weights. float64 is truth; the same code
 
 Written from the papers (DeepSeek-V2 for MLA, DeepSeek-V3 for routing and MTP, DeepSeek-V3.2 for the indexer,
 arXiv 2603.12201 for IndexShare) and from the published configs. Nothing here calls HF. There is no cache: a cached run
-is judged against the uncached truth. Rotary outputs keep the layout of their inputs. One file, to be read from top to
-bottom beside the papers.
+is judged against the uncached truth. Rotary outputs keep the layout of their inputs. One file of over 400 lines, to be read from
+top to bottom beside the papers.
 """
 
 from __future__ import annotations

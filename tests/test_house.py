@@ -38,6 +38,12 @@ def test_a_room_says_what_it_holds(room):
     assert not [name for name in named if not (FOLDER / room / f"{name}.py").is_file()]
 
 
+def test_a_file_of_over_400_lines_says_why():
+    every = [file for package in ("glm_dsa", "reference", "verify") for file in sorted((ROOT / package).rglob("*.py"))]
+    long = {file: file.read_text() for file in every if len(file.read_text().splitlines()) > 400}
+    assert not [str(file) for file, text in long.items() if "400 lines" not in (ast.get_docstring(ast.parse(text)) or "")]
+
+
 def test_the_picture_has_every_room():
     picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[3].split()
     assert sorted(picture) == sorted([*ROOMS, "__main__"])

@@ -1,4 +1,6 @@
-"""Any sequence of prefill, decode, rewind, quantizing, copying, saving and batching equals the same tokens run afresh."""
+"""Any sequence of prefill, decode, rewind, quantizing, copying, saving and batching equals the same tokens run afresh.
+
+Over 400 lines: one claim a file, and most of it is the one machine of operations."""
 
 import copy
 import json

@@ -1,6 +1,7 @@
 """Caches at the sizes in use, to 200k tokens, chunks of 2048 and 16 rows, without a model: what goes in comes out, bit for bit.
 
 Each operation runs on both sides of each threshold and at the largest size in use: what is wrong from any size on is wrong there.
+Over 400 lines: one part of one claim a file.
 """
 
 import copy

@@ -1,6 +1,7 @@
 """Weights at the sizes in use: every bit width and group size, 256 experts, vocabularies beyond 16 bit; and embeddings for tokens.
 
 Each answer is held to float64 on the weights as reference/packed.py unpacks them, within what float32 can lose in the sum.
+Over 400 lines: one part of one claim a file.
 """
 
 import mlx.core as mx

@@ -1,4 +1,6 @@
-"""The course of a comparison: what is run, in which order, and what is left out of a model too large for it."""
+"""The course of a comparison: what is run, in which order, and what is left out of a model too large for it.
+
+Over 400 lines, in one file: each step goes on with what those before it found, and the course is read from top to bottom."""
 
 from __future__ import annotations
 
