@@ -3,7 +3,7 @@
 # And beside them:
 #   make slow     the slow tests of the code                make mutate   each line of the definition changed in turn, hours
 #   make judge    the gate itself on trial, 20 minutes; ARGS='--changed --keep': what a change made untrue of its record
-#   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 12 minutes
+#   make diagnose the catalogue's mistakes in others' code, and whether `python -m verify drift` names them, 14 minutes
 #   make versions do the references agree under the oldest and the newest transformers that is allowed? A minute, once built
 #   make full     all of it: judge with 60 random checkpoints and diagnose, kept as records; slow tests; long contexts
 #   make docs     rewrites what README.md and docs/ have from code and kept records, a minute
